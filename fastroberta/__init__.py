@@ -1,0 +1,1 @@
+"""A custom-kernel, performance-first trainer for RoBERTa."""
