@@ -1,0 +1,312 @@
+"""Token shards -> batches. The order of training is a function: which blocks a step sees depends on (seed, step) alone.
+
+A block is `<s>` and a slice of a shard's token stream, in which `</s>` ends each document, padded where it is short:
+
+    full-sentences  whole sentences, across documents, as many as fit (Liu et al., arXiv 1907.11692, section 4.2)
+    doc-sentences   the same, but a block ends where its document ends
+    contiguous      the stream cut anywhere: every block but a shard's last is full
+
+No token is lost: a sentence longer than a block is split over several.
+"""
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import DataError
+from .shards import Manifest, ShardReader
+
+_MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finalizer
+_ROUNDS = 8
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    value = (value ^ (value >> np.uint64(30))) * _MIX_A
+    value = (value ^ (value >> np.uint64(27))) * _MIX_B
+    return value ^ (value >> np.uint64(31))
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """The image of `index` under a pseudo-random permutation of range(size), without memory for its size.
+
+    A Feistel network on the next even number of bits is a bijection whatever its round function; values that fall
+    outside are sent through it again until they land inside (cycle walking; Black and Rogaway, CT-RSA 2002, section 3).
+
+    Args:
+        index: integers in [0, size), any shape.
+    Returns:
+        int64, of the same shape.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = _mix(
+        np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        ^ _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
+        ^ _mix(np.array([epoch], dtype=np.uint64) + np.uint64(1)) * _MIX_B
+    )
+    result = np.asarray(index, dtype=np.uint64).ravel().copy()
+    outside = np.arange(result.size)
+    while outside.size:
+        left, right = result[outside] >> half, result[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        result[outside] = (left << half) | right
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64).reshape(np.shape(index))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of b sequences of l tokens, in tensors on one device, and its size as the host knows it.
+
+    Attributes:
+        input_ids: int64 (b, l).
+        sample_ids: int64 (b,): what token masks are drawn for; another number each time a block is seen.
+        first_sample: int64 (): the first sequence's number in training order; the others follow it.
+        key_lengths: int32 (b,): tokens before padding; None where no block of the data is padded or `cu_seqlens` is set.
+        cu_seqlens: int32 (documents + 1,): document bounds in the flattened batch, static in length; None unless
+            attention stays inside documents.
+        num_tokens: tokens without padding. sum_squared_lengths: over the spans that attention sees, for FLOPs.
+    """
+
+    input_ids: torch.Tensor
+    sample_ids: torch.Tensor
+    first_sample: torch.Tensor
+    key_lengths: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    num_tokens: int
+    sum_squared_lengths: int
+
+
+class Blocks:
+    """The blocks of one split of a prepared directory: a table of slices into memory-mapped shards.
+
+    Args:
+        paths: shards, in order.
+        block_size: tokens of a block, `<s>` included.
+        packing: `full-sentences`, `doc-sentences` or `contiguous`.
+        attention_scope: `block`, or `document` to keep attention inside each document.
+    Raises:
+        DataError: no tokens, or a token id outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        block_size: int,
+        packing: str,
+        attention_scope: str,
+        bos_token_id: int,
+        eos_token_id: int,
+        pad_token_id: int,
+        vocab_size: int,
+    ):
+        self.block_size = block_size
+        self.attention_scope = attention_scope
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.shards = [ShardReader(path) for path in paths]
+        tables = []
+        for path, shard in zip(paths, self.shards):
+            if shard.num_tokens and (largest := int(shard.tokens.max())) >= vocab_size:
+                raise DataError(f"{path}: token id {largest} in a vocabulary of {vocab_size}; prepare the data again")
+            tables.append(_cut_blocks(shard, block_size - 1, packing))
+        self._first_block = np.cumsum([0] + [len(starts) for starts, _ in tables])
+        if not self._first_block[-1]:
+            raise DataError(f"{paths[0].parent if paths else 'data'}: no tokens; give prepare more text")
+        self._starts = np.concatenate([starts for starts, _ in tables])
+        self._lengths = np.concatenate([lengths for _, lengths in tables])
+        self.is_padded = bool((self._lengths < block_size - 1).any())
+        # A static number of document bounds a block keeps shapes static: documents that start inside, the one that
+        # goes on from before, and the padding.
+        self._max_spans = 2 + max(_count_documents(shard, *table) for shard, table in zip(self.shards, tables))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all blocks, `<s>` of each included, padding not."""
+        return int(self._lengths.sum()) + len(self)
+
+    def unigram_entropy(self) -> float:
+        """Entropy in nats of the split's token frequencies, specials left out: the loss of knowing only those."""
+        counts = np.zeros(2**16, dtype=np.int64)
+        for shard in self.shards:
+            found = np.bincount(shard.tokens)
+            counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+            counts[: len(found)] += found
+        counts[[self.bos_token_id, self.eos_token_id, self.pad_token_id]] = 0
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+    def sentences(self, count: int, at_least: int, at_most: int) -> list[list[int]]:
+        """Token ids of up to `count` sentences of such a length, spread evenly over the split, without `</s>`."""
+        found = []
+        for shard in self.shards:
+            starts = np.append(np.asarray(shard.sentence_starts, dtype=np.int64), shard.num_tokens)
+            lengths = np.diff(starts)
+            found += [(shard, starts[i], lengths[i]) for i in np.nonzero((lengths >= at_least) & (lengths <= at_most))[0]]
+        chosen = [found[i] for i in (np.arange(min(count, len(found))) * len(found) // max(1, min(count, len(found))))]
+        texts = [shard.tokens[start : start + length].tolist() for shard, start, length in chosen]
+        return [[token for token in text if token != self.eos_token_id] for text in texts]
+
+    def read(self, indices: np.ndarray, sample_ids: np.ndarray, first_sample: int) -> Batch:
+        """The blocks of the given numbers as a batch in ordinary memory."""
+        ids = np.full((len(indices), self.block_size), self.pad_token_id, dtype=np.int64)
+        ids[:, 0] = self.bos_token_id
+        lengths = self._lengths[indices] + 1
+        which = np.searchsorted(self._first_block, indices, side="right") - 1
+        for row, (shard, start, length) in enumerate(zip(which, self._starts[indices], lengths)):
+            ids[row, 1:length] = self.shards[shard].tokens[start : start + length - 1]
+        cu_seqlens = key_lengths = None
+        spans = lengths
+        if self.attention_scope == "document":
+            bounds = self._document_bounds(ids, lengths)
+            cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+            spans = np.diff(bounds)
+        elif self.is_padded:
+            key_lengths = torch.from_numpy(lengths.astype(np.int32))
+        return Batch(
+            input_ids=torch.from_numpy(ids),
+            sample_ids=torch.from_numpy(np.asarray(sample_ids, dtype=np.int64)),
+            first_sample=torch.tensor(first_sample),
+            key_lengths=key_lengths,
+            cu_seqlens=cu_seqlens,
+            num_tokens=int(lengths.sum()),
+            sum_squared_lengths=int((spans.astype(np.int64) ** 2).sum()),
+        )
+
+    def _document_bounds(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Bounds of documents (and of each block's padding) in the flattened batch, filled up to a static number."""
+        is_bound = np.zeros((ids.shape[0], self.block_size + 1), dtype=bool)
+        is_bound[:, 1:] = (ids == self.eos_token_id) & (np.arange(self.block_size) < lengths[:, None])
+        is_bound[:, 0] = True
+        is_bound[np.arange(len(ids)), lengths] = True
+        is_bound[:, -1] = True
+        row, column = np.nonzero(is_bound)
+        bounds = np.unique(row * self.block_size + column)
+        return np.pad(bounds, (0, len(ids) * self._max_spans + 1 - len(bounds)), constant_values=ids.size)
+
+
+def _cut_blocks(shard: ShardReader, capacity: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
+    """Start (int64) and length (int32) of each block in a shard's token stream; at most `capacity` tokens each."""
+    end = shard.num_tokens
+    if packing == "contiguous" or end == 0:
+        starts = np.arange(0, end, capacity, dtype=np.int64)
+        return starts, np.minimum(capacity, end - starts).astype(np.int32)
+    sentences = np.asarray(shard.sentence_starts, dtype=np.int64)
+    # An over-long sentence becomes several units of at most `capacity` tokens.
+    lengths = np.diff(np.append(sentences, end))
+    pieces = np.maximum(1, -(-lengths // capacity))
+    first_piece = np.cumsum(pieces) - pieces
+    units = np.repeat(sentences, pieces) + (np.arange(pieces.sum()) - np.repeat(first_piece, pieces)) * capacity
+    bounds = np.append(units, end)
+    following = np.searchsorted(bounds, bounds[:-1] + capacity, side="right") - 1
+    if packing == "doc-sentences":
+        documents = np.append(first_piece[np.asarray(shard.document_starts, dtype=np.int64)], len(units))
+        document_end = documents[np.searchsorted(documents, np.arange(len(units)), side="right")]
+        following = np.minimum(following, document_end)
+    chosen, unit, successors = [], 0, following.tolist()
+    while unit < len(successors):
+        chosen.append(unit)
+        unit = successors[unit]
+    first = np.array(chosen, dtype=np.int64)
+    return bounds[first], (bounds[following[first]] - bounds[first]).astype(np.int32)
+
+
+def _count_documents(shard: ShardReader, starts: np.ndarray, lengths: np.ndarray) -> int:
+    """The largest number of documents that start inside one block."""
+    if not len(starts):
+        return 0
+    sentence_starts = np.asarray(shard.sentence_starts, dtype=np.int64)
+    document_starts = sentence_starts[np.asarray(shard.document_starts, dtype=np.int64)]
+    inside = np.searchsorted(document_starts, starts + lengths) - np.searchsorted(document_starts, starts)
+    return int(inside.max())
+
+
+def open_split(manifest: Manifest, split: str, *, max_seq_length: int, packing: str, attention_scope: str) -> Blocks:
+    """The blocks of "train" or "heldout" of a prepared directory.
+
+    Raises:
+        DataError: the split is empty, or holds a token id outside the vocabulary.
+    """
+    ids = manifest.special_token_ids
+    if not manifest.count(split, "tokens"):
+        raise DataError(f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share")
+    return Blocks(
+        manifest.shard_paths(split),
+        block_size=max_seq_length,
+        packing=packing,
+        attention_scope=attention_scope,
+        bos_token_id=ids["bos_token_id"],
+        eos_token_id=ids["eos_token_id"],
+        pad_token_id=ids["pad_token_id"],
+        vocab_size=manifest.vocab_size,
+    )
+
+
+def masking_arguments(manifest: Manifest, mlm_probability: float) -> dict[str, Any]:
+    """What `mask_tokens` takes beyond ids and seeds: of the specials, none is masked and none replaces another token."""
+    ids = manifest.special_token_ids
+    return {
+        "mask_token_id": ids["mask_token_id"],
+        "vocab_size": manifest.vocab_size,
+        "special_token_ids": tuple(sorted(set(ids.values()))),
+        "mlm_probability": mlm_probability,
+    }
+
+
+def training_batches(
+    blocks: Blocks, first_samples: Iterable[int], micro_batch_size: int, *, seed: int, static_masking: bool = False
+) -> Iterator[Batch]:
+    """A micro-batch for each of `first_samples`: that sample of the training order and those that follow it.
+
+    Sample s is block `permute(s % len(blocks))` of epoch `s // len(blocks)`. Its mask is drawn for another sample id in
+    every epoch, or for the same in all of them with static masking.
+    """
+    for first in first_samples:
+        samples = np.arange(first, first + micro_batch_size)
+        epochs, within = samples // len(blocks), samples % len(blocks)
+        indices = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = permute(within[chosen], len(blocks), seed, int(epoch))
+        sample_ids = indices if static_masking else epochs * len(blocks) + indices
+        yield blocks.read(indices, sample_ids, first)
+
+
+def heldout_batches(blocks: Blocks, num_sequences: int, micro_batch_size: int) -> Iterator[Batch]:
+    """Up to `num_sequences` held-out blocks, the same ones every time, spread evenly over the split."""
+    count = min(num_sequences, len(blocks))
+    indices = np.arange(count) * len(blocks) // count
+    for start in range(0, count, micro_batch_size):
+        chosen = indices[start : start + micro_batch_size]
+        yield blocks.read(chosen, chosen, start)
+
+
+def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`, each read and sent while the one before it is in use."""
+
+    def fetch() -> Batch | None:
+        batch = next(batches, None)
+        if batch is None or device.type == "cpu":
+            return batch
+        moved = {
+            name: value.pin_memory().to(device, non_blocking=True)
+            for name, value in vars(batch).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return Batch(**{**vars(batch), **moved})
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        pending = thread.submit(fetch)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(fetch)
+            yield batch

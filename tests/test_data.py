@@ -1,0 +1,199 @@
+"""Token shards become batches: nothing lost, order and masks a function of the step alone."""
+import numpy as np
+import pytest
+import torch
+
+from fastroberta.data import Blocks, heldout_batches, move_ahead, permute, training_batches
+from fastroberta.errors import DataError
+from fastroberta.shards import ShardWriter
+
+BOS, PAD, EOS = 0, 1, 2
+OPTIONS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, vocab_size=1000)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Two shards of random documents of 1 to 5 sentences, one of 90 tokens; every token's id tells its place."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for _ in range(2):
+        shard = []
+        for _ in range(20):
+            lengths = rng.integers(1, 14, size=rng.integers(1, 6)).tolist()
+            shard.append([rng.integers(4, 1000, size=length) for length in lengths])
+        shard[3].append(rng.integers(4, 1000, size=90))
+        documents.append(shard)
+    with ShardWriter(tmp_path, "train", np.dtype("<u2"), "00" * 32) as writer:
+        for shard in documents:
+            for document in shard:
+                tokens = np.concatenate([*document, [EOS]])
+                lengths = np.array([len(sentence) for sentence in document])
+                lengths[-1] += 1
+                writer.append(tokens, lengths, np.array([len(document)]))
+            writer.close()
+    paths = [tmp_path / entry["name"] for entry in writer.files]
+    assert len(paths) == 2
+    return paths, documents
+
+
+def make_blocks(paths, packing="contiguous", scope="block", size=32):
+    return Blocks(paths, block_size=size, packing=packing, attention_scope=scope, **OPTIONS)
+
+
+def read_all(blocks):
+    batch = blocks.read(np.arange(len(blocks)), np.arange(len(blocks)), 0)
+    return [row[row != PAD] for row in batch.input_ids.numpy()], batch
+
+
+@pytest.mark.parametrize("packing", ["full-sentences", "doc-sentences", "contiguous"])
+def test_no_token_is_lost_or_moved(corpus, packing):
+    paths, documents = corpus
+    rows, _ = read_all(make_blocks(paths, packing))
+    assert all(row[0] == BOS for row in rows)
+    stream = np.concatenate([row[1:] for row in rows])
+    expected = np.concatenate([np.concatenate([*doc, [EOS]]) for shard in documents for doc in shard])
+    assert np.array_equal(stream, expected)
+
+
+def test_full_sentences_end_where_a_sentence_does(corpus):
+    paths, documents = corpus
+    rows, _ = read_all(make_blocks(paths, "full-sentences"))
+    ends = set()  # stream offsets at which a sentence ends
+    offset = 0
+    for shard in documents:
+        for document in shard:
+            for sentence in document:
+                offset += len(sentence)
+                ends.add(offset)
+            ends.remove(offset)
+            offset += 1
+            ends.add(offset)
+    position, cut_inside = 0, 0
+    for row in rows:
+        position += len(row) - 1
+        cut_inside += position not in ends
+    assert cut_inside == 2 * 2  # only the two sentences of 90 tokens, in three pieces each
+    # Greedy: the next sentence would not have fitted.
+    assert np.mean([len(row) for row in rows]) > 24
+
+
+def test_doc_sentences_hold_one_document_each(corpus):
+    paths, _ = corpus
+    rows, _ = read_all(make_blocks(paths, "doc-sentences"))
+    assert all(EOS not in row[1:-1] for row in rows)
+
+
+def test_contiguous_blocks_are_full_but_the_last_of_each_shard(corpus):
+    paths, _ = corpus
+    rows, batch = read_all(make_blocks(paths))
+    assert sum(len(row) < 32 for row in rows) <= 2
+    assert batch.num_tokens == sum(map(len, rows))
+
+
+def test_key_lengths_and_squared_lengths(corpus):
+    paths, _ = corpus
+    rows, batch = read_all(make_blocks(paths, "full-sentences"))
+    assert batch.key_lengths.dtype == torch.int32
+    assert batch.key_lengths.tolist() == [len(row) for row in rows]
+    assert batch.sum_squared_lengths == sum(len(row) ** 2 for row in rows)
+
+
+def test_document_bounds(corpus):
+    paths, _ = corpus
+    blocks = make_blocks(paths, "full-sentences", "document")
+    rows, batch = read_all(blocks)
+    expected = {0}
+    for index, row in enumerate(rows):
+        start = index * 32
+        expected |= {start, start + len(row)} | {start + i + 1 for i in range(1, len(row)) if row[i] == EOS}
+    expected.add(len(rows) * 32)
+    bounds = batch.cu_seqlens
+    assert bounds.dtype == torch.int32 and batch.key_lengths is None
+    assert sorted(set(bounds.tolist())) == sorted(expected)
+    assert (bounds.diff() >= 0).all() and bounds[-1] == len(rows) * 32
+    # The number of bounds is static.
+    sizes = {len(blocks.read(np.array([i]), np.array([i]), i).cu_seqlens) for i in range(len(blocks))}
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 1000, 4096])
+def test_permute_is_a_bijection(size):
+    images = permute(np.arange(size), size, seed=3, epoch=0)
+    assert np.array_equal(np.sort(images), np.arange(size))
+
+
+def test_permute_mixes_and_differs_by_seed_and_epoch():
+    size = 10_007
+    images = [permute(np.arange(size), size, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    for i, image in enumerate(images):
+        assert abs(np.corrcoef(np.arange(size), image)[0, 1]) < 0.05
+        assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.05
+        assert all((image != other).mean() > 0.99 for other in images[:i])
+    big = permute(np.arange(1000), 10**12, 1, 0)
+    assert big.max() < 10**12 and big.min() >= 0 and len(set(big.tolist())) == 1000
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_batches_do_not_depend_on_the_micro_batch(corpus, size):
+    paths, _ = corpus
+    blocks = make_blocks(paths)
+    count = 24 // size * size
+    assert count == 24
+
+    def gather(step):
+        batches = list(training_batches(blocks, range(0, 24, step), step, seed=7))
+        return [torch.cat([getattr(b, name) for b in batches]) for name in ("input_ids", "sample_ids")]
+
+    for got, expected in zip(gather(size), gather(24)):
+        assert torch.equal(got, expected)
+
+
+def test_an_epoch_sees_each_block_once_and_the_next_in_another_order(corpus):
+    paths, _ = corpus
+    blocks = make_blocks(paths)
+    size = len(blocks)
+    batches = list(training_batches(blocks, range(0, 2 * size, size), size, seed=7))
+    first, second = (batch.sample_ids.tolist() for batch in batches)
+    assert sorted(first) == list(range(size))
+    assert sorted(second) == list(range(size, 2 * size)), "masks of a new epoch are drawn for new numbers"
+    assert [i - size for i in second] != first
+    static = list(training_batches(blocks, range(0, 2 * size, size), size, seed=7, static_masking=True))
+    assert sorted(static[1].sample_ids.tolist()) == list(range(size))
+    across = next(training_batches(blocks, [size - 2], 4, seed=7))
+    assert across.sample_ids.tolist() == first[-2:] + second[:2]
+
+
+def test_heldout_batches_are_spread_and_bounded(corpus):
+    paths, _ = corpus
+    blocks = make_blocks(paths)
+    ids = torch.cat([batch.sample_ids for batch in heldout_batches(blocks, 6, 4)])
+    assert len(ids) == 6 and ids[-1] > len(blocks) // 2
+    assert sum(len(batch.sample_ids) for batch in heldout_batches(blocks, 10**6, 16)) == len(blocks)
+
+
+def test_move_ahead_keeps_order_and_passes_errors_on(corpus):
+    paths, _ = corpus
+    blocks = make_blocks(paths)
+    moved = [b.first_sample.item() for b in move_ahead(heldout_batches(blocks, 9, 2), torch.device("cpu"))]
+    assert moved == [0, 2, 4, 6, 8]
+
+    def broken():
+        yield from heldout_batches(blocks, 2, 2)
+        raise DataError("shard: gone")
+
+    with pytest.raises(DataError, match="gone"):
+        list(move_ahead(broken(), torch.device("cpu")))
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(corpus):
+    paths, _ = corpus
+    with pytest.raises(DataError, match=r"train-00000.bin: token id \d+ in a vocabulary of 500"):
+        Blocks(paths, block_size=32, packing="contiguous", attention_scope="block", **{**OPTIONS, "vocab_size": 500})
+
+
+def test_unigram_entropy_of_known_frequencies(tmp_path):
+    with ShardWriter(tmp_path, "heldout", np.dtype("<u2"), "00" * 32) as writer:
+        writer.append(np.array([4, 4, 5, 6, EOS]), np.array([5]), np.array([1]))
+    blocks = make_blocks([tmp_path / "heldout-00000.bin"])
+    assert blocks.unigram_entropy() == pytest.approx(1.5 * np.log(2))
+    assert blocks.sentences(3, 1, 10) == [[4, 4, 5, 6]]
