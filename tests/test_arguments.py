@@ -24,9 +24,9 @@ PRESETS = ("distilroberta", "quickstart", "roberta-base", "roberta-large")
 class CopyConfig:
     """A program with positional arguments, a required option and a list."""
 
-    sources: list[str] = setting(help="files", positional=True)  # noqa: RUF009
+    sources: list[str] = setting(help="files", positional=True)
     out: str = setting(help="folder; 100% yours")
-    kinds: list[str] = setting(list, "kinds")  # noqa: RUF009
+    kinds: list[str] = setting(list, "kinds")
     skip_empty: bool = setting(False, "skip")
     share: float = setting(0.5, "share", valid="(0, 1]")
 

@@ -1,0 +1,225 @@
+"""Bias and GELU in one pass, exact (erf) or by tanh.
+
+With s = x + bias, Phi the normal distribution function and phi its density:
+
+    none:  y  = s * Phi(s) = s * (1 + erf(s / sqrt(2))) / 2
+           dx = dy * (Phi(s) + s * phi(s))
+    tanh:  y  = s * q,  q = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)),  u = sqrt(2/pi) * (s + 0.044715 * s^3)
+           dx = dy * (q + 2 * s * q * (1 - q) * du/ds),  du/ds = sqrt(2/pi) * (1 + 3 * 0.044715 * s^2)
+    dbias = sum over rows of dx
+
+Shapes: x, y (..., N), the leading dimensions together are the rows; bias (N,) or absent.
+Dtypes: x fp32, bf16 or fp16, bias any of the three; y has the dtype of x, gradients that of their tensor. Everything is
+computed in fp32, the sum s included.
+
+Saved for the backward: x and bias, nothing else. Bytes moved per element, for tensors of b bytes: forward 2b (x, y),
+backward 3b (dy, x, dx).
+
+Determinism: no atomics. Each program of the backward walks over rows at a fixed stride and keeps the partial sums of
+dbias in registers; a second kernel adds those in a fixed order, which depends on the GPU's model. No random numbers.
+
+Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+from .layer_norm import KERNEL_DTYPES, count_programs, sum_partials
+
+TILE = {"ROWS": 8, "BLOCK": 256}  # 256 columns are 512 bytes of a bf16 row; both kernels run it with eight warps
+
+
+def bias_gelu_torch(x: torch.Tensor, bias: torch.Tensor | None, approximate: str = "none") -> torch.Tensor:
+    """`bias_gelu` in plain PyTorch."""
+    return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+
+
+@jit
+def _bias_gelu_forward_kernel(
+    x_ptr, bias_ptr, y_ptr,  # (rows, N), (N,) or None, (rows, N)
+    num_rows, num_columns,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(num_columns, BLOCK)
+    rows = ((tl.program_id(0) // num_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    mask = (rows < num_rows)[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    s = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        s += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if TANH:
+        # The logistic function of 2u keeps its digits where s is negative; 1 + tanh(u) loses them.
+        q = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)))
+    else:
+        q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
+    tl.store(y_ptr + offsets, (s * q).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _bias_gelu_backward_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr,  # (rows, N), (rows, N), (N,) or None, (rows, N)
+    partials_ptr,  # fp32 (1, programs, N), or None as bias
+    num_rows, num_columns,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=3):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & column_mask[None, :]
+        offsets = rows[:, None] * num_columns + columns[None, :]
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            s += bias[None, :]
+        if TANH:
+            # q * (1 - q) from exp(-|2u|): 1 - q itself loses its digits where q is close to one.
+            two_u = 2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)
+            e = tl.exp(-tl.abs(two_u))
+            q = tl.where(two_u < 0.0, e, 1.0) / (1.0 + e)
+            du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * s * s)
+            slope = q + 2.0 * s * du * (e / ((1.0 + e) * (1.0 + e)))
+        else:
+            q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
+            slope = q + s * 0.3989422804014327 * tl.exp(-0.5 * s * s)
+        dx = dy * slope
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dbias += dx  # zero outside the mask, where dy is
+    if partials_ptr is not None:
+        partials_ptr += tl.program_id(0).to(tl.int64) * num_columns
+        tl.store(partials_ptr + columns, tl.sum(dbias, axis=0), mask=column_mask)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_forward", mutates_args=())
+def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
+    y = _allocate_forward(x, bias, tanh)
+    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_tiles = -(-num_rows // TILE["ROWS"]) * -(-num_columns // TILE["BLOCK"])
+    launch(
+        _bias_gelu_forward_kernel, (num_tiles,),
+        x.contiguous(), None if bias is None else bias.contiguous(), y, num_rows, num_columns,
+        TANH=tanh, **TILE, num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+@_bias_gelu_forward.register_fake
+def _allocate_forward(x, bias, tanh):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_backward", mutates_args=())
+def _bias_gelu_backward(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tanh: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dbias, which is empty where there is no bias."""
+    dx, dbias = _allocate_backward(dy, x, bias, tanh)
+    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_blocks = -(-num_columns // TILE["BLOCK"])
+    # At 64 registers a thread twice as many programs fit as of the kernels that `count_programs` is made for.
+    num_programs = min(-(-2 * count_programs(x.device) // max(num_blocks, 1)), -(-num_rows // TILE["ROWS"]))
+    partials = None
+    if bias is not None:
+        bias = bias.contiguous()
+        partials = torch.empty((1, num_programs, num_columns), dtype=torch.float32, device=x.device)
+    launch(
+        _bias_gelu_backward_kernel, (num_programs, num_blocks),
+        dy.contiguous(), x.contiguous(), bias, dx, partials, num_rows, num_columns,
+        TANH=tanh, **TILE, num_warps=8,
+    )  # fmt: skip
+    if partials is not None:
+        sum_partials(partials, (dbias,))
+    return dx, dbias
+
+
+@_bias_gelu_backward.register_fake
+def _allocate_backward(dy, x, bias, tanh):
+    dbias = x.new_empty(0) if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), dbias
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _backward(ctx, dy):
+    x, bias = ctx.saved_tensors
+    dx, dbias = _bias_gelu_backward(dy, x, bias, ctx.tanh)
+    return dx, None if bias is None else dbias, None
+
+
+_bias_gelu_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None, *, approximate: str = "none", impl: str | None = None
+) -> torch.Tensor:
+    """gelu(x + bias).
+
+    Args:
+        x: (..., N), fp32, bf16 or fp16. bias: (N,) or None.
+        approximate: "none" for the exact function, "tanh" for its approximation.
+    Returns:
+        (..., N) in the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or another `approximate`.
+    """
+    triton = use_triton("bias_gelu", impl, x, bias)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"bias_gelu: approximate={approximate!r} is unknown; use 'none' or 'tanh'")
+    if bias is not None and (x.dim() == 0 or bias.shape != x.shape[-1:]):
+        raise ValueError(
+            f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}; bias must have the length of x's last "
+            "dimension"
+        )
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and (
+            not tensor.dtype.is_floating_point or (triton and tensor.dtype not in KERNEL_DTYPES)
+        ):
+            raise ValueError(f"bias_gelu: {name} is {tensor.dtype}; use float32, bfloat16 or float16")
+    if triton:
+        return _bias_gelu_forward(x, bias, approximate == "tanh")
+    return bias_gelu_torch(x, bias, approximate)
+
+
+class BiasGELU(torch.nn.Module):
+    """gelu(x + bias) with a bias that starts at zero."""
+
+    def __init__(self, features: int, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
+        self.bias = torch.nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return bias_gelu(x, self.bias, approximate=self.approximate)
+
+
+def launch_cases() -> Iterator[Callable[[], None]]:
+    """Forward and backward in every configuration that differs in code or resources."""
+
+    def case(dtype, bias_dtype, approximate, num_columns=3072):
+        def run():
+            x = torch.zeros((48, num_columns), dtype=dtype, requires_grad=True)
+            bias = None if bias_dtype is None else torch.zeros(num_columns, dtype=bias_dtype, requires_grad=True)
+            y = bias_gelu(x, bias, approximate=approximate, impl="triton")
+            y.backward(torch.zeros_like(y))
+
+        return run
+
+    fp32 = torch.float32
+    for approximate in ("none", "tanh"):
+        for dtype in KERNEL_DTYPES:
+            for bias_dtype in dict.fromkeys((fp32, dtype)):
+                yield case(dtype, bias_dtype, approximate)
+            yield case(dtype, None, approximate)
+    yield case(torch.bfloat16, fp32, "none", num_columns=1023)  # rows that are not aligned

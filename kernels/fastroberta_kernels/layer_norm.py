@@ -1,0 +1,543 @@
+"""LayerNorm, alone or fused with the bias, the dropout and the residual that come before it in a post-LN transformer.
+
+For each row of N columns, with keep bits m (0 or 1) and scale s = 1 / P(keep):
+
+    z     = residual + s * m * (x + x_bias)             (z = x for `layer_norm`)
+    mean  = sum(z) / N,  rstd = 1 / sqrt(sum((z - mean)^2) / N + eps)
+    x_hat = (z - mean) * rstd
+    y     = x_hat * weight + bias
+
+    g         = dy * weight
+    dz        = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+    dresidual = dz,  dx = s * m * dz
+    dweight   = sum over rows of dy * x_hat,  dbias = sum of dy,  dx_bias = sum of dx
+
+Shapes: x, residual, y (..., N), the leading dimensions together are the rows; weight, bias, x_bias (N,).
+Dtypes: x fp32, bf16 or fp16, each other tensor any of the three; y has the dtype of x, gradients that of their tensor.
+Everything is computed in fp32, and z is never rounded to a narrower dtype. Mean and variance come from two passes over
+registers, the second over the centred values, corrected for the rounding of the mean (the corrected two-pass algorithm
+of Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37, 1983): a large
+mean costs no accuracy.
+
+Saved for the backward: the inputs, and 12 bytes a row: the mean, what rounding it to fp32 left over, and rstd. z is
+recomputed from x and residual rather than stored: the residual of a post-LN layer is kept anyway, by the linear layer
+that reads it next to this one, so storing z would occupy as many bytes as keeping x, move as many (the backward reads
+one tensor less, the forward writes one more), and round z to the dtype of x. Recomputing x_hat from y would fail where
+a weight is zero.
+Bytes moved per element, for tensors of b bytes: forward 3b (x, residual, y); backward 5b with dropout (dy, x, residual,
+dx, dresidual), 4b without, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b. Above 4096 columns dbias and
+dx_bias take PyTorch's sums, and with them another reading of dy and dx.
+
+Random numbers: the dropout decisions of `philox`, head 0, the row number being the flattened leading index. The
+backward draws them again, so no mask is stored.
+
+Determinism: no atomics. Each program of the backward walks over rows at a fixed stride and keeps partial sums of the
+parameter gradients in registers; a second kernel adds those in a fixed order. The programs are as many as the GPU holds
+at one time, so the order, and with it the last bits of a parameter's gradient, depends on the GPU's model; on one model
+results are the same bits each time.
+
+Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450, section 3; the sublayer LayerNorm(residual +
+dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 5.4.
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from . import philox
+from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+
+MAX_COLUMNS = 8192  # a row stays in the registers of one program
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def layer_norm_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """`layer_norm` in plain PyTorch."""
+    # On the CPU ATen takes narrow inputs with fp32 parameters as they are; other mixtures need one common dtype.
+    narrow_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    if weight.dtype == x.dtype or (narrow_on_cpu and weight.dtype == torch.float32):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
+class _DropoutAdd(torch.autograd.Function):
+    """residual + scale * mask * x in one pass, a quarter off the time of the CPU path beside the same in single steps.
+
+    The scale stays out of the mask, because in bf16 the mask would round it and so shift every mean; autograd's own
+    derivative of addcmul does that.
+    """
+
+    @staticmethod
+    def forward(x, residual, mask, scale):
+        return torch.addcmul(residual, x, mask, value=scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, mask, ctx.scale = inputs
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx, dz):
+        (mask,) = ctx.saved_tensors
+        return (dz * mask).mul_(ctx.scale), dz, None, None
+
+
+def dropout_add_layer_norm_torch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    p: float = 0.0,
+    eps: float = 1e-5,
+    x_bias: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`dropout_add_layer_norm` in plain PyTorch; `seed` as `philox.as_seed` makes it."""
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
+    if p > 0:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        keep = philox.dropout_keep_torch(seed, p, x.shape[:-1].numel(), x.shape[-1]).view(x.shape)
+        mask = keep.view(torch.uint8).to(dtype)  # bytes convert to floating point eight times faster than booleans
+        z = _DropoutAdd.apply(x.to(dtype), residual.to(dtype), mask, philox.dropout_scale(p))
+    else:
+        z = residual + x
+    return layer_norm_torch(z, weight, bias, eps).to(x.dtype)
+
+
+@jit
+def _load_sum(
+    x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT: tl.constexpr
+):
+    """z of a tile in fp32, zero outside the mask. Absent pointers are None."""
+    z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        z += tl.load(x_bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if HAS_DROPOUT:
+        z = tl.where(keep, z, 0.0) * scale
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return z
+
+
+@jit
+def _layer_norm_forward_kernel(
+    x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr,  # (rows, N), (rows, N), (N,), (N,), (N,), (2,)
+    y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, rest of the mean, rstd
+    num_rows, num_columns, threshold, scale, eps,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    row_mask = rows < num_rows
+    column_mask = columns < num_columns
+    mask = row_mask[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    keep = mask
+    if HAS_DROPOUT:
+        k0, k1, first_row = philox.load_seed(seed_ptr)
+        head = tl.program_id(0) * 0
+        keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
+    z = _load_sum(
+        x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT
+    )
+    # The bias is loaded for every row of the tile, so only masked columns are zero where the row is outside.
+    mean = tl.sum(tl.where(mask, z, 0.0), axis=1) / num_columns
+    centred = tl.where(mask, z - mean[:, None], 0.0)
+    # A large mean is itself rounded, which would shift the whole row: what is left of it is the mean of the centred.
+    rest = tl.sum(centred, axis=1) / num_columns
+    variance = tl.sum(centred * centred, axis=1) / num_columns - rest * rest
+    rstd = tl.rsqrt(variance + eps)
+    centred -= rest[:, None]
+    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(statistics_ptr + rows, mean, mask=row_mask)
+    tl.store(statistics_ptr + num_rows + rows, rest, mask=row_mask)
+    tl.store(statistics_ptr + num_rows + num_rows + rows, rstd, mask=row_mask)
+
+
+@jit
+def _layer_norm_backward_kernel(
+    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
+    dx_ptr, dresidual_ptr,  # (rows, N); dresidual is None where it is dx
+    partials_ptr,  # fp32 (1 to 3, programs, N): dweight, dbias, dx_bias
+    num_rows, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    # In wide rows registers run out: the weight is read for every tile, dbias and dx_bias are left to the wrapper.
+    if not WIDE:
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if HAS_DROPOUT:
+        k0, k1, first_row = philox.load_seed(seed_ptr)
+        head = tl.program_id(0) * 0
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        row_mask = rows < num_rows
+        mask = row_mask[:, None] & column_mask[None, :]
+        offsets = rows[:, None] * num_columns + columns[None, :]
+        mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
+        rest = tl.load(statistics_ptr + num_rows + rows, mask=row_mask, other=0.0)
+        rstd = tl.load(statistics_ptr + num_rows + num_rows + rows, mask=row_mask, other=0.0)
+        keep = mask
+        if HAS_DROPOUT:
+            keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
+        z = _load_sum(
+            x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT
+        )
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # Outside the mask dy is zero, so x_hat counts nothing there, whatever it is; dz is never stored there.
+        x_hat = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None]
+        dweight += dy * x_hat
+        if WIDE:
+            weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        else:
+            dbias += dy
+        g = dy * weight[None, :]
+        mean_g = tl.sum(g, axis=1) / num_columns
+        mean_g_x_hat = tl.sum(g * x_hat, axis=1) / num_columns
+        dz = rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_g_x_hat[:, None])
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if HAS_DROPOUT:
+            dz = tl.where(keep, dz, 0.0) * scale
+        tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
+        if x_bias_ptr is not None and not WIDE:
+            dx_bias += dz  # zero in rows outside, where rstd is zero
+    partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
+    stride = tl.num_programs(0).to(tl.int64) * num_columns
+    tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
+    if not WIDE:
+        tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
+    if x_bias_ptr is not None and not WIDE:
+        tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
+
+
+@jit
+def _sum_partials_kernel(
+    partials_ptr, out_0_ptr, out_1_ptr, out_2_ptr,  # fp32 (sums, partials, N); (N,) each, absent ones None
+    num_partials, num_columns,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    which = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    partials_ptr += which.to(tl.int64) * num_partials * num_columns
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, num_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < num_partials)[:, None] & column_mask[None, :]
+        total += tl.load(partials_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=mask, other=0)
+    total = tl.sum(total, axis=0)
+    tl.store(out_0_ptr + columns, total.to(out_0_ptr.dtype.element_ty), mask=column_mask & (which == 0))
+    if out_1_ptr is not None:
+        tl.store(out_1_ptr + columns, total.to(out_1_ptr.dtype.element_ty), mask=column_mask & (which == 1))
+    if out_2_ptr is not None:
+        tl.store(out_2_ptr + columns, total.to(out_2_ptr.dtype.element_ty), mask=column_mask & (which == 2))
+
+
+@functools.cache
+def count_programs(device: torch.device) -> int:
+    """How many programs of eight warps a kernel starts that walks over rows and keeps partial sums: two to a
+    multiprocessor, which fit at 128 registers a thread and so run in one wave."""
+    if device.type != "cuda":
+        return 3  # Triton's interpreter: few, and enough for tests to see several programs take several tiles each
+    return torch.cuda.get_device_properties(device).multi_processor_count * 2
+
+
+def sum_partials(partials: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> None:
+    """Add fp32 `partials` (sums, partials, N) over their second dimension into one to three `outputs` (N,), always in
+    the same order."""
+    _, num_partials, num_columns = partials.shape
+    absent = (None,) * (3 - len(outputs))
+    launch(
+        _sum_partials_kernel, (-(-num_columns // 32), len(outputs)),
+        partials, *outputs, *absent, num_partials, num_columns,
+        ROWS=128, BLOCK=32, num_warps=4,
+    )  # fmt: skip
+
+
+def _tile(num_columns: int) -> dict[str, int]:
+    """ROWS and BLOCK: whole rows, as many as make 2048 elements."""
+    block = max(128, 1 << (num_columns - 1).bit_length())
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block}
+
+
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_forward", mutates_args=())
+def _layer_norm_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y, statistics = _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps)
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    num_rows, num_columns = statistics.shape[1], x.shape[-1]
+    tile = _tile(num_columns)
+    launch(
+        _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),),
+        x, residual, x_bias, weight, bias, seed, y, statistics,
+        num_rows, num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
+        HAS_DROPOUT=p > 0, **tile, num_warps=16 if tile["BLOCK"] > 2048 else 4,
+    )  # fmt: skip
+    return y, statistics
+
+
+@_layer_norm_forward.register_fake
+def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, torch.empty((3, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    statistics: torch.Tensor,
+    p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dx, dresidual, dx_bias, dweight, dbias; what is absent, or the same as dx, is empty."""
+    gradients = _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p)
+    dx, dresidual, dx_bias, dweight, dbias = gradients
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    has_own_dresidual = _has_own_dresidual(x, residual, p)
+    residual = None if residual is None else residual.contiguous()
+    x_bias = None if x_bias is None else x_bias.contiguous()
+    num_rows, num_columns = statistics.shape[1], x.shape[-1]
+    tile = _tile(num_columns)
+    num_programs = min(count_programs(x.device), -(-num_rows // tile["ROWS"]))
+    wide = tile["BLOCK"] > 4096
+    sums = (dweight, dbias, dx_bias)[: 1 if wide else 2 if x_bias is None else 3]
+    partials = torch.empty((len(sums), num_programs, num_columns), dtype=torch.float32, device=x.device)
+    # Where there is room, the next one or two tiles are fetched while one is worked on.
+    stages = 1 if wide else 2 if tile["BLOCK"] > 1024 else 3
+    launch(
+        _layer_norm_backward_kernel, (num_programs,),
+        dy, x, residual, x_bias, weight, seed, statistics,
+        dx, dresidual if has_own_dresidual else None, partials,
+        num_rows, num_columns, philox.dropout_threshold(p), philox.dropout_scale(p),
+        HAS_DROPOUT=p > 0, WIDE=wide, **tile, STAGES=stages, num_warps=8,
+    )  # fmt: skip
+    sum_partials(partials, sums)
+    if wide:
+        dbias.copy_(dy.view(-1, num_columns).sum(0, dtype=torch.float32))
+        if x_bias is not None:
+            dx_bias.copy_(dx.view(-1, num_columns).sum(0, dtype=torch.float32))
+    return gradients
+
+
+@_layer_norm_backward.register_fake
+def _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p):
+    def empty_like(tensor):
+        shape = (0,) if tensor is None else tensor.shape
+        return torch.empty(shape, dtype=x.dtype if tensor is None else tensor.dtype, device=x.device)
+
+    own_residual = residual if _has_own_dresidual(x, residual, p) else None
+    return tuple(empty_like(tensor) for tensor in (x, own_residual, x_bias, weight, bias))
+
+
+def _has_own_dresidual(x: torch.Tensor, residual: torch.Tensor | None, p: float) -> bool:
+    """Whether the residual's gradient differs from that of x."""
+    return residual is not None and (p > 0 or residual.dtype != x.dtype)
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, residual, x_bias, weight, bias, seed, p, _ = inputs
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, residual, x_bias, weight, bias, seed, statistics)
+    ctx.p = p
+
+
+def _backward(ctx, dy, _dstatistics):
+    saved = ctx.saved_tensors  # once: checkpointing recomputes for one access only
+    dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
+    x, residual, x_bias = saved[:3]
+    if residual is None:
+        dresidual = None
+    elif not _has_own_dresidual(x, residual, ctx.p):
+        dresidual = dx
+    return dx, dresidual, None if x_bias is None else dx_bias, dweight, dbias, None, None, None
+
+
+_layer_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-5, impl: str | None = None
+) -> torch.Tensor:
+    """LayerNorm over the last dimension.
+
+    Args:
+        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), the dtype of x or fp32.
+    Returns:
+        (..., N) in the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or N above 8192 for Triton.
+    """
+    triton = use_triton("layer_norm", impl, x, weight, bias)
+    _check("layer_norm", triton, x, {"weight": weight, "bias": bias})
+    if triton:
+        return _layer_norm_forward(x, None, None, weight, bias, None, 0.0, eps)[0]
+    return layer_norm_torch(x, weight, bias, eps)
+
+
+def dropout_add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    p: float = 0.0,
+    eps: float = 1e-5,
+    x_bias: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """LayerNorm(residual + dropout(x + x_bias)) over the last dimension.
+
+    Args:
+        x: (..., N), fp32, bf16 or fp16. residual: (..., N). weight, bias, x_bias: (N,).
+        p: probability of dropping an element, rounded to 1/256; 0 outside training.
+        seed: see `philox`; needed where p > 0. A tensor can change between replays of a CUDA graph.
+    Returns:
+        (..., N) in the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1], p > 0 without a seed, or N above 8192
+            for Triton.
+    """
+    triton = use_triton("dropout_add_layer_norm", impl, x, residual, weight, bias, x_bias)
+    _check("dropout_add_layer_norm", triton, x, {"weight": weight, "bias": bias, "x_bias": x_bias}, residual)
+    philox.dropout_threshold(p)
+    if p > 0 and seed is None:
+        raise ValueError("dropout_add_layer_norm: p > 0 needs a seed; pass seed=, an int or an int64 tensor")
+    seed = philox.as_seed(seed, x.device) if p > 0 else None
+    if triton:
+        return _layer_norm_forward(x, residual, x_bias, weight, bias, seed, p, eps)[0]
+    return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
+
+
+def _check(
+    operation: str,
+    triton: bool,
+    x: torch.Tensor,
+    vectors: dict[str, torch.Tensor | None],
+    residual: torch.Tensor | None = None,
+) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"{operation}: x is a scalar; it needs a last dimension to normalise over")
+    tensors = {"x": x, "residual": residual, **vectors}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        shape = x.shape[-1:] if name in vectors else x.shape
+        if tensor.shape != shape:
+            raise ValueError(f"{operation}: {name} is {tuple(tensor.shape)}, x is {tuple(x.shape)}; "
+                             f"{name} must be {tuple(shape)}")  # fmt: skip
+        if not tensor.dtype.is_floating_point or (triton and tensor.dtype not in KERNEL_DTYPES):
+            raise ValueError(f"{operation}: {name} is {tensor.dtype}; use float32, bfloat16 or float16")
+    if triton and x.shape[-1] > MAX_COLUMNS:
+        raise ValueError(
+            f"{operation}: rows of {x.shape[-1]} columns exceed the kernel's {MAX_COLUMNS}; pass impl='torch'"
+        )
+
+
+class LayerNorm(torch.nn.Module):
+    """`torch.nn.LayerNorm` over one dimension, on `layer_norm`; the same parameters, defaults and state_dict."""
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape))
+        self.bias = torch.nn.Parameter(torch.zeros(normalized_shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class DropoutAddLayerNorm(torch.nn.Module):
+    """LayerNorm(residual + dropout(x + x_bias)); drops in training mode only. Parameters are those of
+    `torch.nn.LayerNorm`."""
+
+    def __init__(self, hidden_size: int, p: float = 0.1, eps: float = 1e-5):
+        super().__init__()
+        self.p = p
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        x_bias: torch.Tensor | None = None,
+        seed: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`seed` is needed in training mode where p > 0; see `dropout_add_layer_norm`."""
+        p = self.p if self.training else 0.0
+        return dropout_add_layer_norm(
+            x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed
+        )
+
+
+def launch_cases() -> Iterator[Callable[[], None]]:
+    """Forward and backward in every configuration that differs in code or resources."""
+
+    def case(num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48):
+        def run():
+            def empty(*shape, dtype):
+                return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+            x = empty(num_rows, num_columns, dtype=dtype)
+            weight, bias = (empty(num_columns, dtype=parameter_dtype) for _ in range(2))
+            if residual_dtype is None:
+                y = layer_norm(x, weight, bias, impl="triton")
+            else:
+                residual = empty(num_rows, num_columns, dtype=residual_dtype)
+                x_bias = empty(num_columns, dtype=parameter_dtype) if has_x_bias else None
+                y = dropout_add_layer_norm(
+                    x, residual, weight, bias, p=p, x_bias=x_bias, seed=0 if p else None, impl="triton"
+                )
+            y.backward(torch.zeros_like(y))
+
+        return run
+
+    fp32, bf16, fp16 = KERNEL_DTYPES
+    # Every width in the leanest and the fullest form, in the narrowest and the widest dtypes.
+    for num_columns in (64, 256, 512, 768, 1024, 2048, 4096, 8192):
+        for dtype in (bf16, fp32):
+            yield case(num_columns, dtype, fp32)
+            yield case(num_columns, dtype, fp32, dtype, has_x_bias=True, p=0.1)
+    yield case(1023, bf16, fp32, bf16, has_x_bias=True, p=0.1)  # rows that are not aligned
+    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.001, num_rows=1)  # Triton makes constants of ones
+    # Every set of flags, every mixture of dtypes.
+    for has_x_bias in (False, True):
+        for p in (0.0, 0.1):
+            yield case(768, bf16, fp32, bf16, has_x_bias, p)
+    for dtype in (bf16, fp16):
+        yield case(768, dtype, dtype)
+        for residual_dtype in (dtype, fp32):
+            yield case(768, dtype, dtype, residual_dtype, has_x_bias=True, p=0.0)
+            yield case(768, dtype, fp32, residual_dtype, has_x_bias=True, p=0.1)
