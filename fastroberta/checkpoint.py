@@ -1,0 +1,159 @@
+"""Checkpoints: a Hugging Face model directory, the optimizer's state beside it, and a manifest written last.
+
+    <output_dir>/checkpoint-00001000/
+        config.json  model.safetensors  tokenizer.json ...   what transformers loads; weights are the fp32 masters
+        optimizer.safetensors                                moments, under the parameters' names
+        trainer_state.json                                   step, configuration, scores
+        manifest.json                                        size and SHA-256 of every file above
+
+A directory is written under another name, synced, and appears by one rename: a checkpoint is whole or not there. Nothing
+is pickled. A flipped bit that safetensors would load without a word is found by its checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d{8,})")
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint directories of a run, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=get_step)
+
+
+def get_step(checkpoint: Path) -> int:
+    """The number of optimizer steps after which a checkpoint was taken, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    optimizer_tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> Path:
+    """Write one checkpoint.
+
+    Args:
+        write_model: writes the model directory's files into the path it is given.
+        optimizer_tensors: name -> tensor. state: what else the run needs, in JSON's types.
+    Returns:
+        the checkpoint's directory.
+    Raises:
+        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = output_dir / f"checkpoint-{step:08d}"
+    partial = output_dir / f".partial-{step:08d}-{os.getpid()}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_model(partial)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()},
+                  partial / OPTIMIZER)  # fmt: skip
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if final.exists():  # the same step again, after resuming from an earlier one
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(output_dir)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error}); make room or choose another output_dir"
+        ) from error
+    return final
+
+
+def remove_partial_checkpoints(output_dir: Path) -> None:
+    """Delete what a killed run left half written."""
+    for path in output_dir.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / STATE}: cannot be read ({error}); {_way_out(checkpoint)}") from error
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Hold every file against the manifest.
+
+    Raises:
+        CheckpointError: a file is missing, or its size or checksum differs.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_way_out(checkpoint)}") from error
+    for name, expected in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; {_way_out(checkpoint)}")
+        if _describe(file) != expected:
+            raise CheckpointError(f"{file}: differs from its checksum in {MANIFEST}; {_way_out(checkpoint)}")
+
+
+def load_optimizer_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors given to `save_checkpoint`, on the CPU; verify the checkpoint first."""
+    return load_file(checkpoint / OPTIMIZER)
+
+
+def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the one with the lowest `eval_loss` in its state."""
+    checkpoints = list_checkpoints(output_dir)
+    scores = {path: loss for path in checkpoints if (loss := read_state(path).get("eval_loss")) is not None}
+    best = min(scores, key=scores.__getitem__) if scores else None
+    for path in checkpoints[:-keep]:
+        if path != best:
+            # Renamed first: a directory that is being deleted must not look like a whole checkpoint.
+            doomed = path.with_name(f".partial-{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _way_out(checkpoint: Path) -> str:
+    return f"move {checkpoint.name} away to continue from the one before"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,139 @@
+"""`python -m fastroberta.evaluate CHECKPOINT --data DIR`: held-out loss, perplexity and accuracy, same masks every time.
+
+CHECKPOINT is a checkpoint of this trainer or any Hugging Face RoBERTa directory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .arguments import parse_arguments, run
+from .config import setting
+
+if TYPE_CHECKING:
+    import torch
+
+    from .data import Batch
+    from .model import RobertaForMaskedLM
+
+MASK_SEED = 0  # held-out masks are the same for every run, so that runs compare
+
+
+@dataclass
+class EvaluateConfig:
+    """One evaluation."""
+
+    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
+    data: str = setting(help="directory written by fastroberta.prepare; its held-out documents are used")
+    max_seq_length: int = setting(512, "tokens a sequence", valid="[8, inf)")
+    packing: Literal["full-sentences", "doc-sentences", "contiguous"] = setting(
+        "full-sentences", "how sequences are cut, as in training"
+    )
+    mlm_probability: float = setting(0.15, "share of tokens to predict", valid="(0, 1)")
+    eval_sequences: int = setting(
+        1024, "held-out sequences, spread evenly; more than there are means all", valid="[1, inf)"
+    )
+    micro_batch_size: int = setting(16, "sequences at once", valid="[1, inf)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto takes a GPU if there is one")
+    precision: Literal["bf16", "fp16", "fp32"] = setting("fp32", "of the matrix products")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out scores: loss in nats a masked token, accuracy as a share, and over how many masked tokens."""
+
+    loss: float
+    accuracy: float
+    num_masked: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate_model(model: RobertaForMaskedLM, batches: Iterable[Batch], masking: dict[str, Any]) -> Scores:
+    """Score a model on batches that lie on its device.
+
+    Args:
+        masking: what `mask_tokens` takes beyond ids and seeds.
+    """
+    import torch
+    from fastroberta_kernels.masking import mask_tokens
+
+    from .model import AttentionScope
+
+    was_training = model.training
+    model.eval()
+    totals: torch.Tensor | float = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            masked = mask_tokens(batch.input_ids, seed=MASK_SEED, sample_ids=batch.sample_ids, **masking)
+            result = model.loss(*masked, AttentionScope(batch.key_lengths, batch.cu_seqlens))
+            totals = totals + torch.stack(
+                (result.loss.double(), result.num_correct.double(), result.num_targets.double())
+            )
+    model.train(was_training)
+    loss, correct, count = totals.tolist()  # type: ignore[union-attr]
+    return Scores(loss / max(count, 1), correct / max(count, 1), int(count))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_arguments(argv, EvaluateConfig, description=__doc__)
+    # After the arguments: importing torch takes a second that --help should not.
+    from .data import heldout_batches, masking_arguments, move_ahead, open_split
+    from .distributed import select_device
+    from .errors import ConfigurationError
+    from .hf import load_huggingface
+    from .model import COMPUTE_DTYPES
+    from .shards import load_manifest
+    from .tokenizer import load_tokenizer, tokenizer_hash
+
+    checkpoint = Path(config.checkpoint)
+    model = load_huggingface(checkpoint)
+    manifest = load_manifest(config.data)
+    has_tokenizer = (checkpoint / "tokenizer.json").is_file() or (checkpoint / "vocab.json").is_file()
+    if has_tokenizer and tokenizer_hash(load_tokenizer(checkpoint)) != manifest.tokenizer_sha256:
+        raise ConfigurationError(
+            f"{config.data}: prepared with another tokenizer than {checkpoint}'s; run prepare with "
+            f"--tokenizer {checkpoint}"
+        )
+    assert model.config.vocab_size is not None
+    if manifest.vocab_size > model.config.vocab_size:
+        raise ConfigurationError(
+            f"{config.data}: a vocabulary of {manifest.vocab_size}, the model has {model.config.vocab_size}; run prepare "
+            "with the model's tokenizer"
+        )
+    longest = model.config.max_position_embeddings - 2
+    if config.max_seq_length > longest:
+        raise ConfigurationError(
+            f"max_seq_length: {config.max_seq_length} tokens, the model has positions for {longest}; give at most that"
+        )
+    device = select_device(config.device)
+    model.to(device)
+    model.compute_dtype = COMPUTE_DTYPES[config.precision]
+    blocks = open_split(
+        manifest, "heldout", max_seq_length=config.max_seq_length, packing=config.packing, attention_scope="block"
+    )
+    batches = move_ahead(heldout_batches(blocks, config.eval_sequences, config.micro_batch_size), device)
+    scores = evaluate_model(model, batches, masking_arguments(manifest, config.mlm_probability))
+    print(
+        json.dumps(
+            {
+                "eval/loss": scores.loss,
+                "eval/perplexity": scores.perplexity,
+                "eval/accuracy": scores.accuracy,
+                "masked_tokens": scores.num_masked,
+            }
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,48 @@
+"""The text that every Python brings: the language reference and the standard library's docstrings, about 2 MB.
+
+`python -m fastroberta.train` without data trains on it, so that a first run needs neither a download nor a corpus.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def python_texts() -> Iterator[tuple[str, str]]:
+    """Name and text of each topic of `pydoc_data.topics` and of each docstring in the standard library.
+
+    Modules are parsed, not imported: importing some of them opens windows or prints.
+    """
+    from pydoc_data.topics import topics
+
+    for name, text in sorted(topics.items()):
+        yield f"topic:{name}", text
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted((*library.glob("*.py"), *library.glob("[a-z]*/*.py"))):
+        if {"site-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3", "pydoc_data"} & set(path.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # files that are deliberately not valid Python
+            continue
+        module = ".".join(path.relative_to(library).with_suffix("").parts)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = ast.get_docstring(node)
+                if text and len(text) >= 40:
+                    yield f"{module}.{getattr(node, 'name', '')}", text
+
+
+def write_python_texts(path: Path) -> int:
+    """Write `python_texts` as JSON lines with the field `text`; return the number of documents."""
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for name, text in python_texts():
+            file.write(json.dumps({"id": name, "text": text}) + "\n")
+            count += 1
+    return count

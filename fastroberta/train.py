@@ -1,0 +1,550 @@
+"""`python -m fastroberta.train`: pretrain RoBERTa from prepared text to a checkpoint that transformers loads.
+
+Without arguments a small model learns the texts that every Python brings, in minutes on a CPU. With `--config
+roberta-base --data DIR` the paper's recipe runs on a directory written by `python -m fastroberta.prepare`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import parse_arguments, run, to_dict, validate
+from .config import TrainConfig
+from .errors import ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
+
+# A run may be continued with other values of these: they change neither the data order nor the result of a step, beyond
+# the rounding of another summation order.
+MAY_CHANGE_ON_RESUME = (
+    "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "logging_steps", "eval_steps",
+    "eval_sequences", "save_steps", "save_total_limit", "tensorboard", "dry_run", "data", "output_dir", "init_from",
+)  # fmt: skip
+QUICKSTART_VOCABULARY = 512
+MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
+    with contextlib.ExitStack() as stack:
+        if config.dry_run:  # whatever is written goes to a place that disappears
+            config.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-"))
+        if config.data is None:
+            config.data = prepare_python_texts(Path(config.output_dir))
+        trainer = Trainer(config)
+        if config.dry_run:
+            trainer.rehearse()
+        else:
+            trainer.train()
+    return 0
+
+
+def prepare_python_texts(output_dir: Path) -> str:
+    """Tokenize the texts inside Python into `output_dir`/data, once, with a tokenizer trained on them."""
+    from .prepare import main as prepare
+    from .quickstart import write_python_texts
+
+    directory = output_dir / "data"
+    if not (directory / "manifest.json").exists():
+        source = output_dir / "python-texts.jsonl"
+        write_python_texts(source)
+        arguments = [str(source), "--out", str(directory), "--train-tokenizer", str(QUICKSTART_VOCABULARY)]
+        status = prepare([*arguments, "--heldout-fraction", "0.05"])
+        if status:
+            raise SystemExit(status)
+    return str(directory)
+
+
+class Trainer:
+    """One run: data, model and optimizer as the configuration and the latest checkpoint give them.
+
+    Everything random is a function of the seed and of a sample's number in training order, so the state of a run is
+    its weights, its moments and its step.
+    """
+
+    def __init__(self, config: TrainConfig):
+        import torch
+        from fastroberta_kernels.philox import fold_seed
+
+        from .checkpoint import list_checkpoints, remove_partial_checkpoints
+        from .data import masking_arguments, open_split
+        from .distributed import select_device
+        from .model import COMPUTE_DTYPES, RobertaForMaskedLM
+        from .optim import LossScaler, build_optimizer
+        from .shards import load_manifest
+        from .tokenizer import load_tokenizer
+
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.device = select_device(config.device)
+        assert config.data is not None
+        self.manifest = load_manifest(config.data)
+        self.tokenizer = load_tokenizer(self.manifest.directory)
+        self.masking = masking_arguments(self.manifest, config.mlm_probability)
+        cut: dict[str, Any] = dict(max_seq_length=config.max_seq_length, packing=config.packing, attention_scope=config.attention_scope)
+        self.blocks = open_split(self.manifest, "train", **cut)
+        self.heldout = open_split(self.manifest, "heldout", **cut)
+
+        pad_token_id = self.manifest.special_token_ids["pad_token_id"]
+        if config.init_from is None:
+            self._settle_vocabulary()
+            model = RobertaForMaskedLM(config.model, pad_token_id, config.gradient_checkpointing)
+            model.init_weights(config.seed)
+        else:
+            model = self._load_initial_model()
+        validate(config)  # again, now that the sizes are those of the data and of the initial model
+        model.compute_dtype = COMPUTE_DTYPES[config.precision]
+        self.model = model.to(self.device).train()
+        self.loss = torch.compile(model.loss) if config.torch_compile else model.loss
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
+
+        self.mask_seed = fold_seed(config.seed, MASK_STREAM, device=self.device)
+        self.dropout_keys = model.dropout_keys(fold_seed(config.seed, DROPOUT_STREAM, device=self.device), self.device)
+        self.micro_batch_size = self._choose_micro_batch_size()
+        # The loss of a step is a sum over all masked tokens divided by their number, which is known when the last
+        # micro-batch is masked. Until then sums are divided by this expectation, to keep fp16 gradients in range.
+        self.expected_masked = config.train_batch_size * config.max_seq_length * config.mlm_probability
+        self.stop_signal: int | None = None
+        self.step = 0
+        self.eval_loss: float | None = None
+        remove_partial_checkpoints(self.output_dir)
+        if checkpoints := list_checkpoints(self.output_dir):
+            self._resume(checkpoints[-1])
+
+    # Training
+
+    def train(self) -> None:
+        """Train to the last step, or to a signal that asks to stop."""
+        from .metrics import MetricsWriter, Progress
+
+        config = self.config
+        if self.step >= config.max_steps:
+            print(f"{self.output_dir}: finished, {self.step} steps are done; {self._where_to_go_on()}")
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._describe()
+        started = time.monotonic()
+        with (
+            self._catch_signals(),
+            MetricsWriter(
+                self.output_dir, resumed_step=self.step if self.step else None, tensorboard=config.tensorboard
+            ) as writer,
+            Progress(config.max_steps, self.step) as progress,
+        ):
+            before = self.evaluate(writer, progress) if self.step == 0 else None
+            meter = Meter(self)
+            batches = self._read_batches()
+            while self.step < config.max_steps:
+                batches = self._run_step(batches, meter)
+                self.step += 1
+                if self.step % config.logging_steps == 0 or self.step == config.max_steps:
+                    metrics = meter.read()
+                    writer.write(self.step, metrics)
+                    progress.update(self.step, metrics)
+                last = self.step == config.max_steps
+                if self.step % config.eval_steps == 0 or last:
+                    with meter.pause():
+                        after = self.evaluate(writer, progress)
+                if self.step % config.save_steps == 0 or last or self.stop_signal is not None:
+                    with meter.pause():
+                        checkpoint = self.save()
+                if self.stop_signal is not None and not last:
+                    name = signal.Signals(self.stop_signal).name
+                    raise Stopped(f"{name} at step {self.step}; {checkpoint} is saved, the same command continues")
+                self.eval_loss = None
+        self._report(before, after, checkpoint, time.monotonic() - started)
+
+    def train_step(self, batches: Iterator[Any], meter: Meter | None = None) -> None:
+        """One optimizer step: gradients summed over the micro-batches of the whole batch, then one update.
+
+        Nothing here asks the device for a number.
+        """
+        import torch
+        from fastroberta_kernels.masking import mask_tokens
+
+        from .model import AttentionScope
+        from .optim import learning_rate
+
+        self.optimizer.zero_grad()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, masked
+        for batch in itertools.islice(batches, self.config.train_batch_size // self.micro_batch_size):
+            masked = mask_tokens(batch.input_ids, seed=self.mask_seed, sample_ids=batch.sample_ids, **self.masking)
+            scope = AttentionScope(batch.key_lengths, batch.cu_seqlens)
+            result = self.loss(*masked, scope, self.dropout_keys, batch.first_sample)
+            (result.loss * (self.scaler.scale / self.expected_masked)).backward()
+            totals += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
+            if meter is not None:
+                meter.count(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimizer.step(grad_scale=self.scaler.scale * totals[2].float() / self.expected_masked)
+        found_inf = (~torch.isfinite(self.optimizer.last_grad_norm)).float()
+        self.scaler.update(found_inf)
+        if meter is not None:
+            meter.add(totals, self.optimizer.last_grad_norm, found_inf)
+
+    def _run_step(self, batches: Iterator[Any], meter: Meter | None = None) -> Iterator[Any]:
+        """`train_step`; where memory runs out, the step is done again with half the micro-batch."""
+        import torch
+
+        while True:
+            try:
+                self.train_step(batches, meter)
+                return batches
+            except torch.OutOfMemoryError as error:
+                if self.micro_batch_size == 1 or self.config.micro_batch_size != "auto":
+                    raise DeviceMemoryError(
+                        f"step {self.step}: {self.device} has too little memory for {self.micro_batch_size} sequences at "
+                        "once; lower micro_batch_size or set gradient_checkpointing"
+                    ) from error
+                self.micro_batch_size = self._next_smaller_micro_batch_size()
+            print(f"out of memory: going on with {self.micro_batch_size} sequences at once", file=sys.stderr)
+            torch.cuda.empty_cache()
+            batches = self._read_batches()
+
+    def evaluate(self, writer: Any = None, progress: Any = None) -> Any:
+        """Held-out scores at this step, written down and shown."""
+        from .data import heldout_batches, move_ahead
+        from .evaluate import evaluate_model
+
+        size = max(1, min(64, self.micro_batch_size))
+        batches = move_ahead(heldout_batches(self.heldout, self.config.eval_sequences, size), self.device)
+        scores = evaluate_model(self.model, batches, self.masking)
+        self.eval_loss = scores.loss
+        if writer is not None:
+            metrics = {"eval/loss": scores.loss, "eval/accuracy": scores.accuracy, "eval/perplexity": scores.perplexity}
+            writer.write(self.step, metrics)
+            progress.print(f"step {self.step}: held-out loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
+        return scores
+
+    def rehearse(self) -> None:
+        """`--dry-run`: say what the run would be, do one step of it, leave nothing."""
+        import torch
+
+        from .metrics import estimate_memory, estimate_time, format_seconds, model_flops_per_step
+
+        self._describe()
+        for name, size in estimate_memory(self.config, self.micro_batch_size).items():
+            print(f"  memory, {name}: {size / 2**30:.2f} GiB (estimate)")
+        meter = Meter(self)
+        # One micro-batch is enough to measure by; a step of thousands of sequences could take hours on a CPU.
+        steps = self.config.train_batch_size // self.micro_batch_size
+        self.config.train_batch_size = self.micro_batch_size
+        self._run_step(self._read_batches(), meter)
+        rate = meter.flops / (time.monotonic() - meter.started)
+        self.config.train_batch_size *= steps
+        if self.device.type == "cuda":
+            print(f"  memory, measured: {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
+        one_step = model_flops_per_step(
+            self.config.model, meter.tokens * steps, int(self.expected_masked), meter.squares * steps
+        )
+        print(
+            f"  one micro-batch done: loss {meter.read()['train/loss']:.3f}; a step takes about "
+            f"{format_seconds(one_step / rate)}, all of them {format_seconds(estimate_time(self.config, rate))}"
+        )
+
+    # State
+
+    def save(self) -> Path:
+        """A checkpoint of this step; older ones beyond the limit are removed."""
+        from .checkpoint import remove_old_checkpoints, save_checkpoint
+        from .hf import save_huggingface
+        from .optim import optimizer_tensors
+
+        state = {
+            "step": self.step,
+            "eval_loss": self.eval_loss,
+            "data": self.manifest.tokenizer_sha256,
+            "train_tokens": self.blocks.num_tokens,
+            "config": to_dict(self.config),
+        }
+        checkpoint = save_checkpoint(
+            self.output_dir,
+            self.step,
+            lambda path: save_huggingface(self.model, self.tokenizer, path),
+            optimizer_tensors(self.optimizer, self.model) | self.scaler.state(),
+            state,
+        )
+        remove_old_checkpoints(self.output_dir, self.config.save_total_limit)
+        return checkpoint
+
+    def _resume(self, checkpoint: Path) -> None:
+        from .checkpoint import load_optimizer_tensors, read_state, verify_checkpoint
+        from .hf import copy_from_huggingface, read_tensors
+        from .optim import load_optimizer_tensors as put_optimizer_tensors
+
+        verify_checkpoint(checkpoint)
+        state = read_state(checkpoint)
+        before, now = _flatten(state["config"]), _flatten(to_dict(self.config))
+        for name, value in now.items():
+            if name.split(".")[0] not in MAY_CHANGE_ON_RESUME and before.get(name, value) != value:
+                raise ConfigurationError(
+                    f"{name}: {value!r}, but {checkpoint} was trained with {before[name]!r}; keep it, or give another "
+                    "--output_dir"
+                )
+        if (state["data"], state["train_tokens"]) != (self.manifest.tokenizer_sha256, self.blocks.num_tokens):
+            raise ConfigurationError(
+                f"{self.config.data}: not the data that {checkpoint} was trained on; give that, or another --output_dir"
+            )
+        path = checkpoint / "model.safetensors"
+        copy_from_huggingface(read_tensors(path), dict(self.model.named_parameters()), self.model.config, str(path))
+        tensors = load_optimizer_tensors(checkpoint)
+        for name, tensor in self.scaler.state().items():
+            tensor.copy_(tensors[name])
+        put_optimizer_tensors(self.optimizer, self.model, tensors, str(checkpoint))
+        self.step = state["step"]
+
+    # Settling what the configuration leaves open
+
+    def _settle_vocabulary(self) -> None:
+        if self.config.model.vocab_size not in (None, self.manifest.vocab_size):
+            raise ConfigurationError(
+                f"model.vocab_size: {self.config.model.vocab_size}, but the tokenizer of {self.config.data} has "
+                f"{self.manifest.vocab_size} ids; leave it null"
+            )
+        self.config.model.vocab_size = self.manifest.vocab_size
+
+    def _load_initial_model(self) -> Any:
+        from .hf import load_huggingface
+        from .tokenizer import load_tokenizer, tokenizer_hash
+
+        directory = Path(str(self.config.init_from))
+        model = load_huggingface(directory)
+        if tokenizer_hash(load_tokenizer(directory)) != self.manifest.tokenizer_sha256:
+            raise ConfigurationError(
+                f"init_from: {directory} has another tokenizer than {self.config.data}; prepare the data with "
+                f"--tokenizer {directory}"
+            )
+        if self.config.max_seq_length > model.config.max_position_embeddings - 2:
+            raise ConfigurationError(
+                f"max_seq_length: {self.config.max_seq_length}, but {directory} has positions for "
+                f"{model.config.max_position_embeddings - 2} tokens"
+            )
+        # Sizes come from the checkpoint; dropout is a choice of this run.
+        sizes = dataclasses.asdict(model.config)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            sizes[name] = getattr(self.config.model, name)
+        self.config.model = type(model.config)(**sizes)
+        weights = model.state_dict()
+        model = type(model)(self.config.model, model.pad_token_id, self.config.gradient_checkpointing)
+        model.load_state_dict(weights)
+        return model
+
+    def _choose_micro_batch_size(self) -> int:
+        """The configured size; for `auto` the largest divisor of the batch that should fit."""
+        import torch
+
+        from .metrics import estimate_memory
+
+        batch = self.config.train_batch_size
+        if self.config.micro_batch_size != "auto":
+            return self.config.micro_batch_size
+        if self.device.type == "cpu":  # a CPU gains nothing from more tokens at once than keep its cores busy
+            return max(size for size in _divisors(batch) if size == 1 or size * self.config.max_seq_length <= 4096)
+        budget = 0.9 * torch.cuda.mem_get_info(self.device)[0]
+        fitting = [size for size in _divisors(batch) if estimate_memory(self.config, size)["total"] <= budget]
+        return max(fitting, default=1)
+
+    def _next_smaller_micro_batch_size(self) -> int:
+        return max(size for size in _divisors(self.config.train_batch_size) if size <= self.micro_batch_size // 2)
+
+    def _read_batches(self) -> Iterator[Any]:
+        from .data import move_ahead, training_batches
+
+        batch = self.config.train_batch_size
+        first_samples = range(self.step * batch, self.config.max_steps * batch, self.micro_batch_size)
+        batches = training_batches(
+            self.blocks,
+            first_samples,
+            self.micro_batch_size,
+            seed=self.config.seed,
+            static_masking=self.config.masking == "static",
+        )
+        return move_ahead(batches, self.device)
+
+    @contextlib.contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted and heeded after the step in progress; a second one acts at once."""
+
+        def note(number: int, _: Any) -> None:
+            self.stop_signal = number
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # What a person reads
+
+    def _describe(self) -> None:
+        from .metrics import num_parameters
+
+        config = self.config
+        print(
+            f"{num_parameters(config.model):,} parameters, vocabulary {config.model.vocab_size:,}, {config.precision} on "
+            f"{self.device}; {self.blocks.num_tokens:,} tokens in {len(self.blocks):,} sequences of "
+            f"{config.max_seq_length}; {config.max_steps:,} steps of {config.train_batch_size:,} sequences, "
+            f"{self.micro_batch_size} at once"
+        )
+        if self.step:
+            print(f"{self.output_dir}: continuing after step {self.step}")
+
+    def _where_to_go_on(self) -> str:
+        from .checkpoint import list_checkpoints
+
+        return f"the checkpoint is {list_checkpoints(self.output_dir)[-1]}"
+
+    def _report(self, before: Any, after: Any, checkpoint: Path, seconds: float) -> None:
+        """How it went: scores before and after, and five filled-in sentences."""
+        from .metrics import format_seconds
+
+        print(
+            f"\ntrained in {format_seconds(seconds)}; held-out unigram entropy {self.heldout.unigram_entropy():.3f} nats"
+        )
+        for name, scores in (("before", before), ("after", after)):
+            if scores is not None:
+                print(f"  {name + ':':8} held-out loss {scores.loss:.3f} nats, accuracy {scores.accuracy:.1%}")
+        print("one token of a held-out sentence masked and filled in:")
+        for text in self.fill_in(5):
+            print(f"  {text}")
+        print(f"checkpoint: {checkpoint}")
+
+    def fill_in(self, count: int) -> list[str]:
+        """Held-out sentences with one token masked: what the model puts there, and what stood there."""
+        import torch
+
+        ids = self.manifest.special_token_ids
+        self.model.eval()
+        lines = []
+        for sentence in self.heldout.sentences(count, at_least=12, at_most=min(48, self.config.max_seq_length - 2)):
+            tokens = [ids["bos_token_id"], *sentence, ids["eos_token_id"]]
+            place = len(tokens) // 2
+            original, tokens[place] = tokens[place], ids["mask_token_id"]
+            with torch.no_grad():
+                logits = self.model(torch.tensor([tokens], device=self.device))[0, place]
+            logits[list(set(ids.values()))] = -torch.inf
+            before, filled, was, after = (
+                self.tokenizer.decode(part)
+                for part in (tokens[1:place], [int(logits.argmax())], [original], tokens[place + 1 : -1])
+            )
+            verdict = "as written" if filled == was else f"was {was!r}"
+            lines.append(f"{before}[{filled}]{after}  ({verdict})")
+        self.model.train()
+        return lines
+
+
+class Meter:
+    """Sums over a logging interval: on the device what the device knows, on the host what the host knows."""
+
+    def __init__(self, trainer: Trainer):
+        import torch
+
+        from .metrics import measure_matmul_flops, open_gpu_monitor, peak_flops
+
+        self.trainer = trainer
+        device = trainer.device
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self.peak = peak_flops(properties.name) or measure_matmul_flops(device, trainer.model.compute_dtype)
+            self.monitor = open_gpu_monitor(str(properties.uuid))
+        else:
+            self.peak = measure_matmul_flops(device, trainer.model.compute_dtype)
+            self.monitor = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.totals: Any = None
+        self.skipped: Any = 0.0
+        self.norm: Any = None
+        self.tokens = self.squares = self.masked_before = 0
+        self.flops = 0.0
+        self.started = time.monotonic()
+        self.first_step = self.trainer.step
+
+    def count(self, batch: Any) -> None:
+        """Take note of a micro-batch."""
+        from .metrics import model_flops_per_step
+
+        self.tokens += batch.num_tokens
+        self.squares += batch.sum_squared_lengths
+        masked = int(batch.num_tokens * self.trainer.config.mlm_probability)
+        self.flops += model_flops_per_step(
+            self.trainer.config.model, batch.num_tokens, masked, batch.sum_squared_lengths
+        )
+
+    def add(self, totals: Any, norm: Any, found_inf: Any) -> None:
+        """Take note of a step's sums, tensors on the device."""
+        self.totals = totals if self.totals is None else self.totals + totals
+        self.norm = norm
+        self.skipped = self.skipped + found_inf
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the block's time out of the throughput: evaluation, saving."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began
+
+    def read(self) -> dict[str, float]:
+        """The interval's metrics, and begin the next interval. The one place where the host waits for the device.
+
+        Raises:
+            NonFiniteError: a loss that is not finite, or gradients that are not, other than fp16's.
+        """
+        from .optim import learning_rate
+
+        trainer = self.trainer
+        loss, correct, masked = self.totals.tolist()
+        norm, skipped = float(self.norm), int(self.skipped)
+        seconds = time.monotonic() - self.started
+        overflow_is_normal = trainer.config.precision == "fp16" and float(trainer.scaler.scale) >= 1.0
+        if skipped and not overflow_is_normal:
+            raise NonFiniteError(
+                f"loss or gradient not finite in {skipped} of steps {self.first_step + 1} to {trainer.step}; nothing of it "
+                "reached the weights; lower optimizer.learning_rate, or continue from the last checkpoint with bf16 or fp32"
+            )
+        rate = self.tokens / seconds
+        metrics = {
+            "train/loss": loss / max(masked, 1),
+            "train/accuracy": correct / max(masked, 1),
+            "train/learning_rate": learning_rate(max(trainer.step - 1, 0), trainer.config),
+            "train/grad_norm": norm,
+            "throughput/tokens_per_second": rate,
+            "throughput/mfu": self.flops / seconds / self.peak,
+        }
+        if trainer.scaler.enabled:
+            metrics |= {"train/loss_scale": float(trainer.scaler.scale), "train/skipped_steps": float(skipped)}
+        if self.monitor is not None:
+            metrics |= self.monitor.sample(self.tokens)
+        self._reset()
+        return metrics
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, with tuples and lists alike."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

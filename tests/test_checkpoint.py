@@ -1,0 +1,88 @@
+"""A checkpoint is whole or not there, and a damaged one is noticed."""
+
+import json
+
+import pytest
+import torch
+
+from fastroberta.checkpoint import (
+    list_checkpoints,
+    load_optimizer_tensors,
+    read_state,
+    remove_old_checkpoints,
+    remove_partial_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from fastroberta.errors import CheckpointError
+
+
+def save(directory, step=1, eval_loss=None):
+    def write_model(path):
+        (path / "config.json").write_text("{}")
+
+    tensors = {"exp_avg.a": torch.arange(6.0).view(2, 3), "step.a": torch.tensor(3.0)}
+    return save_checkpoint(directory, step, write_model, tensors, {"step": step, "eval_loss": eval_loss})
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 12)
+    assert path.name == "checkpoint-00000012"
+    verify_checkpoint(path)
+    assert read_state(path)["step"] == 12
+    tensors = load_optimizer_tensors(path)
+    assert torch.equal(tensors["exp_avg.a"], torch.arange(6.0).view(2, 3)) and tensors["step.a"] == 3
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = save(tmp_path)
+    for name in ("config.json", "optimizer.safetensors", "trainer_state.json"):
+        file = path / name
+        original = file.read_bytes()
+        for place in range(0, len(original), max(1, len(original) // 7)):
+            damaged = bytearray(original)
+            damaged[place] ^= 1
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=name):
+                verify_checkpoint(path)
+        file.write_bytes(original)
+    verify_checkpoint(path)
+
+
+def test_missing_file_and_manifest_are_named(tmp_path):
+    path = save(tmp_path)
+    (path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config.json: missing; move checkpoint-00000001 away"):
+        verify_checkpoint(path)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest.json: cannot be read"):
+        verify_checkpoint(path)
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+        save(tmp_path, step, loss)
+    remove_old_checkpoints(tmp_path, keep=2)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    save(tmp_path, 1)
+
+    def fail(path):
+        (path / "half").write_text("...")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000002: cannot be written .*No space left"):
+        save_checkpoint(tmp_path, 2, fail, {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+
+
+def test_half_written_directories_are_no_checkpoints_and_go(tmp_path):
+    partial = tmp_path / ".partial-00000007-1"
+    partial.mkdir()
+    (partial / "manifest.json").write_text(json.dumps({"files": {}}))
+    save(tmp_path, 1)
+    assert len(list_checkpoints(tmp_path)) == 1
+    remove_partial_checkpoints(tmp_path)
+    assert not partial.exists()

@@ -1,0 +1,237 @@
+"""The trainer as its users run it: learn, stop, resume to the bit, refuse what cannot work."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastroberta.arguments import from_dict
+from fastroberta.config import TrainConfig
+from fastroberta.errors import CheckpointError, ConfigurationError, NonFiniteError, Stopped
+from fastroberta.prepare import main as prepare
+from fastroberta.train import Trainer, main
+
+SETTINGS = {
+    "precision": "fp32", "max_seq_length": 32, "packing": "contiguous", "train_batch_size": 8, "micro_batch_size": 4,
+    "max_steps": 12, "logging_steps": 2, "eval_steps": 6, "eval_sequences": 16, "save_steps": 6, "tensorboard": False,
+    "device": "cpu",
+    "model": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 64,
+        "max_position_embeddings": 34, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+    },
+    "optimizer": {"learning_rate": 5e-3},
+    "lr_scheduler": {"warmup_steps": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A prepared directory of sentences with something to learn."""
+    directory = tmp_path_factory.mktemp("data")
+    source = directory / "text.txt"
+    names = ("anna", "ben", "clara", "david", "emma", "felix")
+    lines = [
+        f"{a} gives {b} a {thing}. {b} thanks {a} for the {thing}.\n"
+        for a in names for b in names if a != b for thing in ("book", "ball", "pear", "coin", "ring")
+    ]  # fmt: skip
+    source.write_text("\n".join(lines * 3))
+    arguments = [str(source), "--out", str(directory / "shards"), "--train-tokenizer", "300", "--workers", "1"]
+    assert prepare([*arguments, "--heldout-fraction", "0.1"]) == 0
+    return directory / "shards"
+
+
+def configure(data, output_dir, **changes):
+    settings = {**SETTINGS, "data": str(data), "output_dir": str(output_dir), **changes}
+    return from_dict(TrainConfig, settings)
+
+
+def read_weights(output_dir, step):
+    return {
+        name: load_file(output_dir / f"checkpoint-{step:08d}" / f"{name}.safetensors")
+        for name in ("model", "optimizer")
+    }
+
+
+def assert_same(ours, theirs):
+    for name in ours:
+        assert ours[name].keys() == theirs[name].keys()
+        for key in ours[name]:
+            assert torch.equal(ours[name][key], theirs[name][key]), key
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run that nobody interrupted."""
+    output_dir = tmp_path_factory.mktemp("finished")
+    Trainer(configure(data, output_dir)).train()
+    return output_dir
+
+
+def test_it_learns_and_writes_metrics(data, tmp_path, capsys):
+    Trainer(configure(data, tmp_path, max_steps=60, logging_steps=20, eval_steps=60, save_steps=60)).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["eval/loss"] for line in lines if "eval/loss" in line]
+    assert evaluated[-1] < evaluated[0] - 1.0
+    logged = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in logged] == [20, 40, 60]
+    for name in ("train/grad_norm", "train/learning_rate", "throughput/tokens_per_second", "throughput/mfu"):
+        assert all(line[name] > 0 for line in logged), name
+    shown = capsys.readouterr().out
+    assert "before: " in shown and "after: " in shown and "unigram entropy" in shown
+    assert f"checkpoint: {tmp_path / 'checkpoint-00000060'}" in shown
+    assert shown.count("[") >= 5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_resumed_run_is_bit_identical(data, finished, tmp_path, optimizer, stop_at):
+    changes = {} if optimizer == "adamw" else {"optimizer": {"name": "lamb", "learning_rate": 5e-3}}
+    if optimizer == "lamb":
+        finished = tmp_path / "finished"
+        Trainer(configure(data, finished, **changes)).train()
+    stopped = tmp_path / "stopped"
+    trainer = Trainer(configure(data, stopped, **changes))
+    step = trainer.train_step
+
+    def step_and_stop(*arguments):
+        step(*arguments)
+        if trainer.step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.train_step = step_and_stop
+    with pytest.raises(Stopped, match=f"SIGTERM at step {stop_at}"):
+        trainer.train()
+    Trainer(configure(data, stopped, **changes)).train()
+    assert_same(read_weights(stopped, 12), read_weights(finished, 12))
+    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_micro_batch_changes_nothing_beyond_rounding(data, finished, tmp_path):
+    Trainer(configure(data, tmp_path, micro_batch_size=8)).train()
+    ours, theirs = (read_weights(path, 12)["model"] for path in (tmp_path, finished))
+    for name in ours:
+        assert (ours[name] - theirs[name]).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"packing": "full-sentences"},
+        {"packing": "doc-sentences", "attention_scope": "document"},
+        {"masking": "static"},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"gradient_checkpointing": True},
+        {"optimizer": {"name": "lamb", "decay": "no_bias_norm", "max_grad_norm": 1.0, "learning_rate": 5e-2}},
+        {"optimizer": {"name": "adamw", "max_grad_norm": 0.5, "learning_rate": 5e-3}},
+    ],
+    ids=lambda changes: "-".join(map(str, list(changes.values())[0:1])),
+)
+def test_every_mode_trains(data, tmp_path, changes):
+    Trainer(configure(data, tmp_path, **changes)).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_gradient_checkpointing_changes_no_bit(data, finished, tmp_path):
+    Trainer(configure(data, tmp_path, gradient_checkpointing=True)).train()
+    assert_same(read_weights(tmp_path, 12), read_weights(finished, 12))
+
+
+def test_finished_run_says_so(data, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    Trainer(configure(data, finished)).train()
+    assert "finished, 12 steps are done" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_with_other_settings_is_refused(data, finished):
+    with pytest.raises(ConfigurationError, match=r"optimizer.learning_rate: 0.001, but .* was trained with 0.005"):
+        Trainer(configure(data, finished, optimizer={"learning_rate": 1e-3}))
+    Trainer(configure(data, finished, logging_steps=1, micro_batch_size=2))
+
+
+def test_damaged_checkpoint_is_refused(data, finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    path = copy / "checkpoint-00000012" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: differs from its checksum"):
+        Trainer(configure(data, copy))
+
+
+def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path):
+    trainer = Trainer(configure(data, tmp_path, eval_sequences=1))
+    loss = trainer.loss
+    trainer.loss = lambda *arguments: loss(*arguments)._replace(loss=loss(*arguments).loss * float("nan"))
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    with pytest.raises(NonFiniteError, match="steps 1 to 2"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_fp16_skips_overflow_and_halves_the_scale(data, tmp_path):
+    trainer = Trainer(configure(data, tmp_path, precision="fp16"))
+    trainer.scaler.scale.fill_(2.0**120)
+    trainer.train()
+    assert trainer.scaler.scale < 2.0**120
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_dry_run_leaves_nothing(data, tmp_path, capsys):
+    settings = configure(data, tmp_path / "never")
+    config = tmp_path / "config.yaml"
+    import yaml
+
+    content = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+    content["optimizer"]["betas"] = list(content["optimizer"]["betas"])
+    content["model"].pop("vocab_size")
+    config.write_text(yaml.safe_dump(content))
+    assert main(["--config", str(config), "--dry-run"]) == 0
+    assert not (tmp_path / "never").exists()
+    shown = capsys.readouterr().out
+    assert "parameters" in shown and "memory, total" in shown and "all of them" in shown
+
+
+def test_sequence_longer_than_the_position_table_is_refused(data, tmp_path):
+    with pytest.raises(ConfigurationError, match="max_position_embeddings"):
+        configure(data, tmp_path, max_seq_length=64)
+
+
+def test_init_from_a_checkpoint(data, finished, tmp_path):
+    start = finished / "checkpoint-00000012"
+    trainer = Trainer(configure(data, tmp_path, init_from=str(start)))
+    scores = trainer.evaluate()
+    assert scores.loss == pytest.approx(json.loads((start / "trainer_state.json").read_text())["eval_loss"], abs=1e-6)
+
+
+def test_sigterm_from_outside_leads_to_a_checkpoint_and_75(data, tmp_path):
+    """The program as a process, stopped by the signal that a scheduler sends."""
+    arguments = [f"--{key}={value}" for key, value in SETTINGS.items() if not isinstance(value, dict)]
+    nested = {k: v for k, v in SETTINGS.items() if isinstance(v, dict)}
+    arguments += [f"--{k}.{key}={value}" for k, settings in nested.items() for key, value in settings.items()]
+    arguments += [f"--data={data}", f"--output_dir={tmp_path}", "--max_steps=100000", "--logging_steps=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastroberta.train", *arguments], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    message = process.stderr.read()
+    assert process.wait(timeout=60) == 75
+    assert "SIGTERM at step" in message and "Traceback" not in message
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
