@@ -23,6 +23,7 @@ Dropout decisions
     little-endian order. An element is kept when its byte is >= threshold, and the threshold is p rounded to 1/256:
     for p=0.1 the probability really used is 26/256, and kept values are scaled by 256/230, so the mean is exact.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,269 @@
+"""What every Triton kernel takes of a GPU, known without one: compiled ahead of time for three generations of chips.
+
+Each kernel module yields its `launch_cases`; run while launches are recorded, they tell which kernels start with which
+arguments. A stand-in for Triton's CUDA driver names the chip to compile for, and Triton's own JIT then does what it
+does before a launch: it looks at the arguments (types, divisibility by 16, equality to 1) and compiles each distinct
+combination once, down to the machine code that ptxas makes.
+
+A row is at fault where compilation fails, where registers spill to local memory, or where a block needs more shared
+memory than the chip has.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+KERNEL_MODULES = tuple(
+    f"fastroberta_kernels.{name}"
+    for name in ("attention", "layer_norm", "gelu", "embedding", "cross_entropy", "masking")
+)
+
+
+class Chip(NamedTuple):
+    """Limits of a streaming multiprocessor (CUDA C++ programming guide, "Technical specifications")."""
+
+    name: str
+    shared_per_block: int  # bytes a block may ask for
+    shared_per_multiprocessor: int  # bytes; each resident block takes 1024 more than it asks for
+
+
+CHIPS = {
+    80: Chip("A100", 163 * 1024, 164 * 1024),
+    90: Chip("H100", 227 * 1024, 228 * 1024),
+    100: Chip("B200", 227 * 1024, 228 * 1024),
+}
+# The same on all three chips.
+MAX_WARPS, MAX_BLOCKS, REGISTERS = 64, 32, 65536
+REGISTER_UNIT, WARP_UNIT, SHARED_UNIT, RESERVED_SHARED = 256, 4, 128, 1024  # allocation granularity
+
+
+class Resources(NamedTuple):
+    """One configuration of one kernel on one chip."""
+
+    kernel: str
+    configuration: str  # tensor types, arguments left out, constexprs
+    target: int  # compute capability times ten
+    warps: int = 0  # in a block
+    registers: int = 0  # of a thread
+    local_bytes: int = 0  # of a thread: spilled registers
+    shared_bytes: int = 0  # of a block
+    blocks: int = 0  # resident on a multiprocessor
+    seconds: float = 0.0  # to compile, or to find in Triton's cache
+    fault: str = ""
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps as a share of those a multiprocessor can hold."""
+        return self.blocks * self.warps / MAX_WARPS
+
+
+def round_up(value: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is not below `value`."""
+    return -(-value // unit) * unit
+
+
+def count_resident_blocks(target: int, registers: int, shared_bytes: int, warps: int) -> int:
+    """How many blocks of a kernel a multiprocessor of `target` can hold at once."""
+    warps_by_registers = REGISTERS // round_up(max(registers, 1) * 32, REGISTER_UNIT) // WARP_UNIT * WARP_UNIT
+    shared_of_block = round_up(shared_bytes + RESERVED_SHARED, SHARED_UNIT)
+    return min(
+        MAX_BLOCKS,
+        MAX_WARPS // warps,
+        warps_by_registers // round_up(warps, WARP_UNIT),
+        CHIPS[target].shared_per_multiprocessor // shared_of_block,
+    )
+
+
+class _Target:
+    """What Triton's JIT asks of a driver before it compiles; the device number is the compute capability."""
+
+    def __init__(self, target: int):
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return self.target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.target, 32)
+
+
+def _leave_interpreter() -> None:
+    """Start of a worker process, before it imports Triton: kernels made for the interpreter cannot be compiled."""
+    os.environ.pop("TRITON_INTERPRET", None)  # a test session sets it for its children too
+
+
+@functools.cache
+def _record(modules: tuple[str, ...]) -> dict[str, list[Any]]:
+    """The launches of each kernel of `modules`, collected once in a worker process."""
+    import torch
+    from fastroberta_kernels._dispatch import record_launches
+
+    torch.set_num_threads(1)
+    launches_of: dict[str, list[Any]] = {}
+    for name in modules:
+        with record_launches() as launches:
+            for case in importlib.import_module(name).launch_cases():
+                case()
+        if not launches:
+            raise ValueError(f"{name}: its launch_cases() launch no kernel, so nothing would be checked")
+        for launch in launches:
+            # By where it is written: a kernel that several modules launch is compiled once.
+            home = launch.kernel.__module__.removeprefix("fastroberta_kernels.")
+            launches_of.setdefault(f"{home}.{launch.kernel.__name__}", []).append(launch)
+    return launches_of
+
+
+def _list_kernels(modules: tuple[str, ...]) -> list[str]:
+    """The kernels of `modules`, those with the most launches first: both processes then end at about the same time."""
+    launches_of = _record(modules)
+    return sorted(launches_of, key=lambda kernel: len(launches_of[kernel]), reverse=True)
+
+
+def _describe(launch: Any) -> str:
+    """Tensor types in order of appearance, arguments left out, constexprs and options."""
+    import torch
+
+    named = dict(zip(launch.kernel.arg_names, launch.arguments))
+    types = dict.fromkeys(
+        str(value.dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+        for value in named.values()
+        if isinstance(value, torch.Tensor)
+    )
+    left_out = [f"no {name.removesuffix('_ptr')}" for name, value in named.items() if value is None]
+    options = [f"{name}={value}" for name, value in launch.options.items() if name != "num_warps"]
+    return " ".join([*types, *left_out, *options])
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread uses, as the cuobjdump in Triton's wheel reads them."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(cuobjdump), "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump -res-usage: no usage found in {text!r}")
+    registers, stack, local = map(int, usage.groups())
+    return registers, stack + local
+
+
+def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
+    """Compile all configurations of a kernel of `modules` for a target."""
+    from triton.runtime import driver
+
+    modules, name, target = job
+    driver.set_active(_Target(target))
+    rows, seen, failed = [], set(), set()
+    for launch in _record(modules)[name]:
+        configuration = _describe(launch)
+        if configuration in failed:
+            continue
+        start = time.perf_counter()
+        try:
+            compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+        except Exception as error:  # whatever the compiler raises is the finding
+            failed.add(configuration)
+            reason = (str(error).strip() or "no message").splitlines()[-1]
+            rows.append(Resources(name, configuration, target, fault=f"{type(error).__name__}: {reason}"))
+            continue
+        if id(compiled) in seen:  # the JIT found it in its table: the same types, the same constants
+            continue
+        seen.add(id(compiled))
+        seconds = time.perf_counter() - start
+        registers, local = _read_usage(compiled.asm["cubin"])
+        shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+        faults = []
+        if local:
+            faults.append(f"spills {local} bytes a thread")
+        if shared > CHIPS[target].shared_per_block:
+            faults.append(f"needs {shared} bytes of shared memory, {CHIPS[target].shared_per_block} are there")
+        blocks = count_resident_blocks(target, registers, shared, warps)
+        rows.append(
+            Resources(
+                name, configuration, target, warps, registers, local, shared, blocks, seconds, "; ".join(faults)
+            )
+        )
+    return rows
+
+
+def measure_resources(modules: Sequence[str] = KERNEL_MODULES, targets: Iterable[int] = CHIPS) -> list[Resources]:
+    """Compile every configuration that the modules' `launch_cases` reach, in two processes.
+
+    Args:
+        modules: import names of kernel modules. targets: compute capabilities times ten, keys of `CHIPS`.
+    """
+    with multiprocessing.get_context("spawn").Pool(2, _leave_interpreter) as pool:
+        modules = tuple(modules)
+        jobs = [(modules, kernel, target) for kernel in pool.apply(_list_kernels, (modules,)) for target in targets]
+        return [row for rows in pool.imap(_compile, jobs) for row in rows]
+
+
+def print_table(rows: Sequence[Resources]) -> None:
+    """A line for each kernel, configuration and chip, then the faults.
+
+    Where the JIT makes several kernels of one line (by the alignment of sizes, or by which tensor has which type), the
+    one with the most registers is shown.
+    """
+    shown: dict[tuple, Resources] = {}
+    for row in rows:
+        key = (row.kernel, row.configuration, row.target)
+        shown[key] = max(shown.get(key, row), row, key=lambda row: row.registers)
+    lines = [("kernel", "configuration", "chip", "warps", "registers", "spilled", "shared", "blocks", "occupancy")]
+    for row in shown.values():
+        numbers = (row.warps, row.registers, row.local_bytes, row.shared_bytes, row.blocks, f"{row.occupancy:.0%}")
+        lines.append((row.kernel, row.configuration, f"sm_{row.target}", *map(str, numbers)))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        texts = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3])]
+        numbers = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:])]
+        print("  ".join(texts + numbers))
+    for row in rows:
+        if row.fault:
+            print(f"FAULT {row.kernel} [{row.configuration}] sm_{row.target}: {row.fault}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m bench resources`: print the table; the exit status is 1 where a row is at fault."""
+    parser = argparse.ArgumentParser(prog="python -m bench resources", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "modules",
+        nargs="*",
+        default=KERNEL_MODULES,
+        metavar="MODULE",
+        help="import names of modules that have launch_cases(); default: all of fastroberta_kernels",
+    )
+    modules = parser.parse_args(argv).modules
+    start = time.perf_counter()
+    rows = measure_resources(modules)
+    print_table(rows)
+    import triton
+
+    print(
+        f"{len(rows)} configurations compiled in {time.perf_counter() - start:.1f} s by Triton {triton.__version__}, "
+        f"{sum(bool(row.fault) for row in rows)} at fault"
+    )
+    return int(any(row.fault for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
