@@ -1,0 +1,28 @@
+"""Fused kernels of RoBERTa for any PyTorch model: one module for each operation, imported when it is first used."""
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "gelu",
+    "huggingface",
+    "lamb",
+    "layer_norm",
+    "masking",
+    "philox",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # A function and its module may share a name (attention, layer_norm), so the public names here are the modules.
+    if name in __all__:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
