@@ -1,0 +1,709 @@
+"""Linear layer and cross-entropy in one operation, so that the logits never exist as a whole; RoBERTa's loss head.
+
+For hidden states h (N, d), weight W (V, d), bias b (V,) and targets t (N,), with x = h W^T + b over the first C rows
+of W (C = `num_classes`, V unless given):
+
+    lse_i  = log sum_c exp(x_ic)
+    loss_i = lse_i - (1 - e) x_i,t_i - (e / C) sum_c x_ic + z lse_i^2      e: label smoothing, z: z-loss
+    dx_ic  = (1 + 2 z lse_i) exp(x_ic - lse_i) - (1 - e) [c = t_i] - e / C
+
+and loss_i = 0, dx_i = 0 where t_i is `ignore_index`; then dh = dx W, dW = dx^T h, db = sum_i dx_i. Rows of W from C on
+(a vocabulary padded for aligned matrix products) take no probability and get a zero gradient. The z-loss is that of
+PaLM (Chowdhery et al., arXiv 2204.02311, section 5), label smoothing as in torch.nn.CrossEntropyLoss.
+
+Shapes and dtypes
+    hidden (N, d) fp32, bf16 or fp16; weight and bias may be wider (fp32 masters) and are cast to hidden's dtype once.
+    targets int64. Matrix products run in hidden's dtype; softmax, loss, dW and db are accumulated in fp32; gradients
+    come out in the dtype of what they belong to.
+
+How the memory stays small
+    Rows are taken in chunks. A chunk's logits come from one matrix product; a kernel with one program a row reads them
+    once for lse (online softmax), loss and whether the target is the first argmax, then overwrites them by their
+    gradient; two more matrix products turn that into dh (of the chunk) and a part of dW. All of it happens in the
+    forward pass, where the upstream gradient g is not yet known: the backward only multiplies by g (and by 1/count for
+    "mean") in fp32. So dx is rounded at its natural size of at most 1 and cannot underflow in fp16.
+    A chunk has R = N/5 rows rounded up to 128, but at least 1024 (below that, reading and writing dW for every chunk
+    takes about as long as its product) and at most 4096. The peak beyond inputs and gradients is R rows of logits:
+        N = 4928: R = 1024, 103 of 496 MB (21%);  N = 9856: R = 2048, 206 of 992 MB (21%);  N = 65536: R = 4096, 6%
+    with V = 50304 in bf16; and V d elements of the cast weight where an fp32 weight meets bf16 hidden states.
+    On a CPU a chunk has 512 rows, and rows that are ignored are left out before any product.
+
+Saved for the backward: dh in hidden's dtype, dW and db in fp32 (on a CPU, dW of bf16 weights in bf16 where one chunk
+holds all rows); and the inputs, by reference. The first backward scales dW in place. A second one through a retained
+graph, and every one with reduction="none" (whose upstream gradient is one number a row), computes the chunks again.
+
+Bytes moved, beside the matrix products' own: the logits once read, once read again from the L2 cache, once written
+(4 bytes a logit in bf16 from and to HBM) and once read for db: N V 6 bytes, 1.5 GB for N = 4928; dW read and written
+for every chunk after the first.
+
+Determinism: no atomics, fixed order, bitwise repeatable wherever the matrix products are. No random numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+from .gelu import bias_gelu
+from .layer_norm import layer_norm
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """What `linear_cross_entropy` returns; the counts are int64 scalars on the device, outside the graph."""
+
+    loss: torch.Tensor
+    num_correct: torch.Tensor
+    num_targets: torch.Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of the unscaled sum of losses; those that are not asked for are empty."""
+
+    hidden: torch.Tensor  # (N, d), hidden's dtype
+    weight: torch.Tensor  # (V, d) fp32, or as _empty_gradients says
+    bias: torch.Tensor  # (V,) fp32
+
+
+def linear_cross_entropy_torch(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_classes: int | None = None,
+) -> LinearCrossEntropyOutput:
+    """`linear_cross_entropy` in plain PyTorch, on any device; made to be fast on a CPU."""
+    return linear_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        num_classes=num_classes,
+        impl="torch",
+    )
+
+
+# Measured on one core: sixteen rows of 50265 logits in fp32 and the 4096 x 768 part of dW are near the cache's size.
+_ROWS_IN_CACHE = 16
+_CLASSES_IN_CACHE = 4096
+_CHUNK_ROWS_TORCH = 512
+
+
+def _loss_and_gradients_torch(
+    hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs
+) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """Losses (N,) fp32, correct (N,) bool, and gradients; the plain PyTorch way, chunk of rows by chunk of rows."""
+    num_rows, num_entries = hidden.shape[0], weight.shape[0]
+    matrix = weight.to(hidden.dtype)
+    matrix_bias = None if bias is None else bias.to(hidden.dtype)
+    # Ignored rows are left out before any work is done.
+    kept = (targets != ignore_index).nonzero().squeeze(1)
+    loss = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
+    correct = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
+    gradients = _empty_gradients(hidden, weight, needs, use_kernel=False)
+    gradients.hidden.zero_()
+    gradients.bias.zero_()
+    if not kept.numel():
+        gradients.weight.zero_()
+    rows_at_once = min(_CHUNK_ROWS_TORCH, max(1, kept.numel()))
+    buffer = hidden.new_empty(rows_at_once, num_entries)
+    for start in range(0, kept.numel(), rows_at_once):
+        rows = kept[start : start + rows_at_once]
+        chunk = hidden[rows]
+        logits = buffer[: rows.numel()]
+        if matrix_bias is None:
+            torch.mm(chunk, matrix.T, out=logits)
+        else:
+            torch.addmm(matrix_bias, chunk, matrix.T, out=logits)
+        block_sums = []
+        for first in range(0, rows.numel(), _ROWS_IN_CACHE):
+            block = slice(first, first + _ROWS_IN_CACHE)
+            x = logits[block, :num_classes].float()
+            target = targets[rows[block], None]
+            x_target = x.gather(1, target)
+            largest = x.amax(1, keepdim=True)
+            probability = torch.softmax(x, 1)
+            # The largest probability is exp(0) over the sum of exponentials.
+            lse = largest - probability.amax(1, keepdim=True).log()
+            row_loss = lse - x_target
+            if label_smoothing:
+                row_loss += label_smoothing * (x_target - x.mean(1, keepdim=True))
+            loss[rows[block]] = (row_loss + z_loss * lse.square()).squeeze(1)
+            # argmax is slow, and needed only to tell a tie from a hit.
+            hits = (x_target == largest).squeeze(1).nonzero().squeeze(1)
+            if hits.numel():
+                correct[rows[block][hits]] = x[hits].argmax(1) == target[hits, 0]
+            if any(needs):
+                scale = 1.0 if row_gradient is None else row_gradient[rows[block], None]
+                if z_loss or row_gradient is not None:
+                    probability *= scale * (1 + 2 * z_loss * lse)
+                if label_smoothing:
+                    probability -= scale * (label_smoothing / num_classes)
+                probability.scatter_add_(1, target, (-scale * (1 - label_smoothing)) * torch.ones_like(x_target))
+                logits[block, :num_classes] = probability
+                logits[block, num_classes:] = 0
+                if needs[2]:
+                    block_sums.append(probability.sum(0))
+        if needs[2]:
+            gradients.bias[:num_classes] += torch.stack(block_sums).sum(0)
+        if needs[0]:
+            gradients.hidden[rows] = torch.mm(logits, matrix)
+        if needs[1] and gradients.weight.dtype == hidden.dtype:
+            if start == 0:
+                torch.mm(logits.T, chunk, out=gradients.weight)
+            else:
+                torch.addmm(gradients.weight, logits.T, chunk, out=gradients.weight)
+        elif needs[1]:
+            for first in range(0, num_entries, _CLASSES_IN_CACHE):
+                part = slice(first, first + _CLASSES_IN_CACHE)
+                product = torch.mm(logits[:, part].T, chunk)
+                gradients.weight[part].copy_(product) if start == 0 else gradients.weight[part].add_(product)
+    return loss, correct, gradients
+
+
+def _empty_gradients(hidden, weight, needs: list[bool], use_kernel: bool) -> Gradients:
+    (num_rows, width), num_entries = hidden.shape, weight.shape[0]
+    weight_dtype = torch.float32
+    if not use_kernel and hidden.dtype == weight.dtype == torch.bfloat16 and num_rows <= _CHUNK_ROWS_TORCH:
+        weight_dtype = torch.bfloat16  # a single product, rounded once: nothing is accumulated
+    return Gradients(
+        hidden.new_empty((num_rows, width) if needs[0] else (0,)),
+        hidden.new_empty((num_entries, width) if needs[1] else (0,), dtype=weight_dtype),
+        hidden.new_empty((num_entries,) if needs[2] else (0,), dtype=torch.float32),
+    )
+
+
+@jit
+def _softmax_rows_kernel(
+    logits_ptr,  # (rows, row_stride): overwritten by the gradient
+    row_stride,
+    targets_ptr,  # (rows,) int64
+    loss_ptr,  # (rows,) fp32
+    correct_ptr,  # (rows,) int32
+    row_gradient_ptr,  # (rows,) fp32
+    num_classes,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    STEPS: tl.constexpr,  # of LANES * VECTOR columns
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+):
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * row_stride
+    target = tl.load(targets_ptr + row)
+    # Each lane keeps its own maximum and sum over vectors of neighbouring columns: one rescaling a vector, and no
+    # exchange between lanes until the end. The row is padded to whole vectors; the mask of classes follows the load.
+    columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(correct_ptr + row, 0)
+        if WRITE_GRADIENT:
+            zeros = tl.zeros((LANES, VECTOR), dtype=logits_ptr.dtype.element_ty)
+            for step in range(STEPS):
+                column = step * LANES * VECTOR + columns
+                tl.store(logits_ptr + column, zeros, mask=column < row_stride)
+    else:
+        # A target that is no class cannot raise here without stopping the device: its loss is not a number.
+        in_range = (target >= 0) & (target < num_classes)
+        x_target = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
+        lane_max = tl.full((LANES,), -2.0e38, dtype=tl.float32)  # finite: a lane may see no class
+        lane_sum = tl.zeros((LANES,), dtype=tl.float32)
+        lane_total = tl.zeros((LANES,), dtype=tl.float32)
+        lane_beaten = tl.zeros((LANES,), dtype=tl.int32)
+        for step in range(STEPS):
+            column = step * LANES * VECTOR + columns
+            x = tl.load(logits_ptr + column, mask=column < row_stride, other=0.0).to(tl.float32)
+            x = tl.where(column < num_classes, x, -float("inf"))
+            new_max = tl.maximum(lane_max, tl.max(x, axis=1))
+            exponentials = tl.exp2((x - new_max[:, None]) * LOG2_E)
+            lane_sum = lane_sum * tl.exp2((lane_max - new_max) * LOG2_E) + tl.sum(exponentials, axis=1)
+            lane_max = new_max
+            # The target is the first argmax unless a logit is larger, or as large and earlier.
+            beats = (x > x_target) | ((x == x_target) & (column < target))
+            lane_beaten = tl.maximum(lane_beaten, tl.max(beats.to(tl.int32), axis=1))
+            if SMOOTH:
+                lane_total += tl.sum(tl.where(column < num_classes, x, 0.0), axis=1)
+        largest = tl.max(lane_max, axis=0)
+        total = tl.sum(lane_sum * tl.exp2((lane_max - largest) * LOG2_E), axis=0)
+        log_total = tl.log(total)
+        lse = largest + log_total
+        loss = (largest - x_target) + log_total + z_loss * lse * lse
+        if SMOOTH:
+            loss += label_smoothing * (x_target - tl.sum(lane_total, axis=0) / num_classes)
+        tl.store(loss_ptr + row, loss)
+        tl.store(correct_ptr + row, (1 - tl.max(lane_beaten, axis=0)) * (x_target == x_target).to(tl.int32))
+        if WRITE_GRADIENT:
+            scale = tl.load(row_gradient_ptr + row)
+            # exp(x - lse) would carry the rounding of lse into every probability.
+            of_exponential = scale * (1.0 + 2.0 * z_loss * lse) / total
+            of_target = scale
+            if SMOOTH:
+                of_target = scale * (1.0 - label_smoothing)
+                of_all = scale * label_smoothing / num_classes
+            for step in range(STEPS):
+                column = step * LANES * VECTOR + columns
+                x = tl.load(logits_ptr + column, mask=column < row_stride, other=0.0).to(tl.float32)
+                x = tl.where(column < num_classes, x, -float("inf"))
+                gradient = of_exponential * tl.exp2((x - largest) * LOG2_E)
+                gradient = tl.where(column == target, gradient - of_target, gradient)
+                if SMOOTH:
+                    gradient -= of_all
+                gradient = tl.where(column < num_classes, gradient, 0.0)
+                tl.store(
+                    logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < row_stride
+                )
+
+
+def _chunk_rows(num_rows: int) -> int:
+    """Rows of logits that exist at a time; the module's docstring has the arithmetic."""
+    return min(4096, max(1024, -(-num_rows // (5 * 128)) * 128))
+
+
+def _accumulate_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """total (fp32) = left @ right, or += where it is not the first, summed and kept in fp32."""
+    if total.dtype == left.dtype:
+        torch.mm(left, right, out=total) if first else torch.addmm(total, left, right, out=total)
+    elif not total.is_cuda:  # the interpreter; ATen has products with a wider output on CUDA alone
+        _accumulate_product(total, left.float(), right.float(), first)
+    elif first:
+        torch.mm(left, right, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def _loss_and_gradients_triton(
+    hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs
+) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """Losses (N,) fp32, correct (N,) int32, and gradients, with the Triton kernel between the matrix products."""
+    num_rows, num_entries = hidden.shape[0], weight.shape[0]
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    matrix = weight.to(hidden.dtype).contiguous()
+    matrix_bias = None if bias is None else bias.to(hidden.dtype).contiguous()
+    loss = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
+    correct = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
+    if row_gradient is None:
+        row_gradient = torch.ones_like(loss)
+    gradients = _empty_gradients(hidden, weight, needs, use_kernel=True)
+    if num_rows == 0:
+        gradients.weight.zero_()
+        gradients.bias.zero_()
+    # Rows start on 128-byte borders, which both the matrix products and the kernel's vector loads need to be fast.
+    row_stride = -(-num_entries // 64) * 64
+    lanes, vector = 512, 16 // hidden.element_size()  # one 16-byte load a thread and step
+    chunk_rows = min(_chunk_rows(num_rows), num_rows)
+    buffer = hidden.new_empty(chunk_rows, row_stride)
+    for start in range(0, num_rows, max(1, chunk_rows)):
+        rows = slice(start, min(start + chunk_rows, num_rows))
+        logits = buffer[: rows.stop - start, :num_entries]
+        if matrix_bias is None:
+            torch.mm(hidden[rows], matrix.T, out=logits)
+        else:
+            torch.addmm(matrix_bias, hidden[rows], matrix.T, out=logits)
+        launch(
+            _softmax_rows_kernel,
+            (rows.stop - start,),
+            logits,
+            row_stride,
+            targets[rows],
+            loss[rows],
+            correct[rows],
+            row_gradient[rows],
+            num_classes,
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            STEPS=-(-row_stride // (lanes * vector)),
+            LANES=lanes,
+            VECTOR=vector,
+            SMOOTH=label_smoothing != 0,
+            WRITE_GRADIENT=any(needs),
+            num_warps=16,
+            num_stages=2,
+        )
+        if needs[0]:
+            torch.mm(logits, matrix, out=gradients.hidden[rows])
+        if needs[1]:
+            _accumulate_product(gradients.weight, logits.T, hidden[rows], first=start == 0)
+        if needs[2]:
+            column_sums = logits.sum(0, dtype=torch.float32)
+            gradients.bias.copy_(column_sums) if start == 0 else gradients.bias.add_(column_sums)
+    return loss, correct, gradients
+
+
+def _check_targets(targets: torch.Tensor, ignore_index: int, num_classes: int) -> None:
+    if targets.is_cuda:
+        return  # reading the answer would stop the device
+    bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= num_classes))]
+    if bad.numel():
+        raise ValueError(
+            f"linear_cross_entropy: target {bad[0].item()} is outside the {num_classes} classes; correct the targets, "
+            f"or mark rows to skip with ignore_index={ignore_index}"
+        )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
+def _forward_op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    num_classes: int,
+    reduction: str,
+    needs: list[bool],
+    consume: bool,
+    use_kernel: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, number correct, number of targets; gradients of the sum of losses by hidden, weight, bias.
+
+    `consume` lets the backward scale the returned gradients in place, which spares a second dW: for callers that do
+    not look at them.
+    """
+    _check_targets(targets, ignore_index, num_classes)
+    run = _loss_and_gradients_triton if use_kernel else _loss_and_gradients_torch
+    in_backward = reduction == "none"  # only there is the upstream gradient of every row known
+    loss, correct, gradients = run(
+        hidden,
+        weight,
+        bias,
+        targets,
+        None,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        num_classes,
+        [need and not in_backward for need in needs],
+    )
+    num_targets = (targets != ignore_index).sum()
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / num_targets.clamp(min=1)
+    return loss, correct.sum(), num_targets, *gradients
+
+
+@_forward_op.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    targets,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    num_classes,
+    reduction,
+    needs,
+    consume,
+    use_kernel,
+):
+    needs = [need and reduction != "none" for need in needs]
+    loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.float32)
+    counts = [targets.new_empty((), dtype=torch.int64) for _ in range(2)]
+    return loss, *counts, *_empty_gradients(hidden, weight, needs, use_kernel)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
+def _backward_op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    row_gradient: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    num_classes: int,
+    needs: list[bool],
+    use_kernel: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients again, each row's loss weighted by `row_gradient` (N,) where it is given."""
+    run = _loss_and_gradients_triton if use_kernel else _loss_and_gradients_torch
+    if row_gradient is not None:
+        row_gradient = row_gradient.float().contiguous()
+    arguments = (hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs)
+    return tuple(run(*arguments)[2])
+
+
+@_backward_op.register_fake
+def _(
+    hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs, use_kernel
+):
+    return tuple(_empty_gradients(hidden, weight, needs, use_kernel))
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, targets, *ctx.settings, ctx.reduction, ctx.needs, ctx.consume, ctx.use_kernel = inputs
+    _, num_correct, num_targets, *gradients = output
+    ctx.save_for_backward(hidden, weight, bias, targets, num_targets)
+    ctx.mark_non_differentiable(num_correct, num_targets, *gradients)
+    ctx.set_materialize_grads(False)
+    # Not among the saved tensors: the first backward takes them away and scales them in place.
+    ctx.gradients = None if ctx.reduction == "none" else gradients
+
+
+def _backward(ctx, loss_gradient, *_):
+    if loss_gradient is None:
+        return (None,) * 12
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy: its backward cannot be differentiated; drop create_graph=True")
+    hidden, weight, bias, targets, num_targets = ctx.saved_tensors
+    gradients, ctx.gradients = ctx.gradients, None
+    per_row = ctx.reduction == "none"
+    if gradients is None:
+        gradients = _backward_op(
+            hidden,
+            weight,
+            bias,
+            targets,
+            loss_gradient if per_row else None,
+            *ctx.settings,
+            ctx.needs,
+            ctx.use_kernel,
+        )
+    scale = None if per_row else loss_gradient
+    if ctx.reduction == "mean":
+        scale = scale / num_targets.clamp(min=1)
+    if scale is not None and hidden.is_cuda:
+        # One dimension keeps it fp32: CUDA would round a scalar tensor to bf16 before multiplying, a CPU does not.
+        scale = scale.reshape(1)
+    results = []
+    for gradient, tensor, need in zip(gradients, (hidden, weight, bias), ctx.needs):
+        if not need:
+            results.append(None)
+            continue
+        if scale is not None:
+            in_place = ctx.consume and (gradient.dtype == torch.float32 or not hidden.is_cuda)
+            gradient = gradient.mul_(scale) if in_place else gradient * scale
+        results.append(gradient.to(tensor.dtype))
+    return *results, *(None,) * 9
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::linear_cross_entropy_forward", _backward, setup_context=_setup_context
+)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    num_classes: int | None = None,
+    impl: str | None = None,
+) -> LinearCrossEntropyOutput:
+    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, a chunk of rows at a time.
+
+    Args:
+        hidden: (N, d), fp32, bf16 or fp16; under autocast it is cast as for a linear layer.
+        weight: (V, d), of hidden's dtype or wider. bias: (V,) or None.
+        targets: int64 (N,): a class in [0, num_classes), or `ignore_index` for rows without loss and gradient.
+        label_smoothing: probability spread evenly over all classes, in [0, 1).
+        z_loss: weight of the squared log of the softmax's denominator.
+        reduction: "mean" over the rows that are not ignored (zero, not NaN, where there are none), "sum", or "none",
+            which computes the logits a second time in the backward.
+        num_classes: how many rows of weight are classes; the rest is padding. All of them by default.
+    Returns:
+        loss in fp32, () or (N,); num_correct: rows whose target is the first largest logit; num_targets: rows that
+        are not ignored.
+    Raises:
+        ValueError: shapes, dtypes, devices or settings that do not fit; on a CPU a target that is no class (on CUDA,
+            where checking would stop the device, the loss is then NaN).
+    """
+    name = "linear_cross_entropy"
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: expected hidden (N, d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
+            "flatten leading dimensions"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one for each row of weight"
+        )
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 ({hidden.shape[0]},), one a "
+            "row of hidden"
+        )
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16")
+    if num_classes is None:
+        num_classes = weight.shape[0]
+    if not 1 <= num_classes <= weight.shape[0]:
+        raise ValueError(f"{name}: num_classes={num_classes} is outside 1 to {weight.shape[0]}, the rows of weight")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction={reduction!r} is unknown; use one of {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing < 1.0 or z_loss < 0.0:
+        raise ValueError(
+            f"{name}: label_smoothing={label_smoothing} and z_loss={z_loss}, expected 0 <= label_smoothing < 1 and "
+            "z_loss >= 0"
+        )
+    use_kernel = use_triton(name, impl, hidden, weight, bias, targets)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden = hidden.to(torch.get_autocast_dtype(device_type))
+    needs = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
+    ]
+    loss, num_correct, num_targets, *_ = _forward_op(
+        hidden,
+        weight,
+        bias,
+        targets,
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        num_classes,
+        reduction,
+        needs,
+        True,
+        use_kernel,
+    )
+    return LinearCrossEntropyOutput(loss, num_correct, num_targets)
+
+
+# Hugging Face's `hidden_act` names and the form of GELU that each stands for.
+_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+class MaskedLMHead(torch.nn.Module):
+    """RoBERTa's head on masked tokens only: gather, dense, GELU, LayerNorm, tied decoder, loss.
+
+    Parameters carry the names of Hugging Face's `lm_head`: dense.weight, dense.bias, layer_norm.weight,
+    layer_norm.bias, bias. The decoder's weight is the word embedding and is passed in. Parameters may stay in fp32
+    while hidden states are bf16 or fp16: matrix products cast them to the dtype of the hidden states.
+
+    Args:
+        vocab_size: rows of the decoder's weight, padding included. hidden_act: "gelu" (erf), or "gelu_new" and
+            "gelu_pytorch_tanh" (tanh approximation).
+    Raises:
+        ValueError: an unknown hidden_act.
+    """
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, layer_norm_eps: float = 1e-5, hidden_act: str = "gelu"
+    ):
+        super().__init__()
+        if hidden_act not in _APPROXIMATE:
+            raise ValueError(f"MaskedLMHead: hidden_act={hidden_act!r} is unknown; use {', '.join(_APPROXIMATE)}")
+        self.approximate = _APPROXIMATE[hidden_act]
+        self.dense = torch.nn.Linear(hidden_size, hidden_size)
+        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.bias = torch.nn.Parameter(torch.zeros(vocab_size))
+
+    def _transform(self, hidden: torch.Tensor, impl: str | None) -> torch.Tensor:
+        product = F.linear(hidden, self.dense.weight.to(hidden.dtype))
+        activated = bias_gelu(product, self.dense.bias, approximate=self.approximate, impl=impl)
+        norm = self.layer_norm
+        return layer_norm(activated, norm.weight, norm.bias, eps=norm.eps, impl=impl)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        decoder_weight: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        *,
+        reduction: str = "sum",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        num_classes: int | None = None,
+        impl: str | None = None,
+    ) -> LinearCrossEntropyOutput:
+        """Loss and counts over the labels that are not -100.
+
+        Args:
+            hidden: (B, L, d) with `positions`; without, (..., d), the rows that labels are for.
+            decoder_weight: (vocab_size, d). labels: int64, (B, K) or hidden's leading shape; -100 has no loss.
+            positions: int64 (B, K), in [0, L): where in its sequence each label stands. Slots that are not used may
+                hold any position, with label -100.
+            The others are those of `linear_cross_entropy`.
+        Raises:
+            ValueError: positions and labels or hidden do not fit, or as `linear_cross_entropy`.
+        """
+        if positions is not None:
+            if hidden.dim() != 3 or positions.shape != labels.shape or positions.shape[:1] != hidden.shape[:1]:
+                raise ValueError(
+                    f"MaskedLMHead: hidden {tuple(hidden.shape)}, positions {tuple(positions.shape)} and labels "
+                    f"{tuple(labels.shape)} do not fit; expected (B, L, d), (B, K) and (B, K)"
+                )
+            num_sequences, length, _ = hidden.shape
+            first_rows = torch.arange(num_sequences, device=hidden.device)[:, None] * length
+            hidden = hidden.flatten(0, 1).index_select(0, (first_rows + positions).flatten())
+        return linear_cross_entropy(
+            self._transform(hidden.flatten(0, -2), impl),
+            decoder_weight,
+            self.bias,
+            labels.flatten(),
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
+            num_classes=num_classes,
+            impl=impl,
+        )
+
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        decoder_weight: torch.Tensor,
+        num_classes: int | None = None,
+        *,
+        impl: str | None = None,
+    ) -> torch.Tensor:
+        """The whole logits (..., num_classes) of hidden states (..., d), for inference."""
+        weight, bias = decoder_weight[:num_classes], self.bias[:num_classes]
+        return F.linear(self._transform(hidden, impl), weight.to(hidden.dtype), bias.to(hidden.dtype))
+
+
+def launch_cases() -> Iterator[Callable[[], None]]:
+    """Forward and backward in every configuration that differs in code or resources; none depends on the width."""
+
+    def case(dtype, label_smoothing, needs_gradient, num_entries=50304, num_classes=50265):
+        def run():
+            hidden = torch.zeros((2, 16), dtype=dtype, requires_grad=needs_gradient)
+            weight = torch.zeros((num_entries, 16), dtype=dtype)
+            targets = torch.zeros(2, dtype=torch.int64)
+            output = linear_cross_entropy(
+                hidden,
+                weight,
+                None,
+                targets,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+                impl="triton",
+            )
+            if needs_gradient:
+                output.loss.backward()
+
+        return run
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for label_smoothing in (0.0, 0.1):
+            for needs_gradient in (False, True):
+                yield case(dtype, label_smoothing, needs_gradient)
+    yield case(torch.bfloat16, 0.0, True, num_classes=50304)  # a multiple of 16, which Triton treats apart
+    yield case(torch.bfloat16, 0.0, True, num_entries=30522, num_classes=30522)
