@@ -8,6 +8,7 @@ A block is `<s>` and a slice of a shard's token stream, in which `</s>` ends eac
 
 No token is lost: a sentence longer than a block is split over several.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -152,7 +153,9 @@ class Blocks:
         for shard in self.shards:
             starts = np.append(np.asarray(shard.sentence_starts, dtype=np.int64), shard.num_tokens)
             lengths = np.diff(starts)
-            found += [(shard, starts[i], lengths[i]) for i in np.nonzero((lengths >= at_least) & (lengths <= at_most))[0]]
+            found += [
+                (shard, starts[i], lengths[i]) for i in np.nonzero((lengths >= at_least) & (lengths <= at_most))[0]
+            ]
         chosen = [found[i] for i in (np.arange(min(count, len(found))) * len(found) // max(1, min(count, len(found))))]
         texts = [shard.tokens[start : start + length].tolist() for shard, start, length in chosen]
         return [[token for token in text if token != self.eos_token_id] for text in texts]

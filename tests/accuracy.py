@@ -1,4 +1,5 @@
 """How exact is exact enough: as exact as PyTorch's own operation in the same dtype, measured against fp64."""
+
 import torch
 
 

@@ -13,27 +13,33 @@ import pytest
 
 
 def mend_interpreter() -> None:
-    """Two faults of Triton's interpreter that would hide or invent errors: it rounds fp32 to bf16 by cutting digits off,
-    and with numpy >= 2.4 a loop bound that is not a constant raises a TypeError."""
+    """What Triton 3.6's interpreter gets wrong, and what would hide or invent errors of the kernels: products of bf16 are
+    taken for products of integers, rounding to bf16 cuts digits off, and numpy >= 2.4 refuses tensors as loop bounds."""
     try:
         import triton.language as tl
-        import triton.runtime.interpreter as interpreter
+        from triton.runtime import interpreter
     except ImportError:
         return
-    patch_tensor, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
+    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    convert = interpreter._convert_float
 
-    def patch_tensor_and_index(tensor, scope):
+    def patch_tensor_with_index(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    def cast_to_nearest(self, source, dtype):
-        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
-            nearest = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
-            return interpreter.TensorHandle(nearest.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
-        return cast(self, source, dtype)
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    interpreter._patch_lang_tensor = patch_tensor_and_index
-    interpreter.InterpreterBuilder.cast_impl = cast_to_nearest
+    def convert_to_nearest(data, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, rounding)
+
+    interpreter._patch_lang_tensor = patch_tensor_with_index
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+    interpreter._convert_float = convert_to_nearest
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

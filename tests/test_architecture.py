@@ -14,6 +14,7 @@ FLOORS = [
     ["config", "tokenizer", "shards", "text", "deduplicate", "quickstart"],
     ["arguments", "data", "model", "optim", "distributed", "metrics", "sentences"],
     ["checkpoint", "hf"],
+    ["pieces"],
     ["prepare"],
     ["evaluate"],
     ["export"],

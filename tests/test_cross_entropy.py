@@ -1,4 +1,5 @@
 """The fused linear layer and cross-entropy against PyTorch's two operations, the head against Hugging Face's."""
+
 import pytest
 import torch
 from accuracy import assert_as_exact_as_torch
@@ -45,9 +46,7 @@ def check_against_torch(leaves, targets, impl, reduction="mean", label_smoothing
     upstream = torch.rand(targets.shape, generator=torch.Generator().manual_seed(SEED)).to(targets.device) + 0.5
     upstream = upstream if reduction == "none" else upstream.sum() / 8
     settings = dict(label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, num_classes=num_classes)
-    exact, _ = compute_reference(
-        leaves, targets, torch.float64, upstream, hidden_dtype=torch.float64, **settings
-    )
+    exact, _ = compute_reference(leaves, targets, torch.float64, upstream, hidden_dtype=torch.float64, **settings)
     theirs, num_correct = compute_reference(leaves, targets, None, upstream, hidden_dtype=leaves[0].dtype, **settings)
     for leaf in leaves:
         leaf.grad = None

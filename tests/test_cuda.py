@@ -1,4 +1,5 @@
 """csrc without a GPU: it compiles for every architecture without spilling, and the cache is private and whole."""
+
 from __future__ import annotations
 
 import ctypes

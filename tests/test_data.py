@@ -1,4 +1,5 @@
 """Token shards become batches: nothing lost, order and masks a function of the step alone."""
+
 import numpy as np
 import pytest
 import torch

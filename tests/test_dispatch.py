@@ -1,4 +1,5 @@
 """Which implementation runs, without Triton too, and that kernels can be taken out of the package."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The fused embeddings against PyTorch's own operations and Hugging Face's modules."""
+
 import pytest
 import torch
 from accuracy import assert_as_exact_as_torch
@@ -141,9 +142,7 @@ def test_positions_count_tokens_that_are_not_padding(device):
     assert torch.equal(create_positions_torch(ids, 1), expected)
     ids = make_ids(3, 37, 29)
     weights = [weight.detach() for weight in make_weights(29, 40, 1, 16, device=device)]
-    positions = embedding._forward_op(
-        ids.to(device), None, None, *weights, None, 1, True, 0.0, 1e-5, torch.float32
-    )[1]
+    positions = embedding._forward_op(ids.to(device), None, None, *weights, None, 1, True, 0.0, 1e-5, torch.float32)[1]
     assert torch.equal(positions.cpu().long(), create_positions_torch(ids, 1))
 
 
@@ -209,9 +208,7 @@ def test_library_registration(device):
     weights = make_weights(29, 20, 2, 16, device=device)
     types = (ids > 4).long()
     seed = philox.as_seed(3, device)
-    torch.library.opcheck(
-        embedding._forward_op, (ids, None, types, *weights, seed, 1, True, 0.2, 1e-5, torch.bfloat16)
-    )
+    torch.library.opcheck(embedding._forward_op, (ids, None, types, *weights, seed, 1, True, 0.2, 1e-5, torch.bfloat16))
     weights = [weight.detach() for weight in weights]
     positions = create_positions_torch(ids, 1).int()
     dy = torch.randn((2, 7, 16), device=device)

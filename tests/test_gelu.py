@@ -1,4 +1,5 @@
 """Bias and GELU in one pass: exactness, and every way to call it."""
+
 from __future__ import annotations
 
 import pytest
@@ -60,9 +61,7 @@ def compose(approximate):
 
 
 def assert_exact(inputs, dy, approximate, impl):
-    ours = differentiate(
-        lambda x, bias=None: bias_gelu(x, bias, approximate=approximate, impl=impl), inputs, dy
-    )
+    ours = differentiate(lambda x, bias=None: bias_gelu(x, bias, approximate=approximate, impl=impl), inputs, dy)
     theirs = differentiate(compose(approximate), to(inputs), dy.cpu())
     exact = differentiate(compose(approximate), to(inputs, torch.float64), dy.cpu().double())
     for name in exact:

@@ -1,4 +1,5 @@
 """The kernels inside transformers' models: the same losses, gradients, names and files as before, and a way back."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """The examples of the kernels' README run as they stand there, and are as short as they claim to be."""
+
 from __future__ import annotations
 
 import re

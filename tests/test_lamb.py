@@ -4,6 +4,7 @@ Every test runs on two implementations: "torch", and "cuda", which is the GPU wh
 compiler builds csrc/fused_lamb.cu as plain C++ and runs it block by block, with a few real threads and barriers a
 block, under the same host code: indices, reductions and arithmetic are held on every machine.
 """
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """LayerNorm, alone and with bias, dropout and residual: exactness, dropout decisions, every way to call it."""
+
 from __future__ import annotations
 
 import pytest
@@ -234,9 +235,7 @@ def test_checkpoint_draws_the_same_dropout(impl, device):
         return dropout_add_layer_norm(x, residual, weight, bias, p=0.3, x_bias=x_bias, seed=seed, impl=impl)
 
     plain = differentiate(function, inputs, dy)
-    recomputed = differentiate(
-        lambda **t: checkpoint(function, *t.values(), use_reentrant=False), inputs, dy
-    )
+    recomputed = differentiate(lambda **t: checkpoint(function, *t.values(), use_reentrant=False), inputs, dy)
     for name in plain:
         assert torch.equal(plain[name], recomputed[name]), name
 

@@ -1,4 +1,5 @@
 """Masking: what it promises, its statistics, and kernel and twin equal bit for bit."""
+
 from __future__ import annotations
 
 from fractions import Fraction

@@ -1,4 +1,5 @@
 """The generator: published vectors, Triton and PyTorch equal bit for bit, and the statistics that dropout rests on."""
+
 from __future__ import annotations
 
 import random

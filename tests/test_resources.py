@@ -1,4 +1,5 @@
 """Every kernel compiled ahead of time for every chip: no error, no spill, no block larger than the chip."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -38,7 +39,7 @@ def test_every_kernel_fits_every_chip():
                 assert re.search(row, done.stdout, re.MULTILINE), f"{name} launches {kernel}: not on sm_{target}"
 
 
-BAD_KERNELS = '''
+BAD_KERNELS = """
 import torch
 import triton
 import triton.language as tl
@@ -81,7 +82,7 @@ def launch_cases():
     yield lambda: launch(wrong_kernel, (1,), x, COUNT=16)
     for count in (1, 16, 32, 7, 9, 2**40):  # the JIT makes four of these: 1, divisible by 16, 32 bits, 64 bits
         yield lambda count=count: launch(good_kernel, (1,), x, count, COUNT=16)
-'''
+"""
 
 
 def test_faults_are_found_and_named(tmp_path):

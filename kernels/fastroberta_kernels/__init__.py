@@ -1,4 +1,5 @@
 """Fused kernels of RoBERTa for any PyTorch model: one module for each operation, imported when it is first used."""
+
 from __future__ import annotations
 
 import importlib

@@ -8,6 +8,7 @@ user alone (mode 0700): the GPU executes what lies there. A folder that others c
 source is compiled anew in every process. A file's name is a hash of all that its content depends on (source, options,
 NVRTC's version, architecture), it appears by one atomic rename, and it starts with a checksum of the rest.
 """
+
 from __future__ import annotations
 
 import functools

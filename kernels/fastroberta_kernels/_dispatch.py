@@ -7,6 +7,7 @@ Triton is optional: without it `jit` leaves a function as it is (nothing launche
 With `TRITON_INTERPRET=1` in the environment before the first import, Triton kernels run on CPU tensors in Triton's
 interpreter, which is how the tests hold kernel and twin together on a machine without a GPU.
 """
+
 from __future__ import annotations
 
 import contextlib

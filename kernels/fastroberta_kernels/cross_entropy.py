@@ -38,6 +38,7 @@ for every chunk after the first.
 
 Determinism: no atomics, fixed order, bitwise repeatable wherever the matrix products are. No random numbers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -266,9 +267,7 @@ def _softmax_rows_kernel(
                 if SMOOTH:
                     gradient -= of_all
                 gradient = tl.where(column < num_classes, gradient, 0.0)
-                tl.store(
-                    logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < row_stride
-                )
+                tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < row_stride)
 
 
 def _chunk_rows(num_rows: int) -> int:
@@ -498,9 +497,7 @@ def _backward(ctx, loss_gradient, *_):
     return *results, *(None,) * 9
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::linear_cross_entropy_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd(f"{NAMESPACE}::linear_cross_entropy_forward", _backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
@@ -604,9 +601,7 @@ class MaskedLMHead(torch.nn.Module):
         ValueError: an unknown hidden_act.
     """
 
-    def __init__(
-        self, hidden_size: int, vocab_size: int, *, layer_norm_eps: float = 1e-5, hidden_act: str = "gelu"
-    ):
+    def __init__(self, hidden_size: int, vocab_size: int, *, layer_norm_eps: float = 1e-5, hidden_act: str = "gelu"):
         super().__init__()
         if hidden_act not in _APPROXIMATE:
             raise ValueError(f"MaskedLMHead: hidden_act={hidden_act!r} is unknown; use {', '.join(_APPROXIMATE)}")

@@ -31,6 +31,7 @@ So a very frequent token is summed by many programs, in an order that depends on
 
 Random numbers: the dropout decisions of `philox`, head 0, the row number b * L + l. The backward draws them again.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -357,9 +358,7 @@ def _check_ids(ids: torch.Tensor | None, table: torch.Tensor | None, what: str) 
         return
     bad = ids[(ids < 0) | (ids >= table.shape[0])]
     if bad.numel():
-        raise ValueError(
-            f"embedding_layer_norm: {what} {bad[0].item()} is outside the table of {table.shape[0]} rows"
-        )
+        raise ValueError(f"embedding_layer_norm: {what} {bad[0].item()} is outside the table of {table.shape[0]} rows")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::embedding_layer_norm_forward", mutates_args=())
@@ -553,9 +552,7 @@ def _backward(ctx, dy, _):
     return *nothing[:3], *tables, dweight, dbias, *nothing[8:]
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::embedding_layer_norm_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd(f"{NAMESPACE}::embedding_layer_norm_forward", _backward, setup_context=_setup_context)
 
 
 def embedding_layer_norm(

@@ -20,6 +20,7 @@ dbias in registers; a second kernel adds those in a fixed order, which depends o
 
 Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

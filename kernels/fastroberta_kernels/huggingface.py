@@ -37,6 +37,7 @@ The loss
     their sum divided by it, which makes accumulated gradients exact (transformers' own RoBERTa and BERT ignore that
     argument). In evaluation mode the original forward gives loss and logits.
 """
+
 from __future__ import annotations
 
 import functools
@@ -255,7 +256,7 @@ def _name(function: Any) -> str:
 
 
 def _gelu_form(activation: Any) -> str | None:
-    """"none" or "tanh" for one of transformers' GELU modules, None for anything else."""
+    """ "none" or "tanh" for one of transformers' GELU modules, None for anything else."""
     activation_class = type(activation)
     is_known = activation_class.__module__ == "transformers.activations"
     return GELU_FORMS.get(activation_class.__name__) if is_known else None

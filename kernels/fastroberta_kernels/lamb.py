@@ -38,6 +38,7 @@ Against apex's FusedLAMB, with the same arguments and the same mathematics:
     - sizes are 64-bit; step counts and learning rate live on the device, so a CUDA graph can hold the step
     - parameters without a gradient are skipped as in torch.optim: moments and step count rest, nothing decays
 """
+
 from __future__ import annotations
 
 import math

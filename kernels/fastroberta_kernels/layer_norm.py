@@ -39,6 +39,7 @@ results are the same bits each time.
 Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450, section 3; the sublayer LayerNorm(residual +
 dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 5.4.
 """
+
 from __future__ import annotations
 
 import functools
@@ -142,9 +143,7 @@ def _layer_norm_forward_kernel(
         k0, k1, first_row = philox.load_seed(seed_ptr)
         head = tl.program_id(0) * 0
         keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
-    z = _load_sum(
-        x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT
-    )
+    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
     # The bias is loaded for every row of the tile, so only masked columns are zero where the row is outside.
     mean = tl.sum(tl.where(mask, z, 0.0), axis=1) / num_columns
     centred = tl.where(mask, z - mean[:, None], 0.0)
@@ -192,9 +191,7 @@ def _layer_norm_backward_kernel(
         keep = mask
         if HAS_DROPOUT:
             keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
-        z = _load_sum(
-            x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT
-        )
+        z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         # Outside the mask dy is zero, so x_hat counts nothing there, whatever it is; dz is never stored there.
         x_hat = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None]
@@ -497,9 +494,7 @@ class DropoutAddLayerNorm(torch.nn.Module):
     ) -> torch.Tensor:
         """`seed` is needed in training mode where p > 0; see `dropout_add_layer_norm`."""
         p = self.p if self.training else 0.0
-        return dropout_add_layer_norm(
-            x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed
-        )
+        return dropout_add_layer_norm(x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed)
 
 
 def launch_cases() -> Iterator[Callable[[], None]]:

@@ -25,6 +25,7 @@ needs no sort, and costs 32 block sums. No atomics: bitwise repeatable.
 Source: Devlin et al., "BERT" (arXiv 1810.04805), section 3.1 and appendix A.1; Liu et al., "RoBERTa" (arXiv
 1907.11692), section 4.1 (dynamic masking).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,812 @@
+"""Bidirectional softmax attention with dropout, for dense batches and for packed documents.
+
+Forward, for each sequence and head, with s = scale and Z the kept elements times 256 / (256 - threshold):
+
+    P = softmax(s * Q K^T)        O = (P * Z) V
+
+Backward, given dO:
+
+    delta = rowsum(dO * O)        dP = Z * (dO V^T)        dS = P * (dP - delta)
+    dV = (P * Z)^T dO             dK = s * dS^T Q          dQ = s * dS K
+
+`delta` equals rowsum(P * dP) because O already holds the dropout. The scores never exist whole: the forward walks over
+blocks of keys and rescales what it has whenever a row's maximum grows (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018; Dao, "FlashAttention-2", 2023, sections 3.1 and 3.2). Exponentials are to base 2 with
+log2(e) folded into the scale; statistics and accumulators are fp32.
+
+Saved: Q, K, V, O and, per head and query, log2 of the softmax's sum (fp32, (heads, query rows)). P and Z are computed
+again. Random numbers: element (query, key) of a head is decided by (row, head, column) of `philox`, where the row is
+batch * length + query, or the packed index of the query, and the column the key's index in its own sequence.
+
+One backward kernel, five matrix products
+    The usual pair of kernels (one for dK and dV, one for dQ) needs seven matrix products and computes every
+    exponential and random number twice. Here one program owns a head: it walks over its blocks of keys, and inside over
+    all queries, with dK and dV in registers and dQ in fp32 scratch of its own, to which it adds once per block of
+    keys. Nobody else touches the scratch, so there are no atomics and results repeat bit for bit; at 512 queries of 64
+    dimensions it is 128 KiB a head, 17 MB for one head on each of 132 multiprocessors, which stays in the L2 cache.
+    All tiles are (keys, queries), so that no product takes a transposed product as its operand; dQ is made transposed.
+    Where there are few heads their keys are divided among programs, whose parts of dQ are then summed.
+
+    Counted for 768 heads of 512 x 512 x 64: 129 GFLOP instead of 180, 201M exponentials instead of 403M; 0.5 GB of
+    device memory traffic (Q, K, V, O, dO, dQ, dK, dV, scratch), and with blocks of 128 keys 0.8 GB of scratch through
+    L2. Predicted, not measured: 1.2x the speed of the pair without dropout, 1.3x with it, less where heads are few.
+    Tiles of 32 queries would read keys from shared memory half as often, but spill 72 bytes a thread on sm_80.
+
+Bytes moved by the forward: Q and O once, K and V once per block of queries (from L2 after the first), 4 bytes a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import philox
+from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+from .philox import dropout_keep, load_seed
+
+LOG2_E = 1.4426950408889634
+HEAD_DIMS = (32, 64, 128)
+# The twin works on so many scores at once: they and what is made of them stay in a core's cache.
+SCORES_AT_ONCE = 262_144
+
+
+def attention_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attention` in plain PyTorch."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if dropout_p > 0:
+        seed = philox.as_seed(seed, q.device)
+        return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
+    mask = has_keys = None
+    if key_lengths is not None:
+        # Where all keys are masked a softmax is undefined: such a sequence sees all of them, and is then zeroed.
+        has_keys = (key_lengths > 0)[:, None, None, None]
+        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None, None, None]) | ~has_keys
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    ).transpose(1, 2)
+    return out if has_keys is None else torch.where(has_keys, out, 0.0)
+
+
+def varlen_attention_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`varlen_attention` in plain PyTorch."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
+    return attention_torch_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
+    )[0]
+
+
+def list_sequences(
+    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
+) -> list[tuple[slice, slice]]:
+    """Where the query rows and the key rows of each sequence with both lie in the flattened batch (read on the host)."""
+    if cu_seqlens_q is not None:
+        starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
+        stops_q, stops_k = starts_q[1:], starts_k[1:]
+    else:
+        batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
+        lengths = [length_k] * batch if lengths_k is None else lengths_k.clamp(0, length_k).tolist()
+        starts_q, starts_k = [b * length_q for b in range(batch)], [b * length_k for b in range(batch)]
+        stops_q = [start + length_q for start in starts_q]
+        stops_k = [start + length for start, length in zip(starts_k, lengths)]
+    sequences = zip(starts_q, stops_q, starts_k, stops_k)
+    return [(slice(q0, q1), slice(k0, k1)) for q0, q1, k0, k1 in sequences if q1 > q0 and k1 > k0]
+
+
+def split_heads(rows: slice, columns: slice, num_heads: int) -> Iterator[tuple[slice, tuple[int, int, int]]]:
+    """Groups of heads whose scores fit in the cache together, and the shape of those scores."""
+    num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
+    step = max(1, SCORES_AT_ONCE // (num_q * num_k))
+    for first in range(0, num_heads, step):
+        last = min(first + step, num_heads)
+        yield slice(first, last), (last - first, num_q, num_k)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_torch_forward", mutates_args=())
+def attention_torch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax by its definition, a few heads at a time, and its probabilities for the backward.
+
+    The sign of a saved probability is its dropout decision: what was dropped is stored as its negative.
+    """
+    out = q.new_zeros(q.shape)
+    num_heads = q.shape[-2]
+    q_thd, k_thd, v_thd, out_thd = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v, out))
+    saved = q.new_empty(num_heads * q_thd.shape[0] * max_seqlen_k)
+    statistics_dtype = torch.promote_types(q.dtype, torch.float32)
+    keep_scale = philox.dropout_scale(dropout_p)
+    used = 0
+    for rows, columns in list_sequences(q, k, cu_seqlens_q, lengths_k):
+        num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
+        if num_q > max_seqlen_q or num_k > max_seqlen_k:
+            raise ValueError(
+                f"attention: a sequence has {num_q} queries and {num_k} keys, more than max_seqlen_q={max_seqlen_q} "
+                f"or max_seqlen_k={max_seqlen_k}; pass the true maxima"
+            )
+        if seed is not None:
+            sequence_seed = torch.stack((seed[0], seed[1] + rows.start))
+            keep = philox.dropout_keep_torch(sequence_seed, dropout_p, num_q, num_k, num_heads)
+            # As bytes: PyTorch's arithmetic with booleans is several times slower. 1 where kept, -1 where dropped.
+            sign = keep.view(torch.int8).mul_(2).sub_(1).transpose(0, 1)
+        for heads, shape in split_heads(rows, columns, num_heads):
+            q_hqd, k_hkd, v_hkd = (
+                tensor[part, heads].transpose(0, 1)
+                for tensor, part in ((q_thd, rows), (k_thd, columns), (v_thd, columns))
+            )
+            scores = torch.baddbmm(
+                q.new_empty((), dtype=statistics_dtype), q_hqd.to(statistics_dtype),
+                k_hkd.to(statistics_dtype).transpose(1, 2), beta=0, alpha=scale,
+            )  # fmt: skip
+            torch.softmax(scores, -1, out=scores)
+            kept = saved[used : used + scores.numel()].view(shape)
+            used += scores.numel()
+            if seed is None:
+                kept.copy_(scores)
+                out_hqd = torch.bmm(kept, v_hkd)
+            else:
+                torch.mul(scores, sign[heads], out=kept)
+                out_hqd = torch.bmm(kept.relu(), v_hkd).mul_(keep_scale)
+            out_thd[rows, heads] = out_hqd.transpose(0, 1)
+    return out, saved
+
+
+@attention_torch_forward.register_fake
+def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+    return q.new_empty(q.shape), q.new_empty(q.numel() // q.shape[-1] * max_seqlen_k)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_torch_backward", mutates_args=())
+def attention_torch_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    saved: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the queries, keys and values."""
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    grad_thd, q_thd, k_thd, v_thd, dq_thd, dk_thd, dv_thd = (
+        tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, q, k, v, dq, dk, dv)
+    )
+    keep_scale = philox.dropout_scale(dropout_p)
+    nothing = q.new_empty(())
+    used = 0
+    for rows, columns in list_sequences(q, k, cu_seqlens_q, lengths_k):
+        for heads, shape in split_heads(rows, columns, q.shape[-2]):
+            probabilities = saved[used : used + math.prod(shape)].view(shape)
+            used += math.prod(shape)
+            grad_hqd, q_hqd = (tensor[rows, heads].transpose(0, 1) for tensor in (grad_thd, q_thd))
+            k_hkd, v_hkd = (tensor[columns, heads].transpose(0, 1) for tensor in (k_thd, v_thd))
+            dprobabilities = torch.baddbmm(nothing, grad_hqd, v_hkd.transpose(1, 2), beta=0, alpha=keep_scale)
+            if dropout_p > 0:
+                kept = probabilities.relu()
+                # The derivative of relu passes a gradient where its input is positive: where dropout kept.
+                dprobabilities = torch.ops.aten.threshold_backward(dprobabilities, probabilities, 0)
+                probabilities = probabilities.abs()
+            else:
+                kept = probabilities
+            dv_hkd = torch.baddbmm(nothing, kept.transpose(1, 2), grad_hqd, beta=0, alpha=keep_scale)
+            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype)
+            dq_hqd = torch.baddbmm(nothing, dscores, k_hkd, beta=0, alpha=scale)
+            dk_hkd = torch.baddbmm(nothing, dscores.transpose(1, 2), q_hqd, beta=0, alpha=scale)
+            dq_thd[rows, heads] = dq_hqd.transpose(0, 1)
+            dk_thd[columns, heads] = dk_hkd.transpose(0, 1)
+            dv_thd[columns, heads] = dv_hkd.transpose(0, 1)
+    return dq, dk, dv
+
+
+@attention_torch_backward.register_fake
+def _(grad, q, k, v, saved, cu_seqlens_q, lengths_k, dropout_p, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def save_for_torch_backward(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, lengths_k, _, _, _, ctx.dropout_p, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, output[1], cu_seqlens_q, lengths_k)
+    ctx.set_materialize_grads(False)
+
+
+def backward_torch(ctx, grad, _):
+    q, k, v, saved, cu_seqlens_q, lengths_k = ctx.saved_tensors
+    gradients = attention_torch_backward(grad, q, k, v, saved, cu_seqlens_q, lengths_k, ctx.dropout_p, ctx.scale)
+    return *gradients, None, None, None, None, None, None, None
+
+
+attention_torch_forward.register_autograd(backward_torch, setup_context=save_for_torch_backward)
+
+
+@jit
+def locate_sequence(
+    batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
+):
+    """First query row in the flattened batch, number of queries, first key row, number of keys of a sequence."""
+    if VARLEN:
+        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
+        first_k = tl.load(lengths_k_ptr + batch).to(tl.int64)
+        num_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
+        num_k = (tl.load(lengths_k_ptr + batch + 1) - first_k).to(tl.int32)
+    else:
+        first_q = batch * length_q
+        first_k = batch * length_k
+        num_q = tl.full((), 0, tl.int32) + length_q
+        num_k = tl.full((), 0, tl.int32) + length_k
+        if HAS_LENGTHS:
+            num_k = tl.minimum(tl.maximum(tl.load(lengths_k_ptr + batch).to(tl.int32), 0), num_k)
+    return first_q, num_q, first_k, num_k
+
+
+@jit
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
+    q_batch_stride, q_row_stride, q_head_stride,
+    k_batch_stride, k_row_stride, k_head_stride,
+    v_batch_stride, v_row_stride, v_head_stride,
+    length_q, length_k, total_q, qk_scale, keep_scale, threshold,
+    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head of one sequence against all its keys. Grid (blocks, heads, batch)."""
+    start_m = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    first_q, num_q, first_k, num_k = locate_sequence(
+        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
+    )
+    if start_m >= num_q:
+        return
+    row_stride = tl.num_programs(1) * HEAD_DIM
+    first_q += start_m
+    if VARLEN:
+        q_ptr += first_q * q_row_stride + head * q_head_stride
+        k_ptr += first_k * k_row_stride + head * k_head_stride
+        v_ptr += first_k * v_row_stride + head * v_head_stride
+    else:
+        q_ptr += batch * q_batch_stride + start_m.to(tl.int64) * q_row_stride + head * q_head_stride
+        k_ptr += batch * k_batch_stride + head * k_head_stride
+        v_ptr += batch * v_batch_stride + head * v_head_stride
+    out_ptr += first_q * row_stride + head * HEAD_DIM
+    lse_ptr += head * total_q + first_q
+
+    # Offsets inside a tile fit in 32 bits, which halves their registers; the pointers advance in 64 bits.
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, HEAD_DIM)
+    k_offsets = columns[:, None] * k_row_stride + dims[None, :]
+    v_offsets = columns[:, None] * v_row_stride + dims[None, :]
+    is_row = rows < num_q - start_m
+    q = tl.load(q_ptr + rows[:, None] * q_row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
+    if DROPOUT:
+        key_low, key_high, first_row = load_seed(seed_ptr)
+        random_rows = first_row + first_q + rows
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    for start_n in range(0, num_k, BLOCK_N):
+        is_column = columns < num_k - start_n
+        k = tl.load(k_ptr + k_offsets, mask=is_column[:, None], other=0.0)
+        v = tl.load(v_ptr + v_offsets, mask=is_column[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = scores * qk_scale + tl.where(is_column, 0.0, float("-inf"))[None, :]
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        probabilities = tl.exp2(scores - new_largest[:, None])
+        correction = tl.exp2(largest - new_largest)
+        total = total * correction + tl.sum(probabilities, 1)
+        if DROPOUT:
+            keep = dropout_keep(key_low, key_high, random_rows, head, start_n, threshold, BLOCK_M, BLOCK_N)
+            probabilities = tl.where(keep, probabilities, 0.0)
+        out = tl.dot(probabilities.to(v.dtype), v, out * correction[:, None], input_precision="ieee")
+        largest = new_largest
+        k_ptr += BLOCK_N * k_row_stride
+        v_ptr += BLOCK_N * v_row_stride
+    # Without any key the total is zero: the output is zero, and a finite statistic keeps the backward free of NaN.
+    has_keys = total > 0.0
+    total = tl.where(has_keys, total, 1.0)
+    lse = tl.where(has_keys, largest + tl.log2(total), 0.0)
+    out = out * (keep_scale / total)[:, None]
+    out_offsets = rows[:, None] * row_stride + dims[None, :]
+    tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+    tl.store(lse_ptr + rows, lse, mask=is_row)
+
+
+@jit
+def attention_backward_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, partial_ptr,
+    cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
+    q_batch_stride, q_row_stride, q_head_stride,
+    k_batch_stride, k_row_stride, k_head_stride,
+    v_batch_stride, v_row_stride, v_head_stride,
+    dq_row_stride, dk_row_stride,
+    length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
+    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: `chunk` keys of one head of one sequence against all its queries. Grid (chunks, heads, batch)."""
+    first_n = tl.program_id(0) * chunk
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1)
+    first_q, num_q, first_k, num_k = locate_sequence(
+        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
+    )
+    if VARLEN:
+        q_ptr += first_q * q_row_stride + head * q_head_stride
+        k_ptr += first_k * k_row_stride + head * k_head_stride
+        v_ptr += first_k * v_row_stride + head * v_head_stride
+        num_written_k = num_k
+    else:
+        q_ptr += batch * q_batch_stride + head * q_head_stride
+        k_ptr += batch * k_batch_stride + head * k_head_stride
+        v_ptr += batch * v_batch_stride + head * v_head_stride
+        num_written_k = tl.full((), 0, tl.int32) + length_k
+    # In `out`, its gradient and the results the heads of a row lie side by side.
+    row_stride = num_heads * HEAD_DIM
+    out_ptr += first_q * row_stride + head * HEAD_DIM
+    grad_ptr += first_q * row_stride + head * HEAD_DIM
+    lse_ptr += head * total_q + first_q
+    private = (tl.program_id(0) * num_heads + head) * total_q + first_q
+    delta_ptr += private
+    partial_ptr += private * HEAD_DIM
+    dims = tl.arange(0, HEAD_DIM)
+
+    for start_m in range(0, num_q, BLOCK_M):
+        rows = start_m + tl.arange(0, BLOCK_M)
+        is_row = rows < num_q
+        offsets = rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
+        out = tl.load(out_ptr + offsets, mask=is_row[:, None], other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + offsets, mask=is_row[:, None], other=0.0).to(tl.float32)
+        tl.store(delta_ptr + rows, tl.sum(out * grad, 1), mask=is_row)
+    tl.debug_barrier()
+
+    if DROPOUT:
+        key_low, key_high, first_row = load_seed(seed_ptr)
+        first_row += first_q
+    last_n = tl.minimum(first_n + chunk, num_written_k)
+    last_active_n = tl.minimum(last_n, num_k)
+    # At least one block is visited, so that queries without keys get their zero gradient.
+    for start_n in range(first_n, tl.maximum(last_n, first_n + 1), BLOCK_N):
+        columns = start_n + tl.arange(0, BLOCK_N)
+        is_column = columns < last_active_n
+        offsets_n = columns.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + offsets_n * k_row_stride + dims[None, :], mask=is_column[:, None], other=0.0)
+        v = tl.load(v_ptr + offsets_n * v_row_stride + dims[None, :], mask=is_column[:, None], other=0.0)
+        dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
+        # Blocks of ignored keys only write their zeros.
+        num_visited_q = tl.where((start_n == first_n) | (start_n < last_active_n), num_q, 0)
+        for start_m in range(0, num_visited_q, BLOCK_M):
+            rows = start_m + tl.arange(0, BLOCK_M)
+            is_row = rows < num_q
+            offsets_m = rows.to(tl.int64)
+            q = tl.load(q_ptr + offsets_m[:, None] * q_row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
+            grad = tl.load(grad_ptr + offsets_m[:, None] * row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
+            # exp2(s - inf) = 0: rows past the end need no other mask.
+            lse = tl.load(lse_ptr + rows, mask=is_row, other=float("inf"))
+            delta = tl.load(delta_ptr + rows, mask=is_row, other=0.0)
+            # All tiles are (keys, queries): every product then takes its operands as they lie.
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+            probabilities = tl.exp2(scores * qk_scale - lse[None, :])
+            probabilities = tl.where(is_column[:, None], probabilities, 0.0)
+            dprobabilities = tl.dot(v, tl.trans(grad), input_precision="ieee")
+            if DROPOUT:
+                keep = tl.trans(
+                    dropout_keep(key_low, key_high, first_row + rows, head, start_n, threshold, BLOCK_M, BLOCK_N)
+                )
+                dropped = tl.where(keep, probabilities, 0.0)
+                dprobabilities = tl.where(keep, dprobabilities * keep_scale, 0.0)
+            else:
+                dropped = probabilities
+            dv = tl.dot(dropped.to(grad.dtype), grad, dv, input_precision="ieee")
+            dscores = (probabilities * (dprobabilities - delta[None, :])).to(q.dtype)
+            dk = tl.dot(dscores, q, dk, input_precision="ieee")
+            dq = tl.dot(tl.trans(k), dscores, input_precision="ieee")
+            partial_ptrs = partial_ptr + offsets_m[None, :] * HEAD_DIM + dims[:, None]
+            dq += tl.load(partial_ptrs, mask=is_row[None, :] & (start_n > first_n), other=0.0)
+            tl.store(partial_ptrs, dq, mask=is_row[None, :])
+        is_written = (columns < last_n)[:, None]
+        offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
+        tl.store(dk_ptr + offsets_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_written)
+        tl.store(dv_ptr + offsets_dk, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=is_written)
+        # What follows reads what other threads of this program wrote.
+        tl.debug_barrier()
+
+    if tl.num_programs(0) == 1:
+        dq_ptr += first_q * dq_row_stride + head * HEAD_DIM
+        for start_m in range(0, num_q, BLOCK_M):
+            rows = start_m + tl.arange(0, BLOCK_M)
+            is_row = (rows < num_q)[:, None]
+            offsets_m = rows.to(tl.int64)[:, None]
+            dq = tl.load(partial_ptr + offsets_m * HEAD_DIM + dims[None, :], mask=is_row, other=0.0)
+            dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+            tl.store(dq_ptr + offsets_m * dq_row_stride + dims[None, :], dq, mask=is_row)
+
+
+# (bytes of the dtype, head_dim) -> BLOCK_M, BLOCK_N, num_warps, num_stages.
+FORWARD_BLOCKS = {
+    (2, 32): (128, 32, 4, 3),
+    (2, 64): (128, 64, 8, 2),
+    (2, 128): (64, 64, 4, 3),
+    (4, 32): (64, 32, 4, 2),
+    (4, 64): (32, 32, 4, 2),
+    (4, 128): (32, 32, 8, 2),
+}
+BACKWARD_BLOCKS = {
+    (2, 32): (16, 128, 8, 2),
+    (2, 64): (16, 128, 8, 2),
+    (2, 128): (16, 32, 8, 1),
+    (4, 32): (32, 32, 8, 1),
+    (4, 64): (16, 32, 8, 1),
+    (4, 128): (16, 16, 8, 1),
+}
+# With fewer programs than this the keys of a head are divided among up to MAX_CHUNKS programs.
+MIN_PROGRAMS, MAX_CHUNKS = 256, 8
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of batch, row and head; packed documents have no batch."""
+    return tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])
+
+
+def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
+    """Seed, scale and threshold of dropout; any tensor stands for the seed that is not read."""
+    return (q if seed is None else seed), philox.dropout_scale(dropout_p), philox.dropout_threshold(dropout_p)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_forward", mutates_args=())
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output, and log2 of the softmax sums, fp32 (heads, query rows)."""
+    is_varlen = cu_seqlens_q is not None
+    # Packed tensors may have rows that belong to no document.
+    new = torch.zeros if is_varlen else torch.empty
+    out = new(q.shape, dtype=q.dtype, device=q.device)
+    num_heads, head_dim = q.shape[-2:]
+    num_sequences = cu_seqlens_q.numel() - 1 if is_varlen else q.shape[0]
+    total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
+    lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
+    block_m, block_n, num_warps, num_stages = FORWARD_BLOCKS[q.element_size(), head_dim]
+    seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
+    launch(
+        attention_forward_kernel,
+        (-(-max_seqlen_q // block_m), num_heads, num_sequences),
+        q, k, v, out, lse, cu_seqlens_q if is_varlen else q, q if lengths_k is None else lengths_k, seed_or_q,
+        *strides_of(q), *strides_of(k), *strides_of(v),
+        max_seqlen_q, max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
+        VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
+        HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+    num_rows = q.shape[:-2].numel()
+    return q.new_empty(q.shape), q.new_empty((q.shape[-2], num_rows), dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the queries, keys and values."""
+    is_varlen = cu_seqlens_q is not None
+    new = torch.zeros if is_varlen else torch.empty
+    dq, dk, dv = (new(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
+    launch_backward(
+        grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
+    )
+    return dq, dk, dv
+
+
+def launch_backward(
+    grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
+):  # fmt: skip
+    """Fill dq, dk and dv, whose heads lie side by side in a row of any stride (dk and dv share theirs)."""
+    is_varlen = cu_seqlens_q is not None
+    num_heads, head_dim = q.shape[-2:]
+    num_sequences = cu_seqlens_q.numel() - 1 if is_varlen else q.shape[0]
+    total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
+    block_m, block_n, num_warps, num_stages = BACKWARD_BLOCKS[q.element_size(), head_dim]
+    num_blocks = max(1, -(-max_seqlen_k // block_n))
+    num_chunks = min(-(-MIN_PROGRAMS // max(1, num_sequences * num_heads)), MAX_CHUNKS, num_blocks)
+    blocks_in_chunk = -(-num_blocks // num_chunks)
+    num_chunks = -(-num_blocks // blocks_in_chunk)
+    # Each program has its own part of these: one head, one chunk, all queries.
+    delta = torch.empty((num_chunks, num_heads, total_q), dtype=torch.float32, device=q.device)
+    partial = torch.empty((num_chunks, num_heads, total_q, head_dim), dtype=torch.float32, device=q.device)
+    if is_varlen and num_chunks > 1:
+        partial.zero_()
+    seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
+    launch(
+        attention_backward_kernel,
+        (num_chunks, num_heads, num_sequences),
+        grad.contiguous(), q, k, v, out, lse, dq, dk, dv, delta, partial,
+        cu_seqlens_q if is_varlen else q, q if lengths_k is None else lengths_k, seed_or_q,
+        *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
+        max_seqlen_q, max_seqlen_k, total_q, blocks_in_chunk * block_n, scale * LOG2_E, scale, keep_scale, threshold,
+        VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
+        HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    if num_chunks > 1:
+        dq.copy_((partial.sum(0) * scale).transpose(0, 1).view(dq.shape))
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, out, lse, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def save_for_backward(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, lengths_k, seed, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.dropout_p, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, lengths_k, seed)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx, grad, _):
+    gradients = attention_backward(
+        grad, *ctx.saved_tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.dropout_p, ctx.scale
+    )
+    return *gradients, None, None, None, None, None, None, None
+
+
+attention_forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | torch.Tensor | None = None,
+    key_lengths: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Softmax attention of every query to all keys of its sequence.
+
+    Args:
+        q: (batch, length_q, heads, head_dim), fp32, bf16 or fp16. k, v: (batch, length_k, heads, head_dim), same dtype.
+            Views of one fused projection (batch, length, 3, heads, head_dim) are read where they lie.
+        dropout_p: probability of dropping a probability, rounded to 1/256; kept ones are scaled so the mean is exact.
+        scale: factor of the scores; None is head_dim ** -0.5.
+        seed: int, or int64 tensor (key,) or (key, first_row); needed where dropout_p > 0.
+        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys gives zeros.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
+    Returns:
+        (batch, length_q, heads, head_dim) in the dtype of q.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together; dropout without a seed; Triton with a head_dim
+            above 128 (smaller ones are padded to 32, 64 or 128) or another dtype.
+    """
+    seed = check_arguments("attention", q, k, v, dropout_p, seed)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"attention: {name} is {tuple(tensor.shape)}, expected (batch, length, heads, head_dim)")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: q has batch {q.shape[0]}, k and v have {k.shape[0]}; make them equal")
+    if key_lengths is not None:
+        check_lengths("attention", "key_lengths", key_lengths, q.shape[0])
+    if not use_triton("attention", impl, q, k, v, seed, key_lengths):
+        return attention_torch(q, k, v, dropout_p=dropout_p, scale=scale, seed=seed, key_lengths=key_lengths)
+    return run_padded(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """`attention` of packed documents: each query sees the keys of its own document.
+
+    Args:
+        q: (tokens_q, heads, head_dim). k, v: (tokens_k, heads, head_dim).
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): where each document starts, and the end of the last. Empty
+            documents are allowed; empty ones at the end keep the shape, and so a captured CUDA graph, the same.
+        max_seqlen_q, max_seqlen_k: no document is longer; ints, so that nothing is read back from the device. Too small
+            values leave rows out on a GPU; the PyTorch implementation refuses them.
+        dropout_p, scale, seed, impl: as in `attention`; the dropout row of a query is its index in `q`.
+    Returns:
+        (tokens_q, heads, head_dim); zeros for documents without keys and for rows after the last document.
+    Raises:
+        ValueError: as `attention`, and for lengths that are not int32 or not of one size.
+    """
+    seed = check_arguments("varlen_attention", q, k, v, dropout_p, seed)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3:
+            raise ValueError(f"varlen_attention: {name} is {tuple(tensor.shape)}, expected (tokens, heads, head_dim)")
+    check_lengths("varlen_attention", "cu_seqlens_q", cu_seqlens_q)
+    check_lengths("varlen_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel())
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not use_triton("varlen_attention", impl, q, k, v, seed, cu_seqlens_q, cu_seqlens_k):
+        return varlen_attention_torch(q, k, v, *lengths, dropout_p=dropout_p, scale=scale, seed=seed)
+    return run_padded(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale)
+
+
+def check_arguments(
+    operation: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Refuse what no implementation can compute; the seed as a tensor, or None without dropout."""
+    if k.shape != v.shape or q.shape[-2:] != k.shape[-2:] or q.dim() != k.dim():
+        raise ValueError(
+            f"{operation}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must have one shape, "
+            "q their heads and head_dim"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{operation}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
+    philox.dropout_threshold(dropout_p)
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        raise ValueError(f"{operation}: dropout_p={dropout_p} needs a seed; pass seed=, or dropout_p=0")
+    return philox.as_seed(seed, q.device)
+
+
+def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int | None = None) -> None:
+    if lengths.dtype != torch.int32 or lengths.dim() != 1 or lengths.numel() < (count is None):
+        raise ValueError(f"{operation}: {name} is {tuple(lengths.shape)} {lengths.dtype}, expected 1-D int32")
+    if count is not None and lengths.numel() != count:
+        raise ValueError(f"{operation}: {name} has {lengths.numel()} elements, expected {count}")
+
+
+def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+    """Run the kernels, with heads padded by zeros to a dimension that they know."""
+    head_dim = q.shape[-1]
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention: the kernel takes float32, bfloat16 and float16, got {q.dtype}; cast, or impl='torch'"
+        )
+    if head_dim > HEAD_DIMS[-1]:
+        raise ValueError(f"attention: the kernel takes head_dim <= {HEAD_DIMS[-1]}, got {head_dim}; pass impl='torch'")
+    padding = min(size for size in HEAD_DIMS if size >= head_dim) - head_dim
+    tensors = [F.pad(tensor, (0, padding)) if padding else tensor for tensor in (q, k, v)]
+    tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
+    lengths_k = lengths_k if lengths_k is None else lengths_k.contiguous()
+    cu_seqlens_q = cu_seqlens_q if cu_seqlens_q is None else cu_seqlens_q.contiguous()
+    scale = head_dim**-0.5 if scale is None else scale
+    out, _ = attention_forward(*tensors, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale)
+    return out[..., :head_dim]
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with the parameters of `torch.nn.MultiheadAttention(batch_first=True)`: state dicts fit both.
+
+    Dropout acts on the attention probabilities, in training mode only, and needs `seed` there.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, device=None, dtype=None
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"SelfAttention: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, device=device, dtype=dtype)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initialisation of torch.nn.MultiheadAttention."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        key_lengths: torch.Tensor | None = None,
+        seed: int | torch.Tensor | None = None,
+        impl: str | None = None,
+    ) -> torch.Tensor:
+        """x (batch, length, embed_dim) -> the same shape. `seed` is needed in training mode with dropout."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        out = attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, seed=seed, key_lengths=key_lengths, impl=impl
+        )
+        return self.out_proj(out.flatten(2))
+
+
+def launch_cases() -> Iterator[Callable[[], None]]:
+    """Forward and backward in every configuration of the tables, on tiny batches of real widths.
+
+    Key lengths change one scalar of the dense kernels, so one dtype stands for all there.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in HEAD_DIMS:
+            for dropout_p in (0.0, 0.1):
+                yield lambda case=(dtype, head_dim, dropout_p): run_dense_case(*case, None)
+                yield lambda case=(dtype, head_dim, dropout_p): run_varlen_case(*case)
+                if dtype == torch.bfloat16:
+                    lengths = torch.tensor([512], dtype=torch.int32)
+                    yield lambda case=(dtype, head_dim, dropout_p, lengths): run_dense_case(*case)
+
+
+def run_dense_case(dtype: torch.dtype, head_dim: int, dropout_p: float, key_lengths: torch.Tensor | None) -> None:
+    qkv = torch.zeros(1, 512, 3, 2, head_dim, dtype=dtype, requires_grad=True)
+    out = attention(*qkv.unbind(2), dropout_p=dropout_p, seed=0, key_lengths=key_lengths, impl="triton")
+    out.backward(torch.zeros_like(out))
+
+
+def run_varlen_case(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
+    qkv = torch.zeros(512, 3, 2, head_dim, dtype=dtype, requires_grad=True)
+    bounds = torch.tensor([0, 512], dtype=torch.int32)
+    out = varlen_attention(*qkv.unbind(1), bounds, bounds, 512, 512, dropout_p=dropout_p, seed=0, impl="triton")
+    out.backward(torch.zeros_like(out))

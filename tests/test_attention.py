@@ -1,0 +1,566 @@
+"""Attention, dense and packed: exactness, dropout decisions, ignored keys, empty documents, every way to call it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_exact_as_torch
+from fastroberta_kernels import _dispatch, attention, philox
+from torch.utils.checkpoint import checkpoint
+
+needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
+both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+
+
+def make_inputs(batch, length_q, length_k, num_heads, head_dim, dtype, device="cpu"):
+    """Queries, keys, values, output gradient as a network has them: biased, with outlier channels."""
+    generator = torch.Generator().manual_seed(length_q * 1000 + length_k)
+
+    def normal(length):
+        return torch.randn((batch, length, num_heads, head_dim), generator=generator)
+
+    q, k, v, grad = normal(length_q), normal(length_k), normal(length_k) + 1, normal(length_q)
+    q[..., head_dim // 2] *= 5
+    k[..., head_dim // 2] += 2
+    v[..., 0] *= 30
+    return [tensor.to(device, dtype) for tensor in (q, k, v, grad)]
+
+
+class Flash(torch.autograd.Function):
+    """Attention with the backward that every fused kernel uses: the correction of the softmax comes from dO * O.
+
+    Its rounding errors do not cancel as those of an explicit softmax do: with outlier channels PyTorch's own fused
+    operation is several times less exact than its explicit one. This is the measure where that has no dropout.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, kept):
+        probabilities = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, -1)
+        out = torch.einsum("bhqk,bkhd->bqhd", probabilities * kept, v)
+        ctx.save_for_backward(q, k, v, kept, probabilities, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, kept, probabilities, out = ctx.saved_tensors
+        delta = (grad * out).sum(-1).transpose(1, 2)[..., None]
+        dscores = probabilities * (torch.einsum("bqhd,bkhd->bhqk", grad, v) * kept - delta) * q.shape[-1] ** -0.5
+        dq = torch.einsum("bhqk,bkhd->bqhd", dscores, k)
+        dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q)
+        return dq, dk, torch.einsum("bhqk,bqhd->bkhd", probabilities * kept, grad), None
+
+
+def attend_by_definition(q, k, v, dropout_p=0.0, seed=0, first_row=0):
+    """One sequence or a dense batch, (batch, length, heads, dim): exact in fp64, else as PyTorch's fused operation does."""
+    if dropout_p == 0 and q.dtype != torch.float64:
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    kept = q.new_ones(())
+    if dropout_p > 0:
+        batch, num_q, num_heads = q.shape[:3]
+        seed = torch.tensor([seed, first_row])
+        keep = philox.dropout_keep_torch(seed, dropout_p, batch * num_q, k.shape[1], num_heads)
+        kept = keep.view(batch, num_q, num_heads, -1).transpose(1, 2).to(q.dtype) * philox.dropout_scale(dropout_p)
+    if q.dtype != torch.float64:
+        return Flash.apply(q, k, v, kept)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1) * kept, v)
+
+
+def attend_sequences(q, k, v, lengths_q, lengths_k, dropout_p=0.0, seed=0):
+    """Packed (tokens, heads, dim): each document alone."""
+    outputs, first_q, first_k = [], 0, 0
+    for num_q, num_k in zip(lengths_q, lengths_k):
+        part_q = q[None, first_q : first_q + num_q]
+        part_k, part_v = k[None, first_k : first_k + num_k], v[None, first_k : first_k + num_k]
+        if num_q and num_k:
+            outputs.append(attend_by_definition(part_q, part_k, part_v, dropout_p, seed, first_q)[0])
+        else:
+            outputs.append(part_q[0] * 0)
+        first_q, first_k = first_q + num_q, first_k + num_k
+    return torch.cat([*outputs, q[first_q:] * 0])
+
+
+def differentiate(function, q, k, v, grad):
+    inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    out = function(*inputs)
+    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, inputs, grad))))
+
+
+def assert_exact(ours, theirs, exact, what=""):
+    for name in exact:
+        assert_as_exact_as_torch(ours[name].cpu(), theirs[name].cpu(), exact[name], f"{what} {name}")
+
+
+def to_double(tensors):
+    return [tensor.cpu().double() for tensor in tensors]
+
+
+# One query and hardly a key; primes that fill no block; more keys than one block of the kernel, with queries of the last
+# layer's kind (few); more queries than keys.
+SHAPES = [(1, 1, 3, 1, 32), (2, 37, 37, 2, 64), (1, 13, 149, 2, 64), (1, 131, 17, 1, 128), (4, 37, 41, 2, 32)]
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_as_exact_as_torch(impl, dtype, shape, device):
+    inputs = make_inputs(*shape, dtype, device if impl == "triton" else "cpu")
+
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *inputs)
+    theirs = differentiate(attend_by_definition, *(tensor.cpu() for tensor in inputs))
+    exact = differentiate(attend_by_definition, *to_double(inputs))
+    assert_exact(ours, theirs, exact)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
+def test_attention_dropout_is_as_exact_as_torch(impl, dtype, shape, device):
+    inputs = make_inputs(*shape, dtype, device if impl == "triton" else "cpu")
+    seed = torch.tensor([7, 1 << 33], device=inputs[0].device)
+
+    def by_definition(q, k, v):
+        return attend_by_definition(q, k, v, 0.3, 7, 1 << 33)
+
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=0.3, seed=seed, impl=impl), *inputs)
+    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in inputs))
+    exact = differentiate(by_definition, *to_double(inputs))
+    assert_exact(ours, theirs, exact)
+
+
+@both
+def test_attention_dropout_keeps_what_philox_keeps(impl, device):
+    """With equal scores and unit values the output shows the mask itself; more columns and rows than one block."""
+    device = device if impl == "triton" else torch.device("cpu")
+    q = torch.zeros(1, 21, 2, 160, device=device)[..., :128]
+    k = torch.zeros(1, 128, 2, 128, device=device)
+    v = torch.eye(128, device=device)[None, :, None].expand(1, 128, 2, 128)
+    out = attention.attention(q, k, v, dropout_p=0.4, seed=5, impl=impl)
+    keep = philox.dropout_keep_torch(philox.as_seed(5, out.device), 0.4, 21, 128, 2)
+    torch.testing.assert_close(out[0], keep * (philox.dropout_scale(0.4) / 128), rtol=1e-5, atol=0)
+
+
+@both
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_attention_ignores_keys_past_their_length(impl, dropout_p, device):
+    """Lengths 0, partial (within the first block), whole blocks ignored, all."""
+    lengths = [0, 33, 5, 140]
+    q, k, v, grad = make_inputs(4, 18, 140, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    key_lengths = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    ours = differentiate(
+        lambda q, k, v: attention.attention(
+            q, k, v, dropout_p=dropout_p, seed=3, key_lengths=key_lengths, impl=impl
+        ),
+        q, k, v, grad,
+    )  # fmt: skip
+
+    def by_definition(q, k, v):
+        outputs = [
+            attend_by_definition(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], dropout_p, 3, 18 * b)
+            if n else q[b : b + 1] * 0
+            for b, n in enumerate(lengths)
+        ]  # fmt: skip
+        return torch.cat(outputs)
+
+    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in (q, k, v, grad)))
+    exact = differentiate(by_definition, *to_double((q, k, v, grad)))
+    assert_exact(ours, theirs, exact)
+    for name, part in (("out", 0), ("dq", 0), ("dk", 0), ("dv", 0), ("dk", (1, slice(33, None)))):
+        assert not ours[name][part].any(), name
+
+
+# An empty document at the start, in the middle, without keys only, without queries only; trailing ones as padding.
+LENGTHS_Q = [0, 19, 7, 0, 37, 5, 0]
+LENGTHS_K = [0, 19, 0, 11, 37, 140, 0]
+
+
+def make_packed(dtype, device, head_dim=32, spare=3):
+    """Queries and keys of the documents, with `spare` rows after them that belong to none."""
+    num_q, num_k = sum(LENGTHS_Q) + spare, sum(LENGTHS_K) + spare
+    q, k, v, grad = (t[0] for t in make_inputs(1, num_q, num_k, 2, head_dim, dtype, device))
+    bounds = [F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(device) for lengths in (LENGTHS_Q, LENGTHS_K)]
+    return (q, k, v, grad), (*bounds, max(LENGTHS_Q), max(LENGTHS_K))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_varlen_attention_is_as_exact_as_torch(impl, dtype, dropout_p, device):
+    inputs, lengths = make_packed(dtype, device if impl == "triton" else torch.device("cpu"))
+
+    def by_definition(q, k, v):
+        return attend_sequences(q, k, v, LENGTHS_Q, LENGTHS_K, dropout_p, 9)
+
+    ours = differentiate(
+        lambda q, k, v: attention.varlen_attention(q, k, v, *lengths, dropout_p=dropout_p, seed=9, impl=impl), *inputs
+    )
+    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in inputs))
+    exact = differentiate(by_definition, *to_double(inputs))
+    assert_exact(ours, theirs, exact)
+
+
+@both
+def test_one_document_equals_dense(impl, device):
+    inputs = make_inputs(1, 37, 53, 2, 32, torch.float32, device if impl == "triton" else "cpu")
+    bounds = [torch.tensor([0, length], dtype=torch.int32, device=inputs[0].device) for length in (37, 53)]
+    dense = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=0.1, seed=1, impl=impl), *inputs)
+    packed = differentiate(
+        lambda q, k, v: attention.varlen_attention(q, k, v, *bounds, 37, 53, dropout_p=0.1, seed=1, impl=impl),
+        *(tensor[0] for tensor in inputs),
+    )
+    for name in dense:
+        assert torch.equal(dense[name][0], packed[name]), name
+
+
+@needs_triton
+@pytest.mark.parametrize("blocks", [(16, 16, 4, 1), (32, 64, 4, 1)], ids=str)
+def test_dropout_and_result_do_not_depend_on_block_sizes(blocks, device, monkeypatch):
+    inputs = make_inputs(1, 19, 40, 1, 32, torch.float32, device)
+
+    def run():
+        return differentiate(
+            lambda q, k, v: attention.attention(q, k, v, dropout_p=0.3, seed=1, impl="triton"), *inputs
+        )
+
+    before = run()
+    monkeypatch.setitem(attention.FORWARD_BLOCKS, (4, 32), blocks)
+    monkeypatch.setitem(attention.BACKWARD_BLOCKS, (4, 32), blocks)
+    after = run()
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("max_chunks", [1, 2, 3])
+def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, device, monkeypatch):
+    """One program a head writes dq itself; several leave parts to be summed, also where some chunks have no keys."""
+    monkeypatch.setitem(attention.BACKWARD_BLOCKS, (4, 32), (16, 16, 4, 1))
+    monkeypatch.setattr(attention, "MAX_CHUNKS", max_chunks)
+    inputs = make_inputs(2, 21, 70, 1, 32, torch.float32, device)
+    key_lengths = torch.tensor([70, 20], dtype=torch.int32, device=device)
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, key_lengths=key_lengths, impl="triton"), *inputs)
+    theirs = differentiate(
+        lambda q, k, v: attention.attention(q, k, v, key_lengths=key_lengths.cpu(), impl="torch"),
+        *(tensor.cpu() for tensor in inputs),
+    )
+    for name in ours:
+        torch.testing.assert_close(ours[name].cpu(), theirs[name], rtol=1e-4, atol=1e-3)
+
+
+@both
+@pytest.mark.parametrize("head_dim", [1, 24, 48, 100])
+def test_other_head_dims_are_padded(impl, head_dim, device):
+    inputs = make_inputs(4, 13, 19, 2, head_dim, torch.float32, device if impl == "triton" else "cpu")
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *inputs)
+    theirs = differentiate(attend_by_definition, *(tensor.cpu() for tensor in inputs))
+    assert_exact(ours, theirs, differentiate(attend_by_definition, *to_double(inputs)))
+
+
+@both
+@pytest.mark.parametrize("layout", ["fused projection", "heads first", "last dimension strided", "unaligned"])
+def test_layouts(impl, layout, device):
+    device = device if impl == "triton" else torch.device("cpu")
+    batch, length, num_heads, head_dim = 2, 19, 2, 32
+    tensors = make_inputs(batch, length, length, num_heads, head_dim, torch.float32, device)
+    *plain, grad = tensors
+    if layout == "fused projection":
+        views = torch.stack(plain, 2).unbind(2)
+    elif layout == "heads first":
+        views = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in plain]
+    elif layout == "last dimension strided":
+        views = [tensor.transpose(1, 3).contiguous().transpose(1, 3) for tensor in plain]
+    else:
+        views = [F.pad(tensor.reshape(-1), (1, 0))[1:].view(tensor.shape) for tensor in plain]
+    expected = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *plain, grad)
+    got = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *views, grad)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+@both
+def test_expanded_gradient(impl, device):
+    """The gradient of a sum has strides of zero."""
+    q, k, v, _ = make_inputs(1, 5, 7, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    ones = torch.ones_like(q)
+    expected = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), q, k, v, ones)
+    got = differentiate(
+        lambda q, k, v: attention.attention(q, k, v, impl=impl), q, k, v, torch.ones((), device=q.device).expand_as(q)
+    )
+    for name in expected:
+        assert torch.equal(got[name], expected[name])
+
+
+@both
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=str)
+def test_empty_tensors(impl, shape, device):
+    batch, length_q, length_k = shape
+    q, k, v, grad = make_inputs(batch, length_q, length_k, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    for dropout_p in (0.0, 0.1):
+        results = differentiate(
+            lambda q, k, v, p=dropout_p: attention.attention(q, k, v, dropout_p=p, seed=0, impl=impl), q, k, v, grad
+        )
+        for name, tensor in zip(("out", "dq", "dk", "dv"), (q, q, k, v)):
+            assert results[name].shape == tensor.shape and not results[name].any(), name
+
+
+@both
+def test_dropout_of_everything_gives_zeros(impl, device):
+    inputs = make_inputs(1, 5, 7, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    results = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=1.0, seed=0, impl=impl), *inputs)
+    assert not any(result.any() for result in results.values())
+
+
+@both
+def test_large_scores_do_not_overflow(impl, device):
+    """Scores of thousands: one key takes all, where gradients of queries and keys are rounding of zero."""
+    q, k, v, grad = make_inputs(1, 9, 20, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    inputs = (q * 100, k * 100, v, grad)
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *inputs)
+    exact = differentiate(attend_by_definition, *to_double(inputs))
+    for name in ("out", "dv"):
+        assert (ours[name].cpu() - exact[name]).abs().max() < 0.01 * exact[name].abs().max(), name
+    for name in ("dq", "dk"):
+        assert torch.isfinite(ours[name]).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_single_key(impl, dtype, device):
+    """Its probability is one whatever the score: the gradients of query and key are rounding of zero."""
+    q, k, v, grad = make_inputs(2, 3, 1, 1, 32, dtype, device if impl == "triton" else "cpu")
+    got = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), q, k, v, grad)
+    assert torch.equal(got["out"], v.expand_as(q))
+    torch.testing.assert_close(got["dv"], grad.float().sum(1, keepdim=True).to(dtype))
+    for name in ("dq", "dk"):
+        assert got[name].abs().max() < 1e-5 * (grad.float().norm() * v.float().norm())
+
+
+@both
+def test_scale(impl, device):
+    inputs = make_inputs(1, 13, 19, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    factor = 0.5 * 32**0.5
+
+    def by_definition(q, k, v):
+        return attend_by_definition(q * factor, k, v)
+
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, scale=0.5, impl=impl), *inputs)
+    exact = differentiate(by_definition, *to_double(inputs))
+    for name in exact:
+        assert (ours[name].cpu() - exact[name]).abs().max() < 1e-5 * exact[name].abs().max(), name
+
+
+@both
+def test_repeats_are_bitwise_equal(impl, device):
+    inputs = make_inputs(2, 37, 150, 1, 64, torch.bfloat16, device if impl == "triton" else "cpu")
+
+    def run():
+        return differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=0.1, seed=4, impl=impl), *inputs)
+
+    first, second = run(), run()
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
+@both
+def test_checkpoint_recomputes_the_same_dropout(impl, device):
+    inputs = make_inputs(1, 9, 20, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+
+    def attend(q, k, v):
+        return attention.attention(q, k, v, dropout_p=0.5, seed=4, impl=impl)
+
+    plain = differentiate(attend, *inputs)
+    recomputed = differentiate(lambda *args: checkpoint(attend, *args, use_reentrant=False), *inputs)
+    for name in plain:
+        assert torch.equal(plain[name], recomputed[name])
+
+
+@both
+def test_compiled_equals_eager(impl, device):
+    device = device if impl == "triton" else torch.device("cpu")
+    dropout_p = 0.2
+    inputs = make_inputs(2, 5, 20, 1, 32, torch.float32, device)
+    packed = [tensor[0, :, :1] for tensor in make_inputs(1, 7, 9, 1, 32, torch.float32, device)]
+    lengths = (*(torch.tensor([0, 4, length], dtype=torch.int32, device=device) for length in (7, 9)), 4, 5)
+    seed = torch.tensor([4, 0], device=device)
+    key_lengths = torch.tensor([20, 7], dtype=torch.int32, device=device)
+
+    def attend(q, k, v):
+        return attention.attention(q, k, v, dropout_p=dropout_p, seed=seed, key_lengths=key_lengths, impl=impl)
+
+    def attend_packed(q, k, v):
+        return attention.varlen_attention(q, k, v, *lengths, dropout_p=dropout_p, seed=seed, impl=impl)
+
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    for function, tensors in ((attend, inputs), (attend_packed, packed)):
+        eager = differentiate(function, *tensors)
+        compiled = differentiate(torch.compile(function, fullgraph=True, backend=backend), *tensors)
+        for name in eager:
+            torch.testing.assert_close(compiled[name], eager[name], rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_opcheck(impl, device):
+    device = device if impl == "triton" else torch.device("cpu")
+    q, k, v, _ = make_inputs(2, 5, 18, 1, 32, torch.float32, device)
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    seed = torch.tensor([1, 0], device=device)
+    operator = attention.attention_torch_forward if impl == "torch" else attention.attention_forward
+    torch.library.opcheck(operator, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
+    if impl == "triton":
+        bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
+        q, k, v, _ = (tensor[0] for tensor in make_inputs(1, 5, 5, 1, 32, torch.float32, device))
+        torch.library.opcheck(operator, (q, k, v, bounds, bounds, None, 2, 2, 0.0, 0.2), test_utils="test_faketensor")
+
+
+def test_errors_say_what_to_change():
+    q = torch.zeros(2, 3, 2, 32)
+    k = torch.zeros(2, 5, 2, 32)
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    cases = [
+        (lambda: attention.attention(q, k, k, dropout_p=0.1), "needs a seed"),
+        (lambda: attention.attention(q, k, k, dropout_p=1.5, seed=0), "dropout probability"),
+        (lambda: attention.attention(q, k, k[:, :4]), "one shape"),
+        (lambda: attention.attention(q, k[:, :, :1], k[:, :, :1]), "one shape"),
+        (lambda: attention.attention(q[0], k[0], k[0]), "expected \\(batch"),
+        (lambda: attention.attention(q[:1], k, k), "batch"),
+        (lambda: attention.attention(q.half(), k, k), "one dtype"),
+        (lambda: attention.attention(q, k, k, key_lengths=torch.zeros(2)), "int32"),
+        (lambda: attention.attention(q, k, k, key_lengths=bounds[:1]), "expected 2"),
+        (lambda: attention.varlen_attention(q, k, k, bounds, bounds, 3, 3), "expected \\(tokens"),
+        (lambda: attention.varlen_attention(q[0], k[0], k[0], bounds, bounds[:1], 3, 3), "expected 2"),
+        (lambda: attention.varlen_attention(q[0], k[0], k[0], bounds, bounds, 2, 3), "max_seqlen"),
+        (lambda: attention.SelfAttention(30, 4), "multiple"),
+    ]
+    if _dispatch.triton is not None:
+        wide = torch.zeros(1, 1, 1, 129)
+        cases += [
+            (lambda: attention.attention(wide, wide, wide, impl="triton"), "head_dim <= 128"),
+            (lambda: attention.attention(q.double(), k.double(), k.double(), impl="triton"), "float64"),
+        ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@both
+def test_self_attention_equals_multihead_attention(impl, device):
+    device = device if impl == "triton" else torch.device("cpu")
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(64, 2, batch_first=True).to(device)
+    torch.nn.init.normal_(theirs.in_proj_bias)
+    ours = attention.SelfAttention(64, 2, dropout=0.1).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(2, 11, 64, device=device)
+    key_lengths = torch.tensor([11, 4], dtype=torch.int32, device=device)
+    ignored = torch.arange(11, device=device) >= key_lengths[:, None]
+    expected = theirs(x, x, x, key_padding_mask=ignored, need_weights=False)[0]
+    ours.eval()
+    got = ours(x, key_lengths=key_lengths, impl=impl)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(got.square().sum(), list(ours.parameters())),
+        torch.autograd.grad(expected.square().sum(), list(theirs.parameters())),
+        rtol=1e-3, atol=1e-4,
+    )  # fmt: skip
+    ours.train()
+    dropped = ours(x, seed=1, impl=impl)
+    assert not torch.equal(dropped, ours(x, seed=2, impl=impl))
+    assert torch.equal(dropped, ours(x, seed=1, impl=impl))
+    with pytest.raises(ValueError, match="seed"):
+        ours(x, impl=impl)
+
+
+GPU_CASES = [
+    (dtype, head_dim, dropout_p)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for head_dim in (32, 64, 128)
+    for dropout_p in (0.0, 0.1)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, head_dim, dropout_p", GPU_CASES, ids=str)
+@pytest.mark.parametrize("lengths", [(512, 512), (77, 512), (1023, 301)], ids=str)
+def test_every_configuration_at_real_sizes(dtype, head_dim, dropout_p, lengths, device):
+    inputs = make_inputs(4, *lengths, 12, head_dim, dtype, device)
+
+    def by_definition(q, k, v):
+        return attend_by_definition(q, k, v, dropout_p, 3)
+
+    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=3), *inputs)
+    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in inputs))
+    assert_exact(ours, theirs, differentiate(by_definition, *to_double(inputs)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, head_dim, dropout_p", GPU_CASES, ids=str)
+def test_backward_repeats_bitwise_a_hundred_times(dtype, head_dim, dropout_p, device):
+    inputs = make_inputs(32, 512, 512, 12, head_dim, dtype, device)
+
+    def run():
+        return differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=3), *inputs)
+
+    first = run()
+    for _ in range(100):
+        for name, result in run().items():
+            assert torch.equal(result, first[name]), name
+
+
+@pytest.mark.gpu
+def test_packed_documents_at_real_sizes(device):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 513, (300,), generator=generator)
+    bounds = F.pad(lengths.cumsum(0), (1, 8), value=0)
+    bounds[-8:] = bounds[-9]
+    bounds = bounds.int().to(device)
+    total = int(bounds[-1])
+    q, k, v, grad = (tensor[0] for tensor in make_inputs(1, total, total, 12, 64, torch.bfloat16, device))
+    ours = differentiate(
+        lambda q, k, v: attention.varlen_attention(q, k, v, bounds, bounds, 512, 512, dropout_p=0.1, seed=3),
+        q, k, v, grad,
+    )  # fmt: skip
+
+    def by_definition(q, k, v):
+        return attend_sequences(q, k, v, lengths.tolist(), lengths.tolist(), 0.1, 3)
+
+    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in (q, k, v, grad)))
+    assert_exact(ours, theirs, differentiate(by_definition, *to_double((q, k, v, grad))))
+
+
+@pytest.mark.gpu
+def test_graph_replay_with_a_new_seed_changes_the_mask(device):
+    q, k, v, _ = make_inputs(4, 128, 128, 2, 64, torch.bfloat16, device)
+    seed = torch.tensor([1, 0], device=device)
+
+    def attend():
+        return attention.attention(q, k, v, dropout_p=0.1, seed=seed)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    replayed = []
+    for key in (1, 2):
+        seed[0] = key
+        graph.replay()
+        assert torch.equal(out, attend())
+        replayed.append(out.clone())
+    assert not torch.equal(*replayed)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_31_elements(device):
+    """Rows at the end of a large batch equal the same rows computed alone."""
+    batch = (1 << 31) // (512 * 16 * 128) + 2
+    qkv = torch.randn(batch, 512, 3, 16, 128, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(batch, 512, 16, 128, device=device, dtype=torch.bfloat16)
+    whole = differentiate(attention.attention, *qkv.unbind(2), grad)
+    last = differentiate(attention.attention, *qkv[-2:].unbind(2), grad[-2:])
+    assert torch.equal(whole["out"][-2:], last["out"])
+    for name in ("dq", "dk", "dv"):
+        # Few heads are divided among more programs: sums in another order.
+        torch.testing.assert_close(whole[name][-2:], last[name], rtol=2e-2, atol=2e-2)
