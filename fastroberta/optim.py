@@ -65,6 +65,11 @@ class LossScaler:
         return {"loss_scaler.scale": self.scale, "loss_scaler.good_steps": self.good_steps}
 
 
+# The norm is taken of rows of so many numbers, and then of those: PyTorch's fp32 norm on a CPU adds up one by one, and
+# was measured 1.5% too small for the 124M gradients of roberta-base.
+NORM_ROW = 4096
+
+
 class FlatGradients:
     """One of PyTorch's own kind of optimizers, with FusedLAMB's manners: flat gradients that are divided by a scale, the
     global norm measured and clipped, and a step that is not taken where the norm is not finite.
@@ -84,7 +89,7 @@ class FlatGradients:
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
         ends = torch.tensor([-(-parameter.numel() // 32) * 32 for parameter in parameters]).cumsum(0).tolist()
         device = parameters[0].device
-        self.gradient = torch.zeros(ends[-1], device=device)
+        self.gradient = torch.zeros(-(-ends[-1] // NORM_ROW) * NORM_ROW, device=device)
         self.last_grad_norm = torch.zeros((), device=device)
         for start, parameter in zip([0, *ends], parameters):
             parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)
@@ -95,7 +100,8 @@ class FlatGradients:
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor) -> None:
         """Divide the gradients by `grad_scale`, clip them, and take the step; without effect where not finite."""
-        self.last_grad_norm = torch.linalg.vector_norm(self.gradient) / grad_scale
+        row_norms = torch.linalg.vector_norm(self.gradient.view(-1, NORM_ROW), dim=1)
+        self.last_grad_norm = torch.linalg.vector_norm(row_norms) / grad_scale
         factor = 1 / grad_scale
         if self.max_grad_norm:
             factor = factor * (self.max_grad_norm / self.last_grad_norm).clamp(max=1.0)

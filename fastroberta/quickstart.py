@@ -32,9 +32,9 @@ def python_texts() -> Iterator[tuple[str, str]]:
         module = ".".join(path.relative_to(library).with_suffix("").parts)
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = ast.get_docstring(node)
-                if text and len(text) >= 40:
-                    yield f"{module}.{getattr(node, 'name', '')}", text
+                docstring = ast.get_docstring(node)
+                if docstring and len(docstring) >= 40:
+                    yield f"{module}.{getattr(node, 'name', '')}", docstring
 
 
 def write_python_texts(path: Path) -> int:

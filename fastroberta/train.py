@@ -88,7 +88,9 @@ class Trainer:
         self.manifest = load_manifest(config.data)
         self.tokenizer = load_tokenizer(self.manifest.directory)
         self.masking = masking_arguments(self.manifest, config.mlm_probability)
-        cut: dict[str, Any] = dict(max_seq_length=config.max_seq_length, packing=config.packing, attention_scope=config.attention_scope)
+        cut: dict[str, Any] = dict(
+            max_seq_length=config.max_seq_length, packing=config.packing, attention_scope=config.attention_scope
+        )
         self.blocks = open_split(self.manifest, "train", **cut)
         self.heldout = open_split(self.manifest, "heldout", **cut)
 

@@ -14,7 +14,7 @@ FLOORS = [
     ["config", "tokenizer", "shards", "text", "deduplicate", "quickstart"],
     ["arguments", "data", "model", "optim", "distributed", "metrics", "sentences"],
     ["checkpoint", "hf"],
-    ["pieces"],
+    ["pieces", "assemble"],
     ["prepare"],
     ["evaluate"],
     ["export"],

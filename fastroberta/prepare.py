@@ -1,0 +1,472 @@
+"""`python -m fastroberta.prepare INPUT... --out DIR`: text in, token shards out.
+
+Reads txt, jsonl and parquet, plain or in gzip or zstd; files, folders and globs. Cleans as asked, tokenizes on all
+cores, and writes shards, a held-out split and a manifest. Interrupted in any way, the same command continues; the
+bytes depend on the text and the options alone, not on the number of workers or on interruptions.
+
+    tokenize     pieces of about 8 MB of text -> one file each in DIR/work (parallel)
+    deduplicate  the hashes of all pieces -> which documents to drop
+    assemble     pieces, in order -> shards; then the manifest, which makes the directory a finished one
+
+While it runs DIR takes twice the size of the shards. Memory: about 200 MB, and as much for each worker, up to 1.3 GB
+where a document has 16 MB, the most that is taken; training a tokenizer holds 256 MB of text; removing duplicates adds
+a byte a document, and sorts 4 million keys at a time.
+
+--worker i/n does the i-th of n shares of the corpus (on a machine of its own, say): whole files where there are n of
+them, pieces otherwise. --merge DIR... --out DIR joins the results; each share removed its own duplicates only.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from .arguments import parse_arguments, run
+from .assemble import assemble, find_duplicates, join
+from .config import setting
+from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
+from .pieces import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
+from .shards import (
+    MAX_SHARD_TOKENS,
+    SPLITS,
+    Manifest,
+    load_manifest,
+    write_atomically,
+)
+from .text import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
+from .tokenizer import (
+    SMALLEST_VOCABULARY,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
+
+TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tokenizer is trained on at most
+
+
+@dataclass
+class PrepareConfig:
+    """One corpus."""
+
+    inputs: list[str] = setting(help="text files, folders or globs; prepared directories with --merge", positional=True)
+    out: str = setting(help="directory to write; an unfinished run found there is continued")
+    tokenizer: str | None = setting(None, "directory with tokenizer.json, or with vocab.json and merges.txt")
+    train_tokenizer: int | None = setting(
+        None, "train a tokenizer of this many tokens on the text instead", valid=f"[{SMALLEST_VOCABULARY}, inf)"
+    )
+
+    format: Literal["auto", "txt", "jsonl", "parquet"] = setting("auto", "of the inputs; auto goes by their names")
+    txt_documents: Literal["blank-line", "line"] = setting("blank-line", "what ends a document in txt")
+    text_field: str = setting("text", "field of jsonl records, or column of parquet files, that holds the text")
+    on_bad_input: Literal["error", "skip"] = setting("error", "stop, or mend or leave out and count")
+
+    nfc: bool = setting(False, "bring text into Unicode normal form C")
+    min_characters: int = setting(0, "leave out shorter documents", valid="[0, inf)")
+    max_characters: int | None = setting(None, "leave out longer documents", valid="[1, inf)")
+    exact_duplicates: bool = setting(False, "leave out documents that equal an earlier one")
+    near_duplicates: float | None = setting(
+        None, "leave out documents this similar to an earlier one (Jaccard, by MinHash); 0.8 is usual", valid="(0, 1]"
+    )
+    sentences: Literal["punctuation", "lines"] = setting("punctuation", "where sentences end, line ends aside")
+    heldout_fraction: float = setting(
+        0.005, "share of the documents kept for evaluation, chosen by a hash of their text", valid="[0, 1)"
+    )
+
+    shard_tokens: int = setting(2**26, "tokens a shard at most", valid=f"[1, {MAX_SHARD_TOKENS}]")
+    workers: int | None = setting(None, "processes; null takes one for each core", valid="[1, inf)")
+    worker: str | None = setting(None, "i/n: do only the i-th of n shares of the corpus, to be merged later")
+    merge: bool = setting(False, "join directories that --worker prepared")
+
+    def check(self) -> None:
+        if self.merge and (self.tokenizer or self.train_tokenizer or self.worker):
+            raise ConfigurationError("merge: the directories are prepared already; give only them and --out")
+        if not self.merge and (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ConfigurationError("tokenizer: give one of --tokenizer DIR and --train-tokenizer VOCAB_SIZE")
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ConfigurationError(f"max_characters = {self.max_characters}: less than min_characters; raise it")
+        self.share()
+
+    def share(self) -> tuple[int, int]:
+        """(i, n) of --worker, i counted from 0."""
+        first, _, count = (self.worker or "1/1").partition("/")
+        if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+            raise ConfigurationError(f"worker = {self.worker}: takes i/n with i from 1 to n, for example 1/4")
+        return int(first) - 1, int(count)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # The first two paragraphs: --help would run the list after them together.
+    config = parse_arguments(argv, PrepareConfig, description="\n\n".join((__doc__ or "").split("\n\n")[:2]))
+    try:
+        manifest = merge(config) if config.merge else prepare(config)
+    except OSError as error:
+        raise DataError(f"{error.filename or config.out}: {error.strerror}; mend that and start again") from error
+    print_report(manifest)
+    return 0
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Do what the configuration says; a finished directory is left as it is.
+
+    Raises:
+        ConfigurationError, DataError, Stopped: see there.
+    """
+    out = Path(config.out)
+    work = out / "work"
+    files = find_files(config.inputs, config.format)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    options = _identify(config, tokenizer)
+    if finished := _find_finished(out, options):
+        return finished
+    with _own_directory(out), _StopRequest() as stop:
+        _resume(work, options, files)
+        if tokenizer is None:
+            tokenizer = _obtain_tokenizer(config, files, work, stop)
+        pieces = _tokenize(config, files, tokenizer, work, stop)
+        dropped = find_duplicates(pieces, work, config.exact_duplicates, config.near_duplicates, stop.check)
+        manifest = assemble(pieces, dropped, tokenizer, out, options, stop.check)
+        shutil.rmtree(work)
+    return manifest
+
+
+# ---- starting and continuing
+
+
+def _identify(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """All that decides the bytes of the output besides the files, to know an unfinished run again.
+
+    on_bad_input is not in it: after an error the same run may go on with "skip", the pieces done before had no fault.
+    """
+    options = dataclasses.asdict(config)
+    for name in ("out", "workers", "merge", "on_bad_input", "tokenizer"):
+        del options[name]
+    return {**options, "tokenizer_sha256": tokenizer_hash(tokenizer) if tokenizer else None}
+
+
+def _find_finished(out: Path, options: dict[str, Any]) -> Manifest | None:
+    if not (out / "manifest.json").exists():
+        return None
+    manifest = load_manifest(out)
+    _refuse_other_options(manifest.contents["options"], options, f"{out}: holds a finished corpus")
+    print(f"{out}: already prepared, nothing to do")
+    return manifest
+
+
+def _refuse_other_options(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            raise ConfigurationError(
+                f"{what} with {name} = {found.get(name)}, this run has {wanted[name]}; give the same options, or "
+                "another --out, or remove the directory"
+            )
+
+
+@contextlib.contextmanager
+def _own_directory(out: Path) -> Iterator[None]:
+    """Make the directory, and keep a second run out of it; the system takes the lock from a process that is killed."""
+    import fcntl
+
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    with open(out / "work" / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(f"{out}: another run writes there; wait, or give another --out") from error
+        yield
+
+
+class _StopRequest:
+    """Notes the first SIGINT or SIGTERM, so that the piece in hand is finished; a second one ends the program."""
+
+    def __enter__(self) -> _StopRequest:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self.__exit__()
+
+    def check(self) -> None:
+        if self.requested:
+            raise Stopped("stopped; nothing is lost, the same command continues")
+
+
+def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None:
+    """Hold an unfinished run's plan against this one's, and forget what came from files that changed since."""
+    for leftover in [*work.glob("*.tmp"), *work.parent.glob("*.tmp")]:
+        leftover.unlink()
+    plan = {"options": options, "files": [dataclasses.asdict(file) for file in files]}
+    path = work / "plan.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{path}: damaged ({error}); remove {work} and start again") from error
+        _refuse_other_options(found["options"], options, f"{work.parent}: holds an unfinished run")
+        if [file["path"] for file in found["files"]] != [file.path for file in files]:
+            raise ConfigurationError(
+                f"{work.parent}: holds an unfinished run over other files; give the same files, or another --out, or "
+                "remove the directory"
+            )
+        changed = [number for number, file in enumerate(plan["files"]) if file != found["files"][number]]
+        for number in changed:
+            print(f"{files[number].path}: changed since the run began, done again", file=sys.stderr)
+            for piece in work.glob(f"{number:06d}-*.npz"):
+                piece.unlink()
+        if changed and options["train_tokenizer"]:
+            shutil.rmtree(work / "tokenizer", ignore_errors=True)
+            for piece in work.glob("*.npz"):
+                piece.unlink()
+    with write_atomically(path) as file:
+        file.write(json.dumps(plan, indent=1).encode())
+
+
+def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path, stop: _StopRequest) -> Tokenizer:
+    """The tokenizer that this run trained before it was interrupted, or a new one."""
+    assert config.train_tokenizer is not None
+    directory = work / "tokenizer"
+    if not directory.exists():
+        settings = _piece_settings(config)
+        sample: list[Piece] = []
+        stride, size = 1, 0
+        # Over the whole corpus, whatever --worker says: every share gets the same tokenizer.
+        for number, piece in enumerate(_read_all(config, files)):
+            stop.check()
+            if number % stride == 0:
+                sample.append(piece)
+                size += piece.size()
+            while size > TRAINING_BYTES and len(sample) > 1:  # every second goes, so that it stays evenly spread
+                sample, stride = sample[::2], stride * 2
+                size = sum(map(Piece.size, sample))
+        print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
+
+        def read_lines() -> Iterator[str]:
+            problems = Problems(config.on_bad_input)
+            while sample:
+                for text in clean_documents(sample.pop(0), settings, Counter(), problems):
+                    yield from filter(None, map(str.strip, text.split("\n")))
+
+        trained = train_tokenizer(read_lines(), config.train_tokenizer)
+        partial = work / "tokenizer.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_tokenizer(trained, partial)
+        os.replace(partial, directory)
+    return load_tokenizer(directory)
+
+
+def _piece_settings(config: PrepareConfig) -> PieceSettings:
+    return PieceSettings(
+        txt_documents=config.txt_documents,
+        text_field=config.text_field,
+        split_sentences=config.sentences == "punctuation",
+        nfc=config.nfc,
+        min_characters=config.min_characters,
+        max_characters=config.max_characters,
+        signatures=config.near_duplicates is not None,
+        on_bad_input=config.on_bad_input,
+    )
+
+
+# ---- tokenize
+
+
+def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
+    for number, file in enumerate(files):
+        yield from read_pieces(
+            file,
+            number,
+            txt_documents=config.txt_documents,
+            text_field=config.text_field,
+            policy=config.on_bad_input,
+        )
+
+
+def _read_share(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
+    """The pieces that are this run's by --worker."""
+    share, count = config.share()
+    if len(files) >= count:
+        for number in range(share, len(files), count):
+            yield from (dataclasses.replace(piece, file_number=number) for piece in _read_all(config, [files[number]]))
+    else:
+        for number, piece in enumerate(_read_all(config, files)):
+            if number % count == share:
+                yield piece
+
+
+def _tokenize(
+    config: PrepareConfig, files: list[InputFile], tokenizer: Tokenizer, work: Path, stop: _StopRequest
+) -> list[Path]:
+    """Write the piece files that are not there yet; all of them, in order."""
+    settings = _piece_settings(config)
+    total = sum(file.size for file in files)
+    workers = min(config.workers or len(os.sched_getaffinity(0)), 1 + total // PIECE_BYTES)
+    paths: list[Path] = []
+    pending: deque[tuple[Piece, concurrent.futures.Future[dict[str, int]]]] = deque()
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(total // config.share()[1]))
+        submit: Callable[[Piece, Path], concurrent.futures.Future[dict[str, int]]]
+        if workers == 1:
+            processor = PieceProcessor(tokenizer, settings)
+
+            def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
+                done: concurrent.futures.Future[dict[str, int]] = concurrent.futures.Future()
+                done.set_result(processor.process(piece, path))
+                return done
+        else:
+            pool = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                multiprocessing.get_context("spawn"),  # a fork would copy the tokenizer's threads in mid-step
+                start_worker,
+                (tokenizer.to_str(), settings),
+            )
+            stack.callback(pool.shutdown, cancel_futures=True)
+
+            def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
+                return pool.submit(process_in_worker, piece, path)
+
+        def finish_oldest() -> None:
+            # In order, so that of several faults the first is reported.
+            piece, future = pending.popleft()
+            try:
+                done = future.result()
+            except concurrent.futures.BrokenExecutor as error:
+                raise DeviceMemoryError(
+                    f"{piece.file.path}: a worker was killed, most often for want of memory; the same command with "
+                    "fewer --workers continues"
+                ) from error
+            progress.advance(piece.input_bytes, done["bytes"], done["tokens"])
+
+        for piece in _read_share(config, files):
+            stop.check()
+            path = work / f"{piece.file_number:06d}-{piece.number:06d}.npz"
+            paths.append(path)
+            if path.exists():
+                progress.advance(piece.input_bytes)
+                continue
+            pending.append((piece, submit(piece, path)))
+            while len(pending) > workers + 2:
+                finish_oldest()
+        while pending:
+            stop.check()
+            finish_oldest()
+    return paths
+
+
+class Progress:
+    """Share done, MB/s of text, tokens/s and time left; a bar on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, total_bytes: int):
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
+        self._bar = Bar(*columns, console=console) if console.is_terminal else None
+        self._total = max(total_bytes, 1)
+        self._input_bytes = self._new_input_bytes = self._text_bytes = self._tokens = 0
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._total, speed="")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, input_bytes: int, text_bytes: int | None = None, tokens: int = 0) -> None:
+        """A piece is done; without text_bytes it was done by an earlier run, and says nothing about the speed."""
+        self._input_bytes += input_bytes
+        if text_bytes is not None:
+            self._new_input_bytes += input_bytes
+            self._text_bytes += text_bytes
+            self._tokens += tokens
+        now = time.monotonic()
+        seconds = max(now - self._start, 1e-9)
+        left = max(self._total - self._input_bytes, 0) * seconds / max(self._new_input_bytes, 1)
+        speed = (
+            f"{self._text_bytes / seconds / 1e6:.1f} MB/s, {self._tokens / seconds:,.0f} tokens/s, "
+            f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=min(self._input_bytes, self._total), speed=speed)
+        elif now - self._last_line >= 10:
+            self._last_line = now
+            print(f"tokenizing {min(self._input_bytes / self._total, 1):.1%}, {speed}", file=sys.stderr, flush=True)
+
+
+# ---- joining and reporting
+
+
+def merge(config: PrepareConfig) -> Manifest:
+    """Join prepared directories: their shards in order, linked where the file system can, copied otherwise.
+
+    Raises:
+        DataError: a directory is not finished, damaged, or made with another tokenizer.
+    """
+    out = Path(config.out)
+    manifests = [load_manifest(directory, verify=True) for directory in config.inputs]
+    options = {"merge": config.inputs, "parts": [manifest.contents["options"] for manifest in manifests]}
+    if finished := _find_finished(out, options):
+        return finished
+    with _own_directory(out):
+        merged = join(manifests, out, options)
+        shutil.rmtree(out / "work")
+    return merged
+
+
+def print_report(manifest: Manifest) -> None:
+    """What was read, mended, left out and written."""
+    counts, problems = manifest.contents["report"]["counts"], manifest.contents["report"]["problems"]
+    lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
+    names = {
+        "normalized": "  brought into NFC",
+        "empty": "  left out: empty",
+        "too_short": "  left out: too short",
+        "too_long": "  left out: too long",
+        "exact_duplicates": "  left out: exact duplicates",
+        "near_duplicates": "  left out: near duplicates",
+    }
+    lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
+    lines += [(f"  mended or left out: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+    for split in SPLITS:
+        written = [f"{manifest.count(split, what):,} {what}" for what in ("documents", "sentences", "tokens")]
+        lines.append((split, ", ".join(written)))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    if not manifest.shard_paths("heldout"):
+        print("nothing is held out: to evaluate, prepare with a larger --heldout-fraction")
+    print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
