@@ -8,6 +8,7 @@ combination once, down to the machine code that ptxas makes.
 A row is at fault where compilation fails, where registers spill to local memory, or where a block needs more shared
 memory than the chip has.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -199,9 +200,7 @@ def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
             faults.append(f"needs {shared} bytes of shared memory, {CHIPS[target].shared_per_block} are there")
         blocks = count_resident_blocks(target, registers, shared, warps)
         rows.append(
-            Resources(
-                name, configuration, target, warps, registers, local, shared, blocks, seconds, "; ".join(faults)
-            )
+            Resources(name, configuration, target, warps, registers, local, shared, blocks, seconds, "; ".join(faults))
         )
     return rows
 

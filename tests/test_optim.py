@@ -89,6 +89,16 @@ def test_adamw_step_is_torchs_with_scale_and_clipping(max_grad_norm):
         assert (a - b).abs().max() < 1e-6
 
 
+def test_the_norm_of_many_gradients_is_exact():
+    model = torch.nn.Linear(4096, 5000, bias=False)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    model.weight.grad.fill_(0.1)
+    model.weight.grad[0, 0] = 30.0
+    optimizer.step(grad_scale=torch.tensor(2.0))
+    expected = (0.01 * (4096 * 5000 - 1) + 900) ** 0.5 / 2
+    assert optimizer.last_grad_norm.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_a_step_that_is_not_finite_changes_nothing(name):
     model = make_model()

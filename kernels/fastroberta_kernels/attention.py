@@ -37,6 +37,7 @@ Bytes moved by the forward: Q and O once, K and V once per block of queries (fro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -482,7 +483,8 @@ MIN_PROGRAMS, MAX_CHUNKS = 256, 8
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Strides of batch, row and head; packed documents have no batch."""
-    return tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])
+    batch, row, head, *_ = tensor.stride() if tensor.dim() == 4 else (0, *tensor.stride())
+    return batch, row, head
 
 
 def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
@@ -792,21 +794,23 @@ def launch_cases() -> Iterator[Callable[[], None]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in HEAD_DIMS:
             for dropout_p in (0.0, 0.1):
-                yield lambda case=(dtype, head_dim, dropout_p): run_dense_case(*case, None)
-                yield lambda case=(dtype, head_dim, dropout_p): run_varlen_case(*case)
+                yield functools.partial(run_dense_case, dtype, head_dim, dropout_p, None)
+                yield functools.partial(run_varlen_case, dtype, head_dim, dropout_p)
                 if dtype == torch.bfloat16:
                     lengths = torch.tensor([512], dtype=torch.int32)
-                    yield lambda case=(dtype, head_dim, dropout_p, lengths): run_dense_case(*case)
+                    yield functools.partial(run_dense_case, dtype, head_dim, dropout_p, lengths)
 
 
 def run_dense_case(dtype: torch.dtype, head_dim: int, dropout_p: float, key_lengths: torch.Tensor | None) -> None:
     qkv = torch.zeros(1, 512, 3, 2, head_dim, dtype=dtype, requires_grad=True)
-    out = attention(*qkv.unbind(2), dropout_p=dropout_p, seed=0, key_lengths=key_lengths, impl="triton")
+    q, k, v = qkv.unbind(2)
+    out = attention(q, k, v, dropout_p=dropout_p, seed=0, key_lengths=key_lengths, impl="triton")
     out.backward(torch.zeros_like(out))
 
 
 def run_varlen_case(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
     qkv = torch.zeros(512, 3, 2, head_dim, dtype=dtype, requires_grad=True)
     bounds = torch.tensor([0, 512], dtype=torch.int32)
-    out = varlen_attention(*qkv.unbind(1), bounds, bounds, 512, 512, dropout_p=dropout_p, seed=0, impl="triton")
+    q, k, v = qkv.unbind(1)
+    out = varlen_attention(q, k, v, bounds, bounds, 512, 512, dropout_p=dropout_p, seed=0, impl="triton")
     out.backward(torch.zeros_like(out))

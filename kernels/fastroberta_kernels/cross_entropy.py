@@ -440,7 +440,8 @@ def _backward_op(
     if row_gradient is not None:
         row_gradient = row_gradient.float().contiguous()
     arguments = (hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs)
-    return tuple(run(*arguments)[2])
+    d_hidden, d_weight, d_bias = run(*arguments)[2]
+    return d_hidden, d_weight, d_bias
 
 
 @_backward_op.register_fake

@@ -654,9 +654,9 @@ def embedding_layer_norm(
     if num_columns > MAX_COLUMNS:
         raise ValueError(f"{name}: {num_columns} columns, the kernel takes at most {MAX_COLUMNS}; pass impl='torch'")
     ids = [None if tensor is None else tensor.contiguous() for tensor in (input_ids, position_ids, token_type_ids)]
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    weights = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     padding = -1 if padding_idx is None else padding_idx
-    return _forward_op(*ids, *tensors, seed, padding, padding_positions, float(p), eps, dtype)[0]
+    return _forward_op(*ids, *weights, seed, padding, padding_positions, float(p), eps, dtype)[0]
 
 
 class Embeddings(torch.nn.Module):

@@ -28,6 +28,7 @@ Source: Devlin et al., "BERT" (arXiv 1810.04805), section 3.1 and appendix A.1; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -345,6 +346,7 @@ class TokenMasker(torch.nn.Module):
         self.mask_token_id = mask_token_id
         self.vocab_size = vocab_size
         self.mlm_probability = mlm_probability
+        self.special_token_ids: torch.Tensor
         self.register_buffer("special_token_ids", torch.tensor(special_token_ids, dtype=torch.int64), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> MaskedTokens:
@@ -379,6 +381,6 @@ def launch_cases() -> Iterator[Callable[[], None]]:
         )
 
     for length in (512, 1023, 2048, LONGEST_SEQUENCE):
-        yield lambda length=length: mask(length, 50265, (0, 1, 2, 3, 50264), 0.15)
+        yield functools.partial(mask, length, 50265, (0, 1, 2, 3, 50264), 0.15)
     # Triton compiles an argument equal to 1 in as a constant: here all are.
     yield lambda: mask(1, 2, (1,), 1e-6)

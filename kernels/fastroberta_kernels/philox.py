@@ -91,7 +91,7 @@ def fold_seed(seed: int | torch.Tensor, *path: int | torch.Tensor, device: torch
     words += [torch.zeros((), dtype=torch.int64, device=device)] * (3 - len(words))
     # The last counter word keeps derived keys apart from every dropout and masking draw under the same key.
     tag = torch.full((), 0x666F6C64, dtype=torch.int64, device=device)
-    low, high, _, _ = philox_torch((*words, tag), split_words(as_seed(seed, device)[0]))
+    low, high, _, _ = philox_torch((words[0], words[1], words[2], tag), split_words(as_seed(seed, device)[0]))
     return (high << 32) | low
 
 

@@ -1,0 +1,95 @@
+"""Every benchmark, one after another, each in processes of its own with a time limit.
+
+What fails or takes too long stops itself, not the others. Results are written line by line: what was measured stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from .results import Run, default_path
+
+ROOT = Path(__file__).parents[1]
+# Seconds that each piece may take: (CPU, GPU), and where it shall be quick.
+LIMITS = {"kernels": (1200, 160), "train": (2400, 240), "prepare": (900, 60), "resources": (600, 0)}
+QUICK_LIMITS = {"kernels": (150, 120), "train": (370, 180), "prepare": (60, 45), "resources": (0, 0)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench all", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under ten minutes on two CPU cores")
+    parser.add_argument("--only", choices=LIMITS, action="append", help="this piece (may be repeated)")
+    parser.add_argument("--data", help="directory written by fastroberta.prepare; without: the texts inside Python")
+    parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = arguments.out or default_path(device)
+    begun = time.monotonic()
+    failed = []
+    for piece, limits in (QUICK_LIMITS if arguments.quick else LIMITS).items():
+        limit = limits[device.type == "cuda"]
+        if piece not in (arguments.only or [piece]) or not (limit or arguments.only):
+            continue
+        options = ["--out", str(out), "--seconds", str(0.85 * limit)] + ["--quick"] * arguments.quick
+        if piece == "train" and arguments.data:
+            options += ["--data", arguments.data]
+        if piece == "prepare":
+            options = ["--megabytes", "2", "--repeats", "2"] if arguments.quick else ["--megabytes", "50"]
+            status = run_prepare(options, limit, out, device)
+        else:
+            status = run_piece([piece, *(options if piece != "resources" else [])], limit)
+        if status:
+            failed.append(f"{piece} ({status})")
+    if status := run_piece(["report", str(out)], 120):
+        failed.append(f"report ({status})")
+    print(f"{time.monotonic() - begun:.0f} s; results: {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))
+
+
+def run_piece(arguments: Sequence[str], limit: float) -> str:
+    """Run `python -m bench ...`; returns why it failed, or nothing."""
+    print(f"\n=== {' '.join(arguments)}", flush=True)
+    status = run_limited([sys.executable, "-m", "bench", *arguments], limit)
+    return "" if status == 0 else f"stopped after {limit:.0f} s" if status is None else f"exit status {status}"
+
+
+def run_limited(command: Sequence[str], limit: float, output: IO[str] | None = None) -> int | None:
+    """Run a command in this repository, and end it and all of its processes after `limit` seconds (0: never).
+
+    Returns:
+        Its exit status, or None where it was ended.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    try:
+        return process.wait(limit or None)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # Its worker processes too, also where this program is interrupted.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_prepare(options: Sequence[str], limit: float, out: Path, device: torch.device) -> str:
+    """The preparation benchmark, its line given the run that the others have."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "prepare.jsonl")
+        if reason := run_piece(["prepare", *options, "--output", str(lines)], limit):
+            return reason
+        result = json.loads(lines.read_text().splitlines()[-1])
+        Run("prepare", out, device, {"options": list(options)}).add("prepare", **result)
+    return ""

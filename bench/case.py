@@ -1,0 +1,213 @@
+"""One operation at one size: inputs, an exact result, what it costs, and the implementations that are compared.
+
+Every operation has a file that says which settings it is measured in and makes a `Case` of each. An implementation is
+first held to the exact result in fp64 and only then timed; one that is wrong is shown as wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .measure import Marks, package_version
+
+OURS, EAGER, COMPILED = "fastroberta", "PyTorch eager", "torch.compile"
+ERROR_FACTOR = 4.0  # an implementation may err so many times as much as PyTorch's own operations in the same dtype
+DROPOUT_TOLERANCE = 0.1  # how far the strength of the noise that dropout makes may differ from the exact one
+
+
+class Size(NamedTuple):
+    """Widths of a RoBERTa."""
+
+    hidden: int
+    heads: int
+    intermediate: int
+    layers: int
+
+
+SIZES = {"base": Size(768, 12, 3072, 12), "large": Size(1024, 16, 4096, 24)}
+HEAD_SIZE = 64
+LENGTH = 512
+VOCABULARY, VOCABULARY_ROWS = 50265, 50304
+
+
+class Setting(NamedTuple):
+    """What an operation is measured in."""
+
+    model: str  # a key of SIZES
+    dropout: float = 0.0
+    layout: str = "full"  # full: every sequence is full; padded: they end early; packed: documents inside sequences
+
+    def __str__(self) -> str:
+        dropout = f", dropout {self.dropout}" if self.dropout else ""
+        return f"{self.model}{'' if self.layout == 'full' else ', ' + self.layout}{dropout}"
+
+
+class Work(NamedTuple):
+    """What must be done at least: floating-point operations, and bytes read and written in the device's memory."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def floor(self, ceilings: dict[str, float]) -> float:
+        """Seconds that a machine with these ceilings needs at least."""
+        return max(self.flops / ceilings["matmul_flops_per_second"], self.bytes / ceilings["copy_bytes_per_second"])
+
+
+class Absent(Exception):
+    """An implementation cannot be measured here; the message says why."""
+
+
+class Verdict(NamedTuple):
+    """How far an implementation is from the exact result, and why it is wrong where it is."""
+
+    error: dict[str, float]
+    fault: str | None = None
+
+
+# Given the dropout probability, an implementation is a function of the case's inputs.
+Build = Callable[[float], Callable[..., Tensor]]
+
+
+@dataclass
+class Case:
+    """One operation in one setting.
+
+    Attributes:
+        inputs: arguments of every implementation; gradients are taken for those that ask for them.
+        upstream: gradient of the output; None for an operation without a backward.
+        exact: the same function in plain PyTorch, called with fp64 inputs and no dropout.
+        forward, backward: the work of each.
+        verify: holds an implementation to the exact result where comparing output and gradients is not the way.
+    """
+
+    operation: str
+    setting: Setting
+    shape: str
+    dtype: torch.dtype
+    inputs: tuple[Any, ...]
+    implementations: dict[str, Build]
+    forward: Work
+    upstream: Tensor | None = None
+    backward: Work = Work(0, 0)
+    exact: Callable[..., Tensor] | None = None
+    verify: Callable[[str, Callable[..., Tensor]], Verdict] | None = None
+    _exact_results: list[Tensor] = field(default_factory=list)
+    _bounds: dict[str, float] = field(default_factory=dict)
+    _noise: float | None = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [value for value in self.inputs if isinstance(value, Tensor) and value.requires_grad]
+
+    def run(self, function: Callable[..., Tensor]) -> Marks:
+        """Forward, and backward where there is one, with a mark after each."""
+        device = next(value.device for value in self.inputs if isinstance(value, Tensor))
+        marks = Marks(device)
+        output = function(*self.inputs)
+        marks.mark()
+        if self.upstream is not None:
+            torch.autograd.grad(output, self.leaves, self.upstream)
+            marks.mark()
+        return marks
+
+    def check(self, name: str) -> Verdict:
+        """Hold an implementation to the exact result.
+
+        Raises:
+            Absent: it cannot run here. Whatever it raises itself.
+        """
+        build = self.implementations[name]
+        if self.verify is not None:
+            return self.verify(name, build(self.setting.dropout))
+        results = self._results(build(0.0))
+        exact = self._exact()
+        named = zip(["output", *["gradient"] * (len(exact) - 1)], results, exact)
+        error = {"output": 0.0} | ({"gradient": 0.0} if len(exact) > 1 else {})
+        for kind, value, expected in named:
+            error[kind] = max(error[kind], relative_error(value, expected))
+        if not all(math.isfinite(value) for value in error.values()):
+            return Verdict(error, "not finite")
+        if name == EAGER:
+            unit = torch.finfo(self.dtype).eps
+            self._bounds = {kind: ERROR_FACTOR * value + unit for kind, value in error.items()}
+        for kind, bound in self._bounds.items():
+            if error[kind] > bound:
+                return Verdict(error, f"error of the {kind} {error[kind]:.1e}, at most {bound:.1e} is to be expected")
+        if self.setting.dropout:
+            # Which elements are dropped is each implementation's own choice; how strong the noise is, is not.
+            strength = relative_error(build(self.setting.dropout)(*self.inputs).detach(), exact[0])
+            error["noise"] = strength
+            if name == EAGER:
+                self._noise = strength
+            if self._noise is not None and abs(strength / self._noise - 1) > DROPOUT_TOLERANCE:
+                return Verdict(error, f"dropout changes the output by {strength:.3f}, {self._noise:.3f} expected")
+        return Verdict(error)
+
+    def _results(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        output = function(*self.inputs)
+        gradients = torch.autograd.grad(output, self.leaves, self.upstream) if self.upstream is not None else ()
+        return [output.detach(), *gradients]
+
+    def _exact(self) -> list[Tensor]:
+        if not self._exact_results:
+            wide = tuple(
+                value.detach().double().requires_grad_(value.requires_grad)
+                if isinstance(value, Tensor) and value.is_floating_point()
+                else value
+                for value in self.inputs
+            )
+            output = self.exact(*wide)
+            leaves = [value for value in wide if isinstance(value, Tensor) and value.requires_grad]
+            gradients = torch.autograd.grad(output, leaves, self.upstream.double()) if self.upstream is not None else ()
+            # Kept in fp32: its rounding is far below what is measured.
+            self._exact_results = [value.detach().float() for value in (output, *gradients)]
+        return self._exact_results
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Root of the mean square of the difference, relative to that of `exact`."""
+    exact = exact.float()
+    difference = value.float().sub_(exact) if value.dtype != torch.float32 else value - exact
+    norm = torch.linalg.vector_norm(exact, dtype=torch.float64)
+    return float(torch.linalg.vector_norm(difference, dtype=torch.float64) / norm)
+
+
+def need_package(name: str, *, gpu: bool, device: torch.device) -> None:
+    """Raise Absent unless a package is installed and, if it needs a GPU, there is one."""
+    version = package_version(name)
+    if version is None:
+        raise Absent("not installed")
+    if gpu and device.type != "cuda":
+        raise Absent(f"installed ({version}), needs a GPU")
+
+
+def compile_function(build: Build) -> Build:
+    """The implementation under torch.compile with static shapes."""
+
+    def compiled(dropout: float) -> Callable[..., Tensor]:
+        return torch.compile(build(dropout), dynamic=False)
+
+    return compiled
+
+
+def make_random(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int, scale: float = 1.0
+) -> Tensor:
+    """A leaf of normal numbers that asks for a gradient; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator).mul_(scale)
+    return values.to(device=device, dtype=dtype).requires_grad_()
+
+
+def count_sequences(device: torch.device) -> int:
+    """Sequences of LENGTH tokens in a case: a GPU's usual micro-batch, or little enough for a CPU."""
+    return 64 if device.type == "cuda" else 2

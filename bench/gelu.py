@@ -1,0 +1,47 @@
+"""Bias and exact GELU of the MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from fastroberta_kernels.gelu import bias_gelu
+
+from .case import (
+    COMPILED,
+    EAGER,
+    LENGTH,
+    OURS,
+    SIZES,
+    Absent,
+    Build,
+    Case,
+    Setting,
+    Work,
+    compile_function,
+    count_sequences,
+    make_random,
+)
+
+SETTINGS = [Setting(model) for model in SIZES]
+
+
+def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
+    rows, columns = count_sequences(device) * LENGTH, SIZES[setting.model].intermediate
+    x, upstream = (make_random((rows, columns), dtype, device, seed) for seed in range(2))
+    bias = make_random((columns,), dtype, device, 2)
+    implementations: dict[str, Build] = {
+        EAGER: lambda dropout: lambda x, bias: F.gelu(x + bias),
+        OURS: lambda dropout: lambda x, bias: bias_gelu(x, bias),
+        "Liger": lambda dropout: refuse("has GEGLU, not GELU with a bias"),
+        "apex": lambda dropout: refuse("has it inside its fused MLP only"),
+    }
+    implementations[COMPILED] = compile_function(implementations[EAGER])
+    size = x.numel() * dtype.itemsize
+    return Case(
+        "bias_gelu", setting, f"{rows} x {columns}", dtype, (x, bias), implementations, Work(0, 2 * size),
+        upstream.detach(), Work(0, 3 * size), lambda x, bias: F.gelu(x + bias),
+    )  # fmt: skip
+
+
+def refuse(reason: str):
+    raise Absent(reason)

@@ -1,0 +1,317 @@
+"""Results as a table in Markdown and as charts, for the README.
+
+Writes <name>.md and <name>-*.png beside a results file, and puts the tables between these two lines where a README has
+them: `<!-- benchmarks: begin -->` and `<!-- benchmarks: end -->`. Of several runs in a file, the newest measurement of
+each thing counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import DIRECTORY, read_lines
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+OURS = "fastroberta"
+# What tells two measurements apart; of those that agree in it, the last counts.
+KEYS = {
+    "kernel": ("operation", "setting", "shape", "implementation"),
+    "train": ("model", "task", "implementation"),
+    "growth": ("grows", "length", "sequences", "layers", "implementation"),
+    "data": ("implementation", "sequences", "length"),
+    "prepare": ("workers",),
+    "tests": (),
+}
+OUR_COLOUR, PEER_COLOUR = "#1b6ca8", "#9aa5b1"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="results; default: the newest of each device")
+    files = parser.parse_args(argv).files or find_newest()
+    if not files:
+        print("no results yet: python -m bench all")
+        return 1
+    texts = []
+    for path in files:
+        results = read_results(path)
+        text = write_tables(path, results)
+        charts = draw_charts(path, results)
+        path.with_suffix(".md").write_text(text + "".join(f"\n![{c.stem}]({c.name})\n" for c in charts))
+        texts.append(text + "".join(f"\n![{c.stem}](bench/results/{c.name})\n" for c in charts))
+        print(text)
+        print("\n".join(f"chart: {chart}" for chart in charts))
+    if all(path.parent == DIRECTORY for path in files) and README.exists():
+        put_into_readme("\n".join(texts))
+    return 0
+
+
+def find_newest() -> list[Path]:
+    """The newest results file of each device, by the date in its name; GPUs first."""
+    newest = {path.stem[:-11]: path for path in sorted(DIRECTORY.glob("*-????-??-??.jsonl"))}
+    return [newest[name] for name in sorted(newest, key=lambda name: (name == "cpu", name))]
+
+
+def read_results(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines by kind; each line's "run" is replaced by the line that describes the run."""
+    runs: dict[str, dict[str, Any]] = {}
+    latest: dict[tuple, dict[str, Any]] = {}
+    for line in read_lines(path):
+        if line["kind"] == "run":
+            runs[line["run"]] = line
+        elif line["kind"] == "ceilings":
+            runs[line["run"]]["ceilings"] = line
+        elif line.get("status") != "skipped":
+            key = (line["kind"], *(str(line.get(name)) for name in KEYS[line["kind"]]))
+            latest.pop(key, None)  # the newest goes to the end
+            latest[key] = line | {"run": runs[line["run"]]}
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KEYS}
+    for line in latest.values():
+        results[line["kind"]].append(line)
+    return results
+
+
+def describe_setting(line: dict[str, Any]) -> str:
+    setting = line["setting"]
+    words = [line["operation"].replace("_", " "), f"({setting['model']}"]
+    if setting["layout"] not in ("full", "plain"):
+        words[-1] += f", {setting['layout']}"
+    words[-1] += f", dropout {setting['dropout']})" if setting["dropout"] else ")"
+    return " ".join(words)
+
+
+def group_kernels(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """(operation and setting, shape) -> implementation -> line."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((describe_setting(line), line["shape"]), {})[line["implementation"]] = line
+    return groups
+
+
+def total_seconds(line: dict[str, Any]) -> dict[str, float]:
+    """Of forward and backward, or of forward where there is no other."""
+    return line["seconds"].get("both") or line["seconds"]["forward"]
+
+
+def write_tables(path: Path, results: dict[str, list[dict[str, Any]]]) -> str:
+    """The tables that the results give; nothing is said that no line shows."""
+    everything = [line for lines in results.values() for line in lines]
+    if not everything:
+        return f"No results in {path.name}.\n"
+    machine = everything[-1]["run"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    commits = sorted({line["run"]["commit"][:12] + "+" * line["run"]["commit"].endswith("+") for line in everything})
+    text = [
+        f"### {machine['name']}" + ("" if machine["device"] == "cuda" else f", {machine['cpu']['cores']} cores"),
+        "",
+        f"`{machine['command']}`, commit {', '.join(commits)}, {machine['time'][:10]}; Python {machine['python']}, "
+        f"{packages}; all of it in [{path.name}](bench/results/{path.name}). Medians, with quartiles in brackets; "
+        '"against ours" is time over our time, taken in turn in one run.',
+        "",
+    ]
+    for line in results["tests"]:
+        text += [f"Tests on this GPU: {line['summary'].strip('= ')}", ""]
+    for model, task in dict.fromkeys((line["model"], str(line["task"])) for line in results["train"]):
+        lines = [line for line in results["train"] if line["model"] == model and str(line["task"]) == task]
+        text += write_training(model, lines)
+    kernels = group_kernels(results["kernel"])
+    if kernels:
+        text += [
+            "| operation | shape | ours, ms | of the roofline | against ours |",
+            "|---|---|---:|---:|---|",
+        ]
+    for (name, shape), lines in kernels.items():
+        ours = lines.get(OURS)
+        peers = []
+        for peer, line in lines.items():
+            if peer == OURS or line["status"] == "absent":
+                continue
+            shown = f"{line['ratio']['median']:.2f}x" if "ratio" in line else line["status"]
+            peers.append(f"{peer} {shown}")
+        if ours is None or "seconds" not in ours:
+            mine = "" if ours is None else ours["status"]
+            text.append(f"| {name} | {shape} | {mine} | | {', '.join(peers)} |")
+            continue
+        seconds = total_seconds(ours)
+        text.append(
+            f"| {name} | {shape} | {show_range(seconds, 1e3, ',.2f')} | {ours['share_of_roofline']:.0%} | "
+            f"{', '.join(peers)} |"
+        )
+    absent = {
+        f"{line['implementation']} ({line['reason']})"
+        for line in results["kernel"] + results["train"]
+        if line["status"] == "absent" and ("install" in line["reason"] or "version" in line["reason"])
+    }
+    if absent:
+        text += ["", f"Not measured here: {', '.join(sorted(absent))}."]
+    for line in results["prepare"]:
+        text += [
+            "",
+            f"Preparing {line['megabytes']:.0f} MB of text with {line['workers']} processes: "
+            f"{line['tokens_per_second_ratio']:.1f} times the tokens/s of datasets.map as in run_mlm.",
+        ]
+    if results["data"]:
+        rates = [f"{line['implementation']} {line['tokens_per_second']['median']:,.0f}" for line in results["data"]]
+        text += ["", f"Reading and masking alone, tokens/s: {', '.join(rates)}."]
+    return "\n".join(text) + "\n"
+
+
+def show_range(spread: dict[str, float], factor: float, form: str) -> str:
+    """Median and quartiles."""
+    median, low, high = (format(spread[name] * factor, form) for name in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def write_training(model: str, lines: Sequence[dict[str, Any]]) -> list[str]:
+    task = lines[0]["task"]
+    has_mfu = any(line.get("mfu") for line in lines)
+    text = [
+        f"Training roberta-{model}, {task['sequences']} x {task['length']} tokens a step, {task['precision']}, dropout "
+        f"{task['dropout']}, fused AdamW:",
+        "",
+        f"| | tokens/s | {'MFU' if has_mfu else 'of the matmul rate'} | peak memory, GB | against ours |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        if "tokens_per_second" not in line or line["status"] != "ok":
+            text.append(f"| {line['implementation']} | {line['status']}: {line.get('reason', '')} | | | |")
+            continue
+        share = line["mfu"] if has_mfu else line["share_of_matmul"]
+        ratio = show_range(line["ratio"], 1, ".2f") if "ratio" in line else ""
+        text.append(
+            f"| {line['implementation']} | {show_range(line['tokens_per_second'], 1, ',.0f')} | {share:.0%} | "
+            f"{line['peak_bytes'] / 1e9:.1f} | {ratio} |"
+        )
+    return [*text, ""]
+
+
+def draw_charts(path: Path, results: dict[str, list[dict[str, Any]]]) -> list[Path]:
+    """PNG files beside the results, one for each kind of result that is there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
+    charts = []
+    drawings = {"roofline": draw_roofline, "speed": draw_speed, "memory": draw_memory, "growth": draw_growth}
+    for name, draw in drawings.items():
+        figure = draw(plt, results)
+        if figure is not None:
+            chart = path.with_name(f"{path.stem}-{name}.png")
+            figure.savefig(chart, bbox_inches="tight")
+            plt.close(figure)
+            charts.append(chart)
+    return charts
+
+
+def draw_roofline(plt, results):
+    """Each of our kernels by its intensity, below what memory and multipliers of the machine allow."""
+    lines = [line for line in results["kernel"] if line["implementation"] == OURS and line.get("seconds")]
+    lines = [line for line in lines if line["flops_per_second"] > 0 or line["bytes_per_second"] > 0]
+    if not lines:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(1, 1.2))
+    ceilings = lines[-1]["run"]["ceilings"]
+    copy, matmul = ceilings["copy_bytes_per_second"], ceilings["matmul_flops_per_second"]
+    with_products = [line for line in lines if line["intensity"] > 0]
+    most = max([4 * matmul / copy, *(2 * line["intensity"] for line in with_products)])
+    x = [1.0, matmul / copy, most]
+    left.loglog(x, [min(copy * value, matmul) / 1e12 for value in x], color="black", linewidth=1)
+    operations = list(dict.fromkeys(line["operation"] for line in with_products))
+    for index, operation in enumerate(operations):
+        chosen = [line for line in with_products if line["operation"] == operation]
+        left.loglog(
+            [line["intensity"] for line in chosen], [line["flops_per_second"] / 1e12 for line in chosen],
+            "os^v"[index % 4], color=OUR_COLOUR, label=operation.replace("_", " "), markersize=5, fillstyle="none",
+        )  # fmt: skip
+    left.set(xlabel="FLOP a byte", ylabel="TFLOP/s", title="Matrix products")
+    if operations:
+        left.legend(frameon=False, loc="lower right")
+    names = [describe_setting(line) for line in lines]
+    right.barh(names, [line["share_of_roofline"] * 100 for line in lines], color=OUR_COLOUR)
+    right.invert_yaxis()
+    right.tick_params(axis="y", labelsize=7)
+    right.axvline(100, color="black", linewidth=1)
+    right.set(xlabel="% of the roofline, forward and backward", title="All kernels")
+    name = lines[-1]["run"]["name"]
+    figure.suptitle(f"{name}: {copy / 1e9:,.0f} GB/s copied, {matmul / 1e12:,.3g} TFLOP/s multiplied")
+    figure.tight_layout()
+    return figure
+
+
+def draw_bars(plt, results, value, label):
+    """A bar for each way to train and model."""
+    lines = [line for line in results["train"] if "tokens_per_second" in line and line["status"] == "ok"]
+    if not lines:
+        return None
+    models = list(dict.fromkeys((line["model"], str(line["task"])) for line in lines))
+    heights = [sum((line["model"], str(line["task"])) == model for line in lines) for model in models]
+    figure, axes = plt.subplots(
+        len(models), 1, figsize=(6.5, 0.9 * len(models) + 0.3 * len(lines)), squeeze=False, height_ratios=heights
+    )
+    for axis, model in zip(axes[:, 0], models):
+        chosen = [line for line in lines if (line["model"], str(line["task"])) == model]
+        colours = [OUR_COLOUR if line["implementation"].startswith(OURS) else PEER_COLOUR for line in chosen]
+        bars = axis.barh([line["implementation"] for line in chosen], [value(line) for line in chosen], color=colours)
+        axis.bar_label(bars, fmt="{:,.3g}" if max(map(value, chosen)) < 100 else "{:,.0f}", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        task = chosen[0]["task"]
+        sizes = f"{task['sequences']} x {task['length']}"
+        axis.set_title(f"roberta-{model[0]}, {sizes}, dropout {task['dropout']}", loc="left")
+        axis.set_xlabel(label)
+    figure.tight_layout()
+    return figure
+
+
+def draw_speed(plt, results):
+    return draw_bars(plt, results, lambda line: line["tokens_per_second"]["median"], "tokens/s")
+
+
+def draw_memory(plt, results):
+    return draw_bars(plt, results, lambda line: line["peak_bytes"] / 1e9, "peak memory, GB")
+
+
+def draw_growth(plt, results):
+    """Time of a step against what grows."""
+    lines = [line for line in results["growth"] if line["status"] == "ok"]
+    kinds = list(dict.fromkeys(line["grows"] for line in lines))
+    if not kinds:
+        return None
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), squeeze=False)
+    labels = {"length": "tokens a sequence, same tokens a step", "sequences": "sequences a step", "layers": "layers"}
+    for axis, kind in zip(axes[0], kinds):
+        for name in dict.fromkeys(line["implementation"] for line in lines):
+            chosen = [line for line in lines if line["grows"] == kind and line["implementation"] == name]
+            chosen.sort(key=lambda line: line[kind])
+            x = [line[kind] for line in chosen]
+            median, low, high = (
+                [line["seconds_per_step"][which] * 1e3 for line in chosen] for which in ("median", "low", "high")
+            )
+            colour = OUR_COLOUR if name == OURS else PEER_COLOUR
+            axis.plot(x, median, "o-", color=colour, label=name, markersize=4)
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_xlabel(labels[kind])
+        axis.set_xticks(sorted({line[kind] for line in lines if line["grows"] == kind}))
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("ms a step")
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def put_into_readme(text: str) -> None:
+    """Replace what lies between the two marks; a README without them stays as it is."""
+    content = README.read_text(encoding="utf-8")
+    if BEGIN not in content or END not in content:
+        return
+    before, _, rest = content.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    print(f"written into {README.name}")

@@ -1,0 +1,421 @@
+"""The ways to train that are compared, each in a process of its own: ours, and transformers' in its configurations.
+
+All of them train the same model from the same weights on the same blocks in the same order, 15% of the tokens masked,
+with the same dropout, precision (fp32 weights and moments, matrix products in bf16) and fused AdamW on all parameters.
+What differs is how: ours masks exactly 15% of each sequence and computes the head for those tokens only; transformers'
+collator draws each token by itself, its head computes logits of all tokens. Neither changes what is learned.
+
+transformers is run as its best user would: a plain loop without the overhead of its Trainer, full blocks without an
+attention mask, special-token masks computed beforehand, on a GPU a loader with worker processes and pinned memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .case import Absent, need_package
+from .measure import Marks
+
+SEED, MLM_PROBABILITY, LEARNING_RATE = 1, 0.15, 1e-4
+VOCABULARY = 50265  # rows of the head, whichever tokenizer made the ids: the work is roberta-base's
+SAMPLES = 200_000  # how many samples of the training order are laid out in advance
+
+
+class Task(NamedTuple):
+    """One training set-up, the same for all."""
+
+    data: str  # prepared directory
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    length: int
+    sequences: int  # of a step, all at once
+    precision: str
+    dropout: float = 0.1
+
+
+class Way(NamedTuple):
+    """How a task is done."""
+
+    ours: bool = False
+    attention: str = "sdpa"
+    compiled: bool = False
+    kernels: bool = False  # our kernels inside transformers' model
+    precision: str | None = None  # instead of the task's
+
+
+WAYS = {
+    "fastroberta": Way(ours=True),
+    "fastroberta, torch.compile": Way(ours=True, compiled=True),
+    "transformers eager": Way(attention="eager"),
+    "transformers sdpa": Way(),
+    "transformers sdpa, fp32": Way(precision="fp32"),
+    "transformers sdpa, torch.compile": Way(compiled=True),
+    "transformers flash_attention_2": Way(attention="flash_attention_2"),
+    "transformers, our kernels": Way(kernels=True),
+}
+EXACT = "exact"  # transformers in fp64, for checking
+
+
+def build_config(task: Task, output_dir: str, *, compiled: bool = False, device: str = "auto"):
+    """Our trainer's configuration for a task."""
+    from fastroberta.config import LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+    model = ModelConfig(
+        hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
+        intermediate_size=task.intermediate, max_position_embeddings=task.length + 2,
+        hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,
+    )  # fmt: skip
+    return TrainConfig(
+        data=task.data, output_dir=output_dir, device=device, seed=SEED, precision=task.precision,
+        max_seq_length=task.length, packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=task.sequences,
+        micro_batch_size=task.sequences, torch_compile=compiled, tensorboard=False, model=model,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        lr_scheduler=LRSchedulerConfig(name="constant", warmup_steps=0),
+    )  # fmt: skip
+
+
+def build_trainer(task: Task, output_dir: str, **options: Any):
+    """Our own Trainer, with a head of roberta-base's size over ids of a tokenizer that may be smaller."""
+    from fastroberta.train import Trainer
+
+    class WideTrainer(Trainer):
+        def _settle_vocabulary(self) -> None:
+            self.config.model.vocab_size = max(VOCABULARY, self.manifest.vocab_size)
+
+    return WideTrainer(build_config(task, output_dir, **options))
+
+
+def mask_one_sequence(trainer: Any) -> tuple[Any, int]:
+    """A masked sequence to check by, the same for every way."""
+    from fastroberta_kernels.masking import mask_tokens
+
+    from fastroberta.data import training_batches
+
+    batch = next(training_batches(trainer.blocks, [0], 1, seed=SEED))
+    masked = mask_tokens(batch.input_ids, seed=SEED, sample_ids=batch.sample_ids, **trainer.masking)
+    return masked, int((masked.labels >= 0).sum())
+
+
+class Ours:
+    """`fastroberta.train.Trainer`."""
+
+    def __init__(self, task: Task, way: Way):
+        self.folder = tempfile.TemporaryDirectory()
+        self.trainer = build_trainer(task, self.folder.name, compiled=way.compiled)
+        self.device = self.trainer.device
+        self.batches = self._note_sizes(self.trainer._read_batches())
+        self.sizes = (0, 0)
+        self.last_loss: Any = None
+
+    def _note_sizes(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.sizes = (batch.num_tokens, batch.sum_squared_lengths)
+            yield batch
+
+    def add(self, totals: Any, norm: Any, found_inf: Any) -> None:
+        """What the trainer's meter would be told: here the loss is kept, on the device."""
+        self.last_loss = totals[0] / totals[2]
+
+    def count(self, batch: Any) -> None:
+        pass
+
+    def check(self) -> dict[str, float]:
+        """Loss and gradient norm of one sequence without dropout."""
+        masked, count = mask_one_sequence(self.trainer)
+        self.trainer.optimizer.zero_grad()
+        result = self.trainer.model.loss(*(value.to(self.device) for value in masked))
+        (result.loss / count).backward()
+        norm = torch.cat([p.grad.flatten() for p in self.trainer.model.parameters()]).double().norm()
+        return {"loss": result.loss.item() / count, "gradient_norm": norm.item()}
+
+    def step(self) -> None:
+        self.trainer.train_step(self.batches, self)
+        self.trainer.step += 1
+
+    def step_in_parts(self) -> tuple[list[str], Marks]:
+        """`train_step`, taken apart."""
+        from fastroberta_kernels.masking import mask_tokens
+
+        from fastroberta.model import AttentionScope
+        from fastroberta.optim import learning_rate
+
+        trainer = self.trainer
+        marks = Marks(self.device)
+        batch = next(self.batches)
+        marks.mark()
+        masked = mask_tokens(batch.input_ids, seed=trainer.mask_seed, sample_ids=batch.sample_ids, **trainer.masking)
+        marks.mark()
+        scope = AttentionScope(batch.key_lengths, batch.cu_seqlens)
+        result = trainer.loss(*masked, scope, trainer.dropout_keys, batch.first_sample)
+        marks.mark()
+        (result.loss / trainer.expected_masked).backward()
+        marks.mark()
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = learning_rate(trainer.step, trainer.config)
+        trainer.optimizer.step(grad_scale=result.num_targets.float() / trainer.expected_masked)
+        trainer.optimizer.zero_grad()
+        marks.mark()
+        trainer.step += 1
+        return ["data", "masking", "forward", "backward", "optimizer"], marks
+
+
+class Transformers:
+    """`RobertaForMaskedLM` and `DataCollatorForLanguageModeling` in a plain loop."""
+
+    def __init__(self, task: Task, way: Way):
+        need_package("transformers", gpu=False, device=torch.device("cpu"))
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if way.attention == "flash_attention_2":
+            need_package("flash-attn", gpu=True, device=self.device)
+        self.way, self.precision = way, way.precision or task.precision
+        with tempfile.TemporaryDirectory() as folder:
+            # The same initial weights: ours, under their names. On the CPU whatever the device, to spare its memory.
+            trainer = build_trainer(task, folder, device="cpu")
+        from fastroberta.hf import to_huggingface
+
+        weights = to_huggingface(dict(trainer.model.named_parameters()), trainer.model.config)
+        config = transformers.RobertaConfig(
+            vocab_size=trainer.model.config.vocab_size, hidden_size=task.hidden, num_hidden_layers=task.layers,
+            num_attention_heads=task.heads, intermediate_size=task.intermediate,
+            max_position_embeddings=task.length + 2, type_vocab_size=1, layer_norm_eps=1e-5,
+            hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,
+            attn_implementation=way.attention,
+        )  # fmt: skip
+        self.model = transformers.RobertaForMaskedLM(config)
+        missing = self.model.load_state_dict(weights, strict=False).missing_keys
+        assert all("decoder" in name or "position_ids" in name for name in missing), missing
+        self.model.tie_weights()
+        self.model.to(self.device).train()
+        self.masked, self.count = mask_one_sequence(trainer)
+        on_gpu = self.device.type == "cuda"
+        self.loader = load_batches(trainer, task, workers=min(4, (os.cpu_count() or 2) - 1) if on_gpu else 0)
+        self.tokens = task.length * task.sequences
+        del trainer, weights
+        if self.precision == "fp64":
+            self.model.double()
+            return
+        if way.kernels:
+            try:
+                from fastroberta_kernels import huggingface
+            except ImportError as error:
+                raise Absent("fastroberta_kernels.huggingface is not there") from error
+            huggingface.apply(self.model)
+        self.run_model = torch.compile(self.model) if way.compiled else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
+        )
+        self.sizes = (self.tokens, task.sequences * task.length**2)
+        self.last_loss: Any = None
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def check(self) -> dict[str, float]:
+        ids, positions, labels = self.masked
+        spread_labels = torch.full_like(ids, -100).scatter_(1, positions, labels)
+        probabilities = {module: module.p for module in self.model.modules() if isinstance(module, torch.nn.Dropout)}
+        for module in probabilities:
+            module.p = 0.0
+        with self._autocast():
+            loss = self.model(input_ids=ids.to(self.device), labels=spread_labels.to(self.device)).loss
+        loss.backward()
+        norm = torch.stack([p.grad.double().norm() for p in self.model.parameters() if p.grad is not None]).norm()
+        self.model.zero_grad(set_to_none=True)
+        for module, probability in probabilities.items():
+            module.p = probability
+        return {"loss": loss.item(), "gradient_norm": norm.item()}
+
+    def _next(self) -> dict[str, torch.Tensor]:
+        batch = next(self.loader)
+        return {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels")}
+
+    def step(self) -> None:
+        batch = self._next()
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = self.run_model(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.last_loss = loss.detach()
+
+    def step_in_parts(self) -> tuple[list[str], Marks]:
+        marks = Marks(self.device)
+        batch = self._next()
+        marks.mark()
+        with self._autocast():
+            loss = self.run_model(**batch).loss
+        marks.mark()
+        loss.backward()
+        marks.mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        marks.mark()
+        return ["data and masking", "forward", "backward", "optimizer"], marks
+
+
+def load_batches(trainer: Any, task: Task, *, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of transformers' collator: the trainer's blocks in the trainer's order.
+
+    Blocks and masks of special tokens lie in memory already, which a data set of a user would not.
+    """
+    import numpy as np
+    import transformers
+
+    from fastroberta.data import permute
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(trainer.manifest.directory))
+    blocks = trainer.blocks
+    special = torch.tensor(sorted(set(trainer.manifest.special_token_ids.values())))
+    examples = []
+    for number in np.arange(len(blocks)):
+        ids = blocks.read(number[None], number[None], int(number)).input_ids[0]
+        examples.append({"input_ids": ids, "special_tokens_mask": torch.isin(ids, special).long()})
+    epochs = range(-(-min(SAMPLES, 50 * len(blocks)) // len(blocks)))
+    order = [int(index) for epoch in epochs for index in permute(np.arange(len(blocks)), len(blocks), SEED, epoch)]
+    steps = [order[at : at + task.sequences] for at in range(0, len(order) - task.sequences + 1, task.sequences)]
+    loader = torch.utils.data.DataLoader(
+        examples,
+        batch_sampler=steps,
+        collate_fn=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def _serve(connection: Any, name: str) -> None:
+    """A worker: does what it is told until the pipe ends."""
+    trainer: Any = None
+    while True:
+        try:
+            command, argument = connection.recv()
+        except EOFError:
+            return
+        try:
+            if command == "build":
+                trainer = None
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
+                torch.manual_seed(SEED)
+                way = Way(precision="fp64", attention="eager") if name == EXACT else WAYS[name]
+                trainer = Ours(argument, way) if way.ours else Transformers(argument, way)
+                answer: Any = None
+            elif command == "check":
+                answer = trainer.check()
+            elif command == "steps":
+                answer = _run_steps(trainer, argument)
+            else:
+                names, marks = trainer.step_in_parts()
+                answer = dict(zip(names, marks.seconds()))
+            connection.send(("done", answer))
+        except Absent as absence:
+            connection.send(("absent", str(absence)))
+        except Exception as error:
+            reason = (str(error).strip() or "no message").splitlines()[0][:200]
+            connection.send(("failed", f"{type(error).__name__}: {reason}\n{traceback.format_exc()}"))
+
+
+def _run_steps(trainer: Any, count: int) -> dict[str, float]:
+    """Seconds, tokens, loss and memory of so many steps."""
+    on_gpu = trainer.device.type == "cuda"
+    monitor = None
+    if on_gpu:
+        from fastroberta.metrics import open_gpu_monitor
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        monitor = open_gpu_monitor(str(torch.cuda.get_device_properties(0).uuid))
+    else:
+        forget_peak_bytes()
+    started, tokens, squares = time.perf_counter(), 0, 0
+    for _ in range(count):
+        trainer.step()
+        tokens, squares = tokens + trainer.sizes[0], squares + trainer.sizes[1]
+    if on_gpu:
+        torch.cuda.synchronize()
+    result = {"seconds": time.perf_counter() - started, "tokens": tokens, "squares": squares, "steps": count}
+    result["loss"] = float(trainer.last_loss)
+    result["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else read_peak_bytes()
+    if monitor is not None:
+        result |= monitor.sample(tokens)
+        monitor.close()
+    return result
+
+
+def forget_peak_bytes() -> None:
+    """Begin to measure this process's peak memory anew, where the system lets it (Linux, proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_peak_bytes() -> int:
+    """Most memory that this process had in use: since `forget_peak_bytes` on Linux, else since it began."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Failure(Exception):
+    """A worker could not do what it was told; `status` is "absent" or "failed"."""
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class Worker:
+    """A process that trains one way. It waits, and uses no processor, until it is asked."""
+
+    def __init__(self, name: str):
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        # Not a daemon: a loader's worker processes are its children.
+        self._process = context.Process(target=_serve, args=(other, name))
+        self._process.start()
+        other.close()
+
+    def ask(self, command: str, argument: Any = None) -> Any:
+        """Raises Failure with what the worker says, also where it died."""
+        try:
+            self._connection.send((command, argument))
+            status, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise Failure("failed", f"the process ended during {command}, perhaps for lack of memory") from error
+        if status != "done":
+            raise Failure(status, answer)
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

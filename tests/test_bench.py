@@ -1,0 +1,296 @@
+"""The benchmark suite: what is wrong is not timed, the same work on both sides, tables that say what the lines say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import all as all_pieces
+from bench import case as case_module
+from bench import report
+from bench.case import EAGER, OURS, SIZES, Absent, Case, Setting, Size, Work
+from bench.kernels import OPERATIONS, measure_case, print_case
+from bench.measure import spread, time_in_turn
+from bench.results import Run, read_lines
+from bench.train import judge
+from bench.trainers import SEED, WAYS, Failure, Ours, Task, Transformers, Way, Worker
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": 1e11}
+TINY = Size(128, 2, 160, 1)  # heads of 64, as the cases have them
+
+
+def make_toy(implementations, dropout=0.0):
+    """x * w, which is exact enough in fp32, and what else is given."""
+    x = torch.linspace(-1, 1, 65536).requires_grad_()
+    w = torch.linspace(1, 2, 65536).requires_grad_()
+
+    def multiply(p):
+        return lambda x, w: torch.nn.functional.dropout(x * w, p)
+
+    return Case(
+        "toy", Setting("base", dropout), "65536", torch.float32, (x, w),
+        {EAGER: multiply, OURS: multiply} | implementations, Work(1.0, 1.0), torch.ones(65536), Work(1.0, 1.0),
+        lambda x, w: x * w,
+    )  # fmt: skip
+
+
+def measure_toy(implementations, dropout=0.0):
+    lines = measure_case(make_toy(implementations, dropout), CPU, CEILINGS, quick=True)
+    return {line["implementation"]: line for line in lines}
+
+
+def test_a_wrong_implementation_is_shown_as_wrong_and_not_timed():
+    def refuse(p):
+        raise Absent("needs a moon")
+
+    def fail(p):
+        raise RuntimeError("out of order\nsecond line")
+
+    lines = measure_toy(
+        {
+            "wrong": lambda p: lambda x, w: x * w * 1.0001,
+            "wrong gradient": lambda p: lambda x, w: x * w.detach() + 0 * w,
+            "not finite": lambda p: lambda x, w: x / 0 * w,
+            "absent": refuse,
+            "failing": fail,
+        }
+    )
+    assert {name: line["status"] for name, line in lines.items()} == {
+        EAGER: "ok", OURS: "ok", "wrong": "wrong", "wrong gradient": "wrong", "not finite": "wrong", "absent": "absent",
+        "failing": "failed",
+    }  # fmt: skip
+    assert {name for name, line in lines.items() if "seconds" in line} == {EAGER, OURS}
+    assert lines["absent"]["reason"] == "needs a moon"
+    assert lines["failing"]["reason"] == "RuntimeError: out of order"
+    assert lines["wrong"]["error"]["output"] == pytest.approx(1e-4, rel=0.01)
+    assert set(lines[OURS]["seconds"]) == {"forward", "backward", "both"}
+    assert 0.2 < lines[EAGER]["ratio"]["median"] < 5
+
+
+def test_dropout_that_drops_nothing_is_wrong():
+    torch.manual_seed(0)
+    lines = measure_toy({"forgetful": lambda p: lambda x, w: x * w}, dropout=0.1)
+    assert lines[OURS]["status"] == "ok"
+    assert lines["forgetful"]["status"] == "wrong" and "dropout" in lines["forgetful"]["reason"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_our_kernel_is_right_in_every_setting(operation, monkeypatch):
+    torch.manual_seed(0)
+    module = importlib.import_module(f"bench.{operation}")
+    # So few elements are drawn that the strength of dropout is known badly.
+    monkeypatch.setattr(case_module, "DROPOUT_TOLERANCE", 0.3)
+    monkeypatch.setitem(SIZES, "base", TINY)
+    monkeypatch.setitem(SIZES, "large", TINY)
+    for name, value in (("LENGTH", 48), ("ROWS", 512), ("VOCABULARY", 500), ("VOCABULARY_ROWS", 512)):
+        if hasattr(module, name) and operation != "masking":
+            monkeypatch.setattr(module, name, value)
+    for setting in module.SETTINGS:
+        case = module.make_case(setting, CPU, torch.float32)
+        for name in (EAGER, OURS):
+            verdict = case.check(name)
+            assert verdict.fault is None, f"{operation} {setting} {name}: {verdict.fault}"
+
+
+def test_turns_alternate():
+    order = []
+
+    def run(name):
+        def work():
+            order.append(name)
+            marks = case_module.Marks(CPU)
+            marks.mark()
+            return marks
+
+        return work
+
+    times = time_in_turn({"a": run("a"), "b": run("b")}, CPU, rounds=3)
+    assert order == ["a", "b"] * 4  # the first turn is not timed
+    assert [len(turns) for turns in times.values()] == [3, 3]
+
+
+def test_spread():
+    assert spread([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    from fastroberta.prepare import main as prepare
+
+    folder = tmp_path_factory.mktemp("bench")
+    source = folder / "text.jsonl"
+    texts = [f"The number {n} is followed by {n + 1}. After that comes {n + 2}, and so on." for n in range(300)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = [str(source), "--out", str(folder / "data"), "--train-tokenizer", "300", "--workers", "1"]
+    assert prepare([*arguments, "--heldout-fraction", "0.1"]) == 0
+    return Task(str(folder / "data"), 1, 32, 2, 48, 32, 4, "fp32")
+
+
+def test_both_sides_do_the_same_work(task):
+    pytest.importorskip("transformers")
+    torch.manual_seed(SEED)
+    ours, theirs = Ours(task, Way(ours=True)), Transformers(task, Way())
+    exact = Transformers(task, Way(precision="fp64", attention="eager")).check()
+    assert exact["loss"] > 0 and exact["gradient_norm"] > 0
+    for side in (ours, theirs):
+        assert judge(side.check(), exact)["error"]["loss"] < 1e-5
+        assert "status" not in judge(side.check(), exact)
+    # Batch after batch they see the same blocks; what differs is which tokens are masked.
+    for _ in range(3):
+        batch, theirs_batch = next(ours.batches), next(theirs.loader)
+        labels = theirs_batch["labels"]
+        assert torch.equal(batch.input_ids, torch.where(labels != -100, labels, theirs_batch["input_ids"]))
+    # The same number of weights, all of them updated.
+    rows = ours.trainer.model.embeddings.word_embeddings.weight.shape[0] - ours.trainer.model.config.vocab_size
+    count = sum(p.numel() for p in ours.trainer.model.parameters()) - rows * (task.hidden + 1)
+    assert count == sum(p.numel() for p in theirs.model.parameters())
+    for side in (ours, theirs):
+        before = side.check()["loss"]
+        for _ in range(3):
+            side.step()
+        names, marks = side.step_in_parts()
+        assert len(marks.seconds()) == len(names) and float(side.last_loss) > 0
+        assert side.check()["loss"] < before
+        assert side.sizes == (4 * 32, 4 * 32 * 32)
+
+
+def test_our_parts_are_the_step(task):
+    """The step taken apart leaves the same weights as the trainer's own."""
+    whole, apart = Ours(task, Way(ours=True)), Ours(task, Way(ours=True))
+    for _ in range(2):
+        whole.step()
+        apart.step_in_parts()
+    for ours, theirs in zip(whole.trainer.model.parameters(), apart.trainer.model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_wrong_loss_is_wrong():
+    exact = {"loss": 10.0, "gradient_norm": 2.0}
+    assert "status" not in judge({"loss": 10.01, "gradient_norm": 2.01}, exact)
+    assert judge({"loss": 10.1, "gradient_norm": 2.0}, exact)["status"] == "wrong"
+    assert judge({"loss": 10.0, "gradient_norm": 2.2}, exact)["status"] == "wrong"
+    assert judge({"loss": float("nan"), "gradient_norm": 2.0}, exact)["status"] == "wrong"
+
+
+def test_a_worker_that_fails_says_so_and_goes_on(task):
+    with Worker("fastroberta") as worker:
+        for _ in range(2):
+            with pytest.raises(Failure, match="no-such-directory") as caught:
+                worker.ask("build", task._replace(data="no-such-directory"))
+            assert caught.value.status == "failed"
+        worker.ask("build", task)
+        result = worker.ask("steps", 2)
+        assert result["tokens"] == 2 * 4 * 32 and result["seconds"] > 0
+        worker._process.kill()
+        with pytest.raises(Failure, match="process ended"):
+            worker.ask("steps", 1)
+
+
+def test_ways_name_what_exists():
+    assert next(iter(WAYS)) == OURS  # ratios are against it
+
+
+# Results
+
+
+def write_results(path):
+    run = Run("kernels", path, CPU, {"quick": True})
+    run.add("ceilings", dtype="torch.float32", **CEILINGS)
+    for line in measure_case(make_toy({"other": lambda p: lambda x, w: w * x}), CPU, CEILINGS, quick=True):
+        run.add("kernel", **line)
+    run.add("kernel", operation="toy", setting=Setting("base")._asdict(), status="skipped", reason="the time is up")
+    run = Run("train", path, CPU, {})
+    run.add("ceilings", dtype="torch.float32", **CEILINGS)
+    for name, rate in ((OURS, 100.0), ("transformers sdpa", 40.0), (OURS, 120.0)):
+        run.add(
+            "train", model="base", task={"sequences": 4, "length": 512, "precision": "bf16", "dropout": 0.1},
+            implementation=name, status="ok", tokens_per_second={"median": rate, "low": rate - 1, "high": rate + 1},
+            mfu=None, share_of_matmul=0.5, peak_bytes=2e9, ratio={"median": 120 / rate, "low": 1.0, "high": 3.0},
+        )  # fmt: skip
+    for name in (OURS, "transformers sdpa"):
+        for length in (64, 128):
+            run.add(
+                "growth", grows="length", length=length, sequences=4, layers=2, implementation=name, status="ok",
+                seconds_per_step={"median": 0.1, "low": 0.1, "high": 0.2},
+            )  # fmt: skip
+
+
+def test_report_shows_the_newest_lines_and_draws_charts(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "cpu-2026-01-02.jsonl"
+    write_results(path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "DIRECTORY", tmp_path)
+    assert report.main([]) == 0
+    text = path.with_suffix(".md").read_text()
+    assert "| fastroberta | 120 (119 to 121) | 50% | 2.0 | 1.00 (1.00 to 3.00) |" in text
+    assert "| transformers sdpa | 40 (39 to 41) |" in text and "100 (99" not in text
+    assert "| toy (base) | 65536 |" in text and "other " in text
+    charts = sorted(file.name for file in tmp_path.glob("*.png"))
+    assert charts == [f"cpu-2026-01-02-{name}.png" for name in ("growth", "memory", "roofline", "speed")]
+    content = readme.read_text()
+    assert (
+        content.startswith("before\n")
+        and content.endswith("after\n")
+        and "old" not in content
+        and "119 to 121" in content
+    )
+
+
+def test_newest_file_of_each_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DIRECTORY", tmp_path)
+    for name in ("cpu-2026-01-02", "cpu-2026-01-10", "nvidia-h200-2025-12-31"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert [path.stem for path in report.find_newest()] == ["nvidia-h200-2025-12-31", "cpu-2026-01-10"]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"kind": "run"}\n{"kind":\n')
+    with pytest.raises(ValueError, match="line 2"):
+        list(read_lines(path))
+
+
+def test_a_run_says_what_ran_where(tmp_path):
+    run = Run("kernels", tmp_path / "results.jsonl", CPU, {"quick": True})
+    (line,) = read_lines(run.path)
+    assert line["device"] == "cpu" and line["packages"]["torch"] == torch.__version__
+    assert {"commit", "command", "time", "python", "cpu", "settings"} <= line.keys()
+
+
+def test_a_piece_that_takes_too_long_is_ended_with_its_children(tmp_path):
+    program = tmp_path / "slow.py"
+    flag = tmp_path / "flag"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(flag)!r}).touch()"
+    program.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])\n")
+    begun = time.monotonic()
+    assert all_pieces.run_limited([sys.executable, str(program)], 1) is None
+    assert time.monotonic() - begun < 4
+    time.sleep(4)
+    assert not flag.exists()
+    assert all_pieces.run_limited([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
+
+
+def test_command_line_names_the_pieces():
+    done = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True)
+    assert done.returncode == 2 and "kernels,train,prepare,resources,report,all,gpu" in done.stderr
+
+
+def test_tables_print(capsys):
+    case = make_toy({"wrong": lambda p: lambda x, w: 1.01 * x * w})
+    print_case(case, measure_case(case, CPU, CEILINGS, quick=True))
+    shown = capsys.readouterr().out
+    assert "wrong: error of the output" in shown and OURS in shown and "1.00x" in shown
