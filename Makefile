@@ -7,8 +7,9 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/python -m fastroberta.train
 
+# A process a core, each with one thread: tests of small tensors spend their time in Python, not in matrix products.
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
