@@ -347,7 +347,13 @@ def _tokenize(
             stack.callback(pool.shutdown, cancel_futures=True)
 
             def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
-                return pool.submit(process_in_worker, piece, path)
+                # A submission may start a worker, which inherits the mask: Ctrl-C is this process's to handle, and a
+                # worker that it hits while it starts would print a traceback.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    return pool.submit(process_in_worker, piece, path)
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
         def finish_oldest() -> None:
             # In order, so that of several faults the first is reported.

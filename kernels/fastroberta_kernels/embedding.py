@@ -341,11 +341,14 @@ def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype
     return table
 
 
-def _tile(num_columns: int, elements: int) -> dict[str, int]:
-    """Rows and columns of a program's tile of about `elements`, and its warps."""
+def _tile(num_columns: int, elements: int, widest_for_four: int) -> dict[str, int]:
+    """Rows and columns of a program's tile of about `elements`, and its warps: eight above `widest_for_four` columns.
+
+    Other tiles spilled a register or two with Triton 3.7.
+    """
     block = max(16, _next_power_of_two(num_columns))
-    num_warps = 2 if block <= 128 else 4 if block <= 2048 else 8
-    return {"ROWS": max(1, min(8, elements // block)), "BLOCK": block, "num_warps": num_warps}
+    num_warps = 2 if block <= 128 else 4 if block <= widest_for_four else 8
+    return {"ROWS": max(1, min(4, elements // block)), "BLOCK": block, "num_warps": num_warps}
 
 
 def _empty_tables(word_weight, position_weight, token_type_weight, needs) -> list[torch.Tensor]:
@@ -385,7 +388,7 @@ def _forward_op(
     (batch, length), num_columns = input_ids.shape, word_weight.shape[1]
     y = word_weight.new_empty((batch, length, num_columns), dtype=dtype)
     positions = input_ids.new_empty((batch, length), dtype=torch.int32)
-    tile = _tile(num_columns, 2048)
+    tile = _tile(num_columns, 2048, 512)
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),
@@ -460,7 +463,7 @@ def _backward_op(
     num_rows, num_columns = input_ids.numel(), word_weight.shape[1]
     needs_word, needs_position, needs_type = needs
     dx = dy.new_empty((num_rows, num_columns), dtype=torch.float32)
-    tile = _tile(num_columns, 1024)
+    tile = _tile(num_columns, 1024, 2048)
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(
