@@ -42,6 +42,7 @@ def test_wheel(source):
 
 
 def test_sdist(source):
-    names = {name.partition("/")[2] for name in tarfile.open(build(source, "sdist")).getnames()}
+    with tarfile.open(build(source, "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"csrc/fused_lamb.cu", "fastroberta/presets/quickstart.yaml", "pyproject.toml"} <= names
     assert "kernels/fastroberta_kernels/attention.py" in names

@@ -347,7 +347,7 @@ def _tile(num_columns: int, elements: int, widest_for_four: int) -> dict[str, in
     Other tiles spilled a register or two with Triton 3.7.
     """
     block = max(16, _next_power_of_two(num_columns))
-    num_warps = 2 if block <= 128 else 4 if block <= widest_for_four else 8
+    num_warps = 2 if block <= 64 else 4 if block <= widest_for_four else 8
     return {"ROWS": max(1, min(4, elements // block)), "BLOCK": block, "num_warps": num_warps}
 
 
