@@ -19,7 +19,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import CheckpointError
 from .model import RobertaForMaskedLM
-from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids
+from .tokenizer import save_tokenizer, special_token_ids
 
 # Hugging Face's name -> ours. The tied decoder (`lm_head.decoder.*`) is not stored by current versions of transformers.
 OUTER_NAMES = {
@@ -187,6 +187,3 @@ def save_huggingface(model: RobertaForMaskedLM, tokenizer: Tokenizer, directory:
         metadata={"format": "pt"},
     )
     save_tokenizer(tokenizer, directory, model_max_length=model.config.max_position_embeddings - 2)
-
-
-__all__ = ["load_huggingface", "load_tokenizer", "save_huggingface"]
