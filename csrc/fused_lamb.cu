@@ -12,9 +12,13 @@
 //   lamb_square_gradients  reads g                                        4
 //   lamb_prepare           global norm, clipping, overflow, step counts   -
 //   lamb_moments           reads g, p, m, v; writes m, v                 24   partial sums of |p|^2 and |u|^2
-//   lamb_ratios            trust ratio of every segment                   -
+//   lamb_norms             |p|^2 and |u|^2 of every segment               -
 //   lamb_apply             reads m, v, p; writes p and its 16-bit copy   18   u is computed again, never stored
 //                                                                  total 46   (44 without the 16-bit copy)
+// Where segments are shards of tensors, the host adds up two results over the processes on their way: the sum of the
+// gradients' squares before lamb_prepare, which then gets one number as `partial`, and the norms before lamb_apply.
+// A process may own no chunk: only lamb_prepare and lamb_norms run there, and the norms are zero.
+//
 // The gradient is only read. When its norm is not finite, lamb_prepare raises `skip` before anything was written, and
 // the kernels after it leave everything as it is.
 
@@ -198,39 +202,47 @@ extern "C" __global__ void __launch_bounds__(256) lamb_moments(
     }
 }
 
-// One block a segment: ratio[segment] = lr * |p| / |u| where that applies and both norms are not zero, else lr.
-// The chunks of a segment are first_chunk[segment] .. first_chunk[segment + 1] - 1.
-extern "C" __global__ void __launch_bounds__(128) lamb_ratios(
-    const double* __restrict__ partial, const long long* __restrict__ first_chunk, const Group* __restrict__ groups,
-    const long long* __restrict__ segment_group, const int* __restrict__ active, const int* __restrict__ skip,
-    float* __restrict__ ratio
+// One block a segment: norms[2 * segment] = sum of p^2, norms[2 * segment + 1] = sum of u^2; 0 where nothing is done.
+// The chunks of a segment are first_chunk[segment] .. first_chunk[segment + 1] - 1; a segment may have none.
+extern "C" __global__ void __launch_bounds__(128) lamb_norms(
+    const double* __restrict__ partial, const long long* __restrict__ first_chunk, const int* __restrict__ active,
+    const int* __restrict__ skip, double* __restrict__ norms
 ) {
     const long long segment = blockIdx.x;
-    if (*skip || !active[segment]) return;
     double p_squares = 0, u_squares = 0;
-    for (long long i = first_chunk[segment] + threadIdx.x; i < first_chunk[segment + 1]; i += blockDim.x) {
-        p_squares += partial[2 * i];
-        u_squares += partial[2 * i + 1];
+    if (!*skip && active[segment]) {
+        for (long long i = first_chunk[segment] + threadIdx.x; i < first_chunk[segment + 1]; i += blockDim.x) {
+            p_squares += partial[2 * i];
+            u_squares += partial[2 * i + 1];
+        }
     }
     p_squares = sum_over_block(p_squares);
     u_squares = sum_over_block(u_squares);
     if (threadIdx.x != 0) return;
-    const Group& group = groups[segment_group[segment]];
-    const bool use_ratio = group.adaptive != 0 && p_squares > 0 && u_squares > 0;
-    ratio[segment] = (float)(use_ratio ? group.lr * sqrt(p_squares / u_squares) : group.lr);
+    norms[2 * segment] = p_squares;
+    norms[2 * segment + 1] = u_squares;
 }
 
-// p -= ratio * u. `low_kind` of a segment: 0 no 16-bit copy, 1 bf16, 2 fp16.
+// p -= lr * |p| / |u| * u where the trust ratio applies and both norms are not zero, else p -= lr * u.
+// `low_kind` of a segment: 0 no 16-bit copy, 1 bf16, 2 fp16.
 extern "C" __global__ void __launch_bounds__(256) lamb_apply(
     const float* __restrict__ exp_avg, const float* __restrict__ exp_avg_sq, const Chunk* __restrict__ chunks,
-    const int* __restrict__ active, const Step* __restrict__ steps, const float* __restrict__ ratio,
-    const int* __restrict__ low_kind, const int* __restrict__ skip, float* __restrict__ master,
-    unsigned short* __restrict__ low
+    const int* __restrict__ active, const Step* __restrict__ steps, const double* __restrict__ norms,
+    const Group* __restrict__ groups, const long long* __restrict__ segment_group, const int* __restrict__ low_kind,
+    const int* __restrict__ skip, float* __restrict__ master, unsigned short* __restrict__ low
 ) {
     const Chunk chunk = chunks[blockIdx.x];
     if (*skip || !active[chunk.segment]) return;
     const Step step = steps[chunk.segment];
-    const float factor = ratio[chunk.segment];
+    __shared__ float factor_of_block;
+    if (threadIdx.x == 0) {
+        const Group& group = groups[segment_group[chunk.segment]];
+        const double p_squares = norms[2 * chunk.segment], u_squares = norms[2 * chunk.segment + 1];
+        const bool use_ratio = group.adaptive != 0 && p_squares > 0 && u_squares > 0;
+        factor_of_block = (float)(use_ratio ? group.lr * sqrt(p_squares / u_squares) : group.lr);
+    }
+    __syncthreads();
+    const float factor = factor_of_block;
     const int has_low = low_kind[chunk.segment], is_fp16 = has_low == 2;
     const float* m = exp_avg + chunk.start;
     const float* v = exp_avg_sq + chunk.start;

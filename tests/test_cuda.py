@@ -220,6 +220,11 @@ def test_implementation_is_obeyed_or_refused():
         _cuda.use_cuda(*arguments, "triton", torch.device("cpu"))
 
 
+def test_an_empty_grid_is_not_launched():
+    """A process may own no chunk of any tensor."""
+    _cuda.launch("fused_lamb.cu", "no_such_kernel", 0, 256, torch.device("cpu"))  # a launch on a CPU would fail
+
+
 @pytest.mark.gpu
 def test_cached_kernels_load_and_start(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

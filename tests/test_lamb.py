@@ -12,8 +12,11 @@ import ctypes
 import io
 import itertools
 import math
+import pickle
 import shutil
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,6 +91,7 @@ def emulated_launch(tmp_path_factory):
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-o", "emulator.so", "emulator.cpp"]
     subprocess.run(command, cwd=folder, check=True, timeout=300)
     library = ctypes.CDLL(str(folder / "emulator.so"))
+    one_at_a_time = threading.Lock()  # the emulator's block is global; tests of shards have several optimizers at work
 
     def launch(source, kernel, grid, block, device, *arguments):
         if grid == 0:
@@ -96,7 +100,8 @@ def emulated_launch(tmp_path_factory):
         for argument in map(_cuda.to_kernel_argument, arguments):
             values.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
-        getattr(library, f"run_{kernel}")(grid, EMULATED_THREADS, pointers)
+        with one_at_a_time:
+            getattr(library, f"run_{kernel}")(grid, EMULATED_THREADS, pointers)
 
     return launch
 
@@ -618,6 +623,272 @@ def test_lr_tensor_and_scheduler_equal_floats(make, device):
         torch.testing.assert_close(p.double(), exact.groups[0]["params"][0], rtol=2e-6, atol=1e-8)
         results.append(p.detach().clone())
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def run_processes(world_size, train):
+    """What `train(rank, all_reduce)` returns, from a thread a process; all_reduce sums in the order of ranks."""
+    barrier = threading.Barrier(world_size, timeout=60)
+    parts = [None] * world_size
+
+    def call(rank):
+        def all_reduce(tensor):
+            parts[rank] = tensor.clone()
+            barrier.wait()
+            assert {(part.shape, part.dtype, part.device) for part in parts} == {
+                (tensor.shape, tensor.dtype, tensor.device)
+            }
+            total = torch.stack(parts).sum(0)
+            barrier.wait()  # all have read before anyone writes the next parts
+            tensor.copy_(total)
+
+        try:
+            return train(rank, all_reduce)
+        except BaseException:
+            barrier.abort()  # the others do not wait for this one
+            raise
+
+    with ThreadPoolExecutor(world_size) as threads:
+        futures = [threads.submit(call, rank) for rank in range(world_size)]
+    errors = [future.exception() for future in futures if future.exception()]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error  # the cause first, not those whom it woke up
+    return [future.result() for future in futures]
+
+
+def split_evenly(tensor, world_size):
+    """Flat contiguous pieces, the later ones empty where there are more processes than elements."""
+    return torch.tensor_split(tensor.flatten(), world_size)
+
+
+def give_all_to_the_last(tensor, world_size):
+    """No other process owns a single element, hence no chunk."""
+    return [tensor.flatten()[: tensor.numel() * (rank == world_size - 1)] for rank in range(world_size)]
+
+
+# Three tensors with settings of their own: no weight decay (no trust ratio), or one added to the gradient.
+SHARD_GROUPS = [
+    {"shapes": SHAPES, "lr": 1e-2},
+    {"shapes": [(7, 11)], "lr": 1e-2, "weight_decay": 0.0},
+    {"shapes": [(3,), (200,)], "lr": 3e-3, "adam_w_mode": False, "use_nvlamb": True},
+]
+
+
+def train_pieces(make, device, cut, steps=4, size=3e-3, bad=None, dtype=torch.float32, **kwargs):
+    """Four steps with pieces `cut(tensor)` of the tensors of SHARD_GROUPS. One tensor has no gradient in step 1.
+
+    `bad`: in step 2, the last element of tensor 3 (all of it, before it is cut) has this gradient.
+    Returns the optimizer and, for every step, the grad norm and the parameters after it.
+    """
+    groups = [
+        {
+            **{k: v for k, v in group.items() if k != "shapes"},
+            "params": [
+                torch.nn.Parameter(cut(t.to(device, dtype)).clone()) for t in make_tensors(group["shapes"], seed=index)
+            ],
+        }
+        for index, group in enumerate(SHARD_GROUPS)
+    ]
+    params = [p for group in groups for p in group["params"]]
+    shapes = [shape for group in SHARD_GROUPS for shape in group["shapes"]]
+    optimizer = make(groups, **kwargs)
+    history = []
+    for step in range(steps):
+        gradients = make_gradients(shapes, step, size, device)
+        if bad is not None and step == 2:
+            gradients[3][-1, -1] = bad
+        optimizer.zero_grad(set_to_none=step == 1)
+        for k, (p, g) in enumerate(zip(params, gradients)):
+            if step == 1:
+                p.grad = None if k == 2 else cut(g).to(dtype)
+            elif p.grad is None:
+                p.grad = cut(g).to(dtype)
+            else:
+                p.grad.copy_(cut(g))
+        optimizer.step(grad_scale=torch.tensor(0.5, device=device))
+        history.append((optimizer.last_grad_norm.item(), [p.detach().clone() for p in params]))
+    return optimizer, history
+
+
+def assert_shards_equal_whole(shards, whole):
+    """`shards`, of one process each, and `whole` are what train_pieces returned."""
+    for step, (norm, params) in enumerate(whole[1]):
+        norms = [history[step][0] for _, history in shards]
+        assert len(set(map(str, norms))) == 1, "not the same bits everywhere"
+        torch.testing.assert_close(norms[0], norm, rtol=1e-6, atol=0, equal_nan=True)
+        for k, p in enumerate(params):
+            joined = torch.cat([history[step][1][k].flatten() for _, history in shards])
+            assert (joined - p.flatten()).norm() <= 1e-6 * p.norm(), f"step {step} tensor {k}"
+    counts = whole[0]._step_counts.tolist()
+    for optimizer, _ in shards:
+        assert optimizer._step_counts.tolist() == counts
+        assert optimizer.num_skipped.item() == whole[0].num_skipped.item()
+
+
+@pytest.mark.parametrize("split", [split_evenly, give_all_to_the_last], ids=lambda split: split.__name__)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_shards_equal_whole_tensors(make, device, world_size, split):
+    whole = train_pieces(make, device, lambda t: t)
+    shards = run_processes(
+        world_size,
+        lambda rank, all_reduce: train_pieces(
+            make, device, lambda t: split(t, world_size)[rank], all_reduce=all_reduce
+        ),
+    )
+    assert_shards_equal_whole(shards, whole)
+    assert whole[0]._step_counts.tolist().count(3) == 1  # the one without a gradient in one step
+    if world_size == 4 and split is split_evenly:
+        assert shards[3][0].param_groups[0]["params"][0].numel() == 0
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.1, None])
+def test_shards_are_clipped_by_the_global_norm(make, device, max_grad_norm):
+    """Gradients whose norm is above the bound, while it is below on at least one process."""
+    arguments = {"size": 2e-4, "max_grad_norm": max_grad_norm}
+    whole = train_pieces(make, device, lambda t: t, **arguments)
+    shards = run_processes(
+        3,
+        lambda rank, all_reduce: train_pieces(
+            make, device, lambda t: split_evenly(t, 3)[rank], all_reduce=all_reduce, **arguments
+        ),
+    )
+    assert_shards_equal_whole(shards, whole)
+    assert whole[1][-1][0] > 0.1
+    assert (2 * shards[2][0].gradient).norm() < 0.1  # 2: the gradients are divided by 0.5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_all_processes_skip_a_step_that_one_cannot_do(make, device, bad):
+    whole = train_pieces(make, device, lambda t: t, bad=bad)
+    shards = run_processes(
+        3,
+        lambda rank, all_reduce: train_pieces(
+            make, device, lambda t: split_evenly(t, 3)[rank], bad=bad, all_reduce=all_reduce
+        ),
+    )
+    assert_shards_equal_whole(shards, whole)
+    for rank, (optimizer, history) in enumerate(shards):
+        assert optimizer.num_skipped.item() == 1
+        assert all(torch.equal(p, q) for p, q in zip(history[1][1], history[2][1])), f"rank {rank}"
+        assert all(not torch.equal(p, q) for p, q in zip(history[2][1], history[3][1]) if p.numel())
+
+
+def test_16_bit_shards(make, device):
+    whole = train_pieces(make, device, lambda t: t, dtype=torch.bfloat16)
+    shards = run_processes(
+        2,
+        lambda rank, all_reduce: train_pieces(
+            make, device, lambda t: split_evenly(t, 2)[rank], dtype=torch.bfloat16, all_reduce=all_reduce
+        ),
+    )
+    for k, states in enumerate(zip(*(optimizer.state.values() for optimizer, _ in (whole, *shards)))):
+        master, *pieces = (state["master"].flatten() for state in states)
+        assert (torch.cat(pieces) - master).norm() <= 1e-6 * master.norm(), f"tensor {k}"
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_two_reductions_a_step_also_where_nothing_is_owned(make, device, bad):
+    """This process owns no element: its part of both sums is zero, and it follows what comes from the others."""
+    seen = []
+
+    def all_reduce(tensor):
+        seen.append(tensor.clone())
+        tensor.add_(9.0 + bad)
+
+    params = [torch.nn.Parameter(torch.empty(0, device=device)) for _ in range(3)]
+    optimizer = make(params, all_reduce=all_reduce)
+    optimizer.zero_grad()
+    params[1].grad = None
+    for _ in range(2):
+        optimizer.step()
+    assert [(part.shape, part.dtype) for part in seen] == 2 * [((), torch.float64), ((3, 2), torch.float64)]
+    assert not any(part.any() for part in seen)
+    if bad:
+        assert optimizer.num_skipped.item() == 2 and math.isnan(optimizer.last_grad_norm.item())
+        assert [optimizer.state[p]["step"].item() for p in params] == [0, 0, 0]
+    else:
+        assert optimizer.num_skipped.item() == 0 and optimizer.last_grad_norm.item() == 3
+        assert [optimizer.state[p]["step"].item() for p in params] == [2, 0, 2]
+
+
+def test_reductions_carry_sums_of_squares(make, device):
+    """Of the gradients first, then of p and u of each tensor; zeros where a tensor has no gradient or a step is off."""
+    seen = []
+    params = [torch.nn.Parameter(torch.full((count,), value, device=device)) for count, value in ((70, 2.0), (5, 3.0))]
+    optimizer = make(params, lr=0.0, weight_decay=0.5, max_grad_norm=None, all_reduce=lambda t: seen.append(t.clone()))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    params[1].grad = None
+    optimizer.step()
+    params[0].grad[69] = math.nan
+    optimizer.step()
+    # u = 1 + 0.5 p
+    expected = [75, [[280, 280], [45, 31.25]], 70, [[280, 280], [0, 0]], math.nan, [[0, 0], [0, 0]]]
+    for part, value in zip(seen, expected, strict=True):
+        value = torch.tensor(value, dtype=torch.float64, device=device)
+        torch.testing.assert_close(part, value, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_processes_may_differ_in_implementation(emulated_launch, monkeypatch):
+    """The kernels could not be compiled on one machine: all make the same calls, a skipped step included."""
+    monkeypatch.setattr(_cuda, "launch", emulated_launch)
+    monkeypatch.setattr(_cuda, "use_cuda", lambda *arguments: arguments[3] == "cuda")
+    device = torch.device("cpu")
+    whole = train_pieces(FusedLAMB, device, lambda t: t, bad=math.inf, impl="torch")
+    shards = run_processes(
+        2,
+        lambda rank, all_reduce: train_pieces(
+            FusedLAMB, device, lambda t: split_evenly(t, 2)[rank], bad=math.inf,
+            impl=("torch", "cuda")[rank], all_reduce=all_reduce,
+        ),
+    )  # fmt: skip
+    assert_shards_equal_whole(shards, whole)
+
+
+def test_whole_tensors_need_no_more_launches(emulated_launch, monkeypatch):
+    """Without all_reduce every kernel is launched once a step; with it where there is something to do."""
+    launched = []
+
+    def launch(source, kernel, grid, *arguments):
+        launched.append((kernel, grid))
+        emulated_launch(source, kernel, grid, *arguments)
+
+    monkeypatch.setattr(_cuda, "launch", launch)
+    monkeypatch.setattr(_cuda, "use_cuda", lambda *_: True)
+    for count, chunks, all_reduce in ((10000, 2, None), (10000, 2, lambda t: None), (0, 0, lambda t: None)):
+        p = torch.nn.Parameter(torch.ones(count))
+        optimizer = FusedLAMB([p, torch.nn.Parameter(torch.ones(0))], all_reduce=all_reduce)
+        optimizer.zero_grad()
+        launched.clear()
+        optimizer.step()
+        assert launched == list(zip(lamb.KERNELS, (chunks, 1, chunks, 2, chunks)))
+
+
+def double(tensor):
+    """Another process with the same squares."""
+    tensor.mul_(2)
+
+
+def test_copies_keep_the_reduction_and_the_state_dict_does_not(make, device):
+    p = torch.nn.Parameter(torch.ones(70, device=device))
+    optimizer = make([p], all_reduce=double)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.last_grad_norm.item(), math.sqrt(140))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.all_reduce is double
+        (q,) = twin.param_groups[0]["params"]
+        q.grad = torch.ones_like(q)
+        twin.step()
+        assert twin.last_grad_norm.item() == optimizer.last_grad_norm.item() and twin.state[q]["step"].item() == 2
+    whole = make([torch.nn.Parameter(torch.ones(70, device=device))])
+    whole.load_state_dict(optimizer.state_dict())
+    assert whole.all_reduce is None and optimizer.all_reduce is double
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(make([torch.nn.Parameter(torch.ones(3, device=device))], all_reduce=lambda t: None))
 
 
 def test_repeats_bit_for_bit(make, device):

@@ -29,6 +29,10 @@ Bytes moved on CUDA (csrc/fused_lamb.cu): 44 a parameter, the gradient's norm in
 written; apex moves 52 and stores u in place of the gradient. Two-stage norms in fixed order: every step is bitwise
 repeatable. No random numbers.
 
+Shards (ZeRO-1, FSDP2). With `all_reduce`, every process owns a piece of each tensor, the same parameters in the same
+order and groups, and updates its pieces only. |g|, |p| and |u| stay norms of whole tensors: the sums of squares are
+added up over the processes in fp64, in two calls a step, one of a single number and one of two numbers a tensor.
+
 Against apex's FusedLAMB, with the same arguments and the same mathematics:
     - gradients may be bf16; they stay intact; u is never rounded to their dtype
     - fp32 masters are part of `state_dict()`, which is in torch's ordinary format
@@ -50,7 +54,7 @@ import torch
 from . import _cuda
 
 SOURCE = "fused_lamb.cu"
-KERNELS = ("lamb_square_gradients", "lamb_prepare", "lamb_moments", "lamb_ratios", "lamb_apply")
+KERNELS = ("lamb_square_gradients", "lamb_prepare", "lamb_moments", "lamb_norms", "lamb_apply")
 ALIGNMENT = 64  # elements: a segment starts at a cache line in 16-bit and in 32-bit buffers
 CHUNK = 8192  # elements that one CUDA block works on
 CPU_CHUNK = 65536  # elements a CPU thread takes at a time in the PyTorch step: its slices stay near the core
@@ -69,9 +73,19 @@ class FusedLAMB(torch.optim.Optimizer):
         bias_correction, adam_w_mode, grad_averaging, use_nvlamb: see the formula at the top of this file.
         max_grad_norm: bound of the global gradient norm over all groups; 0 or None for none.
         impl: None takes the CUDA kernels for CUDA parameters where they can be compiled, and PyTorch otherwise;
-            'cuda' or 'torch' are obeyed or refused. The PyTorch step on CUDA asks the GPU once a step.
+            'cuda' or 'torch' are obeyed or refused. The PyTorch step on CUDA waits for the GPU at every norm.
+        all_reduce: where the parameters are shards, a function that sums a tensor in place over all processes that own
+            shards of the same tensors, and leaves the same bits on each of them; None for whole parameters.
 
-    Every argument but `max_grad_norm` and `impl` can be set by group.
+    Every argument but `max_grad_norm`, `impl` and `all_reduce` can be set by group.
+
+    Shards: every process makes its optimizer of the same list of parameters, in the same order and groups and with the
+    same numbers, each parameter being that process's piece of a tensor: any piece, in any shape, also of no elements.
+    Each element belongs to one process. A step calls `all_reduce` twice, whether it is skipped or not: with a scalar
+    and with a tensor of shape (parameters, 2), fp64, on the parameters' device. So all processes must step together,
+    with the same `grad_scale`, and the same parameters must have a gradient on all of them; a piece of no elements has
+    one when its `.grad` is set. Not part of `state_dict()`, which holds this process's pieces. Copies and pickles of
+    the optimizer keep the function; they fail where Python cannot copy it (pickle: a lambda), rather than go without.
 
     Attributes:
         last_grad_norm: fp32 scalar on the device, the global norm of the last step (after division by `grad_scale`).
@@ -106,11 +120,13 @@ class FusedLAMB(torch.optim.Optimizer):
         max_grad_norm: float | None = 1.0,
         use_nvlamb: bool = False,
         impl: str | None = None,
+        all_reduce: Callable[[torch.Tensor], object] | None = None,
     ) -> None:
         if max_grad_norm is not None and not 0 <= max_grad_norm < math.inf:
             raise ValueError(f"FusedLAMB: max_grad_norm={max_grad_norm}; use a number >= 0, or None for no clipping")
         self.max_grad_norm = max_grad_norm
         self.impl = impl
+        self.all_reduce = all_reduce
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -227,7 +243,7 @@ class FusedLAMB(torch.optim.Optimizer):
         self._active_flags = torch.ones(count, dtype=torch.int32, device=device)
         self._partial = torch.empty(len(self._chunks), 2, dtype=torch.float64, device=device)
         self._steps = torch.empty(count, STEP_FIELDS, dtype=torch.float32, device=device)
-        self._ratios = torch.empty(count, dtype=torch.float32, device=device)
+        self._norms = torch.empty(count, 2, dtype=torch.float64, device=device)
         self._skip = torch.zeros((), dtype=torch.int32, device=device)
 
     # ---- what torch.optim.Optimizer asks for -------------------------------------------------------------------------
@@ -331,7 +347,7 @@ class FusedLAMB(torch.optim.Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("impl", "max_grad_norm", "last_grad_norm", "num_skipped")
+        kept = ("all_reduce", "impl", "max_grad_norm", "last_grad_norm", "num_skipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -454,9 +470,13 @@ class FusedLAMB(torch.optim.Optimizer):
             _cuda.launch(SOURCE, kernel, grid, block, self._device, *arguments)
 
         launch("lamb_square_gradients", num_chunks, 256, self.gradient, self._chunks, self._active_flags, self._partial)
+        squares, num_squares = self._partial, num_chunks
+        if self.all_reduce is not None:
+            squares, num_squares = self._partial.view(-1)[:num_chunks].sum(), 1
+            self.all_reduce(squares)
         launch(
             "lamb_prepare", 1, 1024,
-            self._partial, num_chunks, self._hyper, self._segment_group, self._active_flags, num_segments,
+            squares, num_squares, self._hyper, self._segment_group, self._active_flags, num_segments,
             float(self.max_grad_norm or 0), grad_scale, self._step_counts,
             self._steps, self._skip, self.last_grad_norm, self.num_skipped,
         )  # fmt: skip
@@ -466,14 +486,15 @@ class FusedLAMB(torch.optim.Optimizer):
             self._chunks, self._active_flags, self._steps, self._skip, self._partial,
         )  # fmt: skip
         launch(
-            "lamb_ratios", num_segments, 128,
-            self._partial, self._first_chunk, self._hyper, self._segment_group, self._active_flags, self._skip,
-            self._ratios,
+            "lamb_norms", num_segments, 128,
+            self._partial, self._first_chunk, self._active_flags, self._skip, self._norms,
         )  # fmt: skip
+        if self.all_reduce is not None:
+            self.all_reduce(self._norms)
         launch(
             "lamb_apply", num_chunks, 256,
-            self.exp_avg, self.exp_avg_sq, self._chunks, self._active_flags, self._steps, self._ratios,
-            self._low_kinds, self._skip, self.master, self.low,
+            self.exp_avg, self.exp_avg_sq, self._chunks, self._active_flags, self._steps, self._norms,
+            self._hyper, self._segment_group, self._low_kinds, self._skip, self.master, self.low,
         )  # fmt: skip
 
     def _step_torch(self, grad_scale: torch.Tensor | None) -> None:
@@ -482,20 +503,34 @@ class FusedLAMB(torch.optim.Optimizer):
         scale = 1.0 if grad_scale is None else float(grad_scale)
         active = [index for index, has_gradient in enumerate(self._active) if has_gradient]
         squares = [torch.dot(g, g) for index in active for g in self._slices(self.gradient, index, chunk)]
-        total = torch.stack(squares).double().sum().item() if squares else 0.0
-        norm = math.sqrt(total) / abs(scale) if scale else math.nan
+        total = torch.stack([*squares, torch.zeros((), device=self._device)]).double().sum()
+        if self.all_reduce is not None:
+            self.all_reduce(total)
+        norm = math.sqrt(total.item()) / abs(scale) if scale else math.nan
         self.last_grad_norm.fill_(norm)
+        norms = torch.zeros(len(self._params), 2, dtype=torch.float64, device=self._device)
         if not norm <= torch.finfo(torch.float32).max:
             self.num_skipped.add_(1)
+            if self.all_reduce is not None:
+                self.all_reduce(norms)  # the CUDA kernels, which other processes may run, cannot leave it out
             return
         clip = norm / self.max_grad_norm if self.max_grad_norm and norm > self.max_grad_norm else 1.0
         counts = self._step_counts.add_(torch.tensor(self._active, dtype=torch.float32).to(self._device)).tolist()
         rows = [self._group_row(group, float(group["lr"])) for group in self.param_groups]
         gradient_scratch, update_scratch = torch.empty(2, min(chunk, self.master.numel()), device=self._device)
+        steps = []
         for index in active:
-            if self._params[index].numel():
-                row, factor = rows[self._group_of[index]], 1 / (scale * clip)
-                self._step_segment(index, row, counts[index], factor, chunk, gradient_scratch, update_scratch)
+            row, factor = rows[self._group_of[index]], 1 / (scale * clip)
+            scratch = gradient_scratch, update_scratch
+            steps.append(self._step_segment(index, row, counts[index], factor, chunk, *scratch, norms[index]))
+        # One segment after the other keeps small ones in cache; all at once lets one reduction serve them all.
+        for batch in [[step] for step in steps] if self.all_reduce is None else [steps]:
+            for step in batch:
+                next(step)
+            if self.all_reduce is not None:
+                self.all_reduce(norms)
+            for step in batch:
+                next(step, None)
 
     def _slices(self, buffer: torch.Tensor, index: int, chunk: int) -> Iterator[torch.Tensor]:
         start, size = self._offsets[index], self._params[index].numel()
@@ -510,7 +545,9 @@ class FusedLAMB(torch.optim.Optimizer):
         chunk: int,
         gradient_scratch: torch.Tensor,
         update_scratch: torch.Tensor,
-    ) -> None:
+        norms: torch.Tensor,
+    ) -> Iterator[None]:
+        """Updates the moments and writes |p|^2 and |u|^2 to `norms`; taken up again, updates p by what stands there."""
         lr, beta1, beta2, beta3, eps, weight_decay, bias_correction, decoupled, adaptive = row
         root = math.sqrt(1 - beta2**count) if bias_correction else 1.0
         # (m / c1) / (sqrt(v) / root + eps) = factor * m / (sqrt(v) + eps * root): two operations fewer.
@@ -540,8 +577,11 @@ class FusedLAMB(torch.optim.Optimizer):
             if adaptive:
                 u = compute_update(p, m, v)
                 squares.append(torch.stack([torch.dot(p, p), torch.dot(u, u)]))
+        if squares:
+            torch.sum(torch.stack(squares).double(), 0, out=norms)
+        yield
         if adaptive:
-            p_squares, u_squares = torch.stack(squares).double().sum(0).tolist()
+            p_squares, u_squares = norms.tolist()
             if p_squares > 0 and u_squares > 0:
                 lr *= math.sqrt(p_squares / u_squares)
         low = self.low.view(self._params[index].dtype) if LOW_KINDS[self._params[index].dtype] else None
