@@ -162,11 +162,12 @@ class Ours:
         scope = AttentionScope(batch.key_lengths, batch.cu_seqlens)
         result = trainer.loss(*masked, scope, trainer.dropout_keys, batch.first_sample)
         marks.mark()
-        (result.loss / trainer.expected_masked).backward()
+        expected_masked = trainer.expect_masked(trainer.config.train_batch_size)
+        (result.loss / expected_masked).backward()
         marks.mark()
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate(trainer.step, trainer.config)
-        trainer.optimizer.step(grad_scale=result.num_targets.float() / trainer.expected_masked)
+        trainer.optimizer.step(grad_scale=result.num_targets.float() / expected_masked)
         trainer.optimizer.zero_grad()
         marks.mark()
         trainer.step += 1

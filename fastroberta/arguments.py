@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -188,12 +190,20 @@ def from_dict(config_class: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def run(program: Callable[[], int | None]) -> int:
-    """Call a program's main and give its exit code: an expected error is one line on stderr, never a traceback."""
+    """Call a program's main and give its exit code: an expected error is one line on stderr, never a traceback.
+
+    Of the processes that torchrun started, the first speaks; the others only of what did not befall the first as well.
+    """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         return program() or 0
     except FastRobertaError as error:
-        start = "" if isinstance(error, Stopped) else "error: "
-        print(start + " ".join(str(error).split()), file=sys.stderr)
+        is_stopped = isinstance(error, Stopped)
+        if rank and not is_stopped:
+            time.sleep(2)  # torchrun ends this process if the first one has said it and gone
+        if not (rank and is_stopped):
+            start = f"rank {rank}: " if rank else "" if is_stopped else "error: "
+            print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -45,6 +45,11 @@ def get_step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def get_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output_dir / f"checkpoint-{step:08d}"
+
+
 def save_checkpoint(
     output_dir: Path,
     step: int,
@@ -62,7 +67,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final = output_dir / f"checkpoint-{step:08d}"
+    final = get_path(output_dir, step)
     partial = output_dir / f".partial-{step:08d}-{os.getpid()}"
     try:
         shutil.rmtree(partial, ignore_errors=True)

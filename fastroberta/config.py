@@ -100,6 +100,18 @@ class LRSchedulerConfig:
 
 
 @dataclass
+class BatchRampConfig:
+    """Smaller batches at the beginning, when gradients agree more (Brown et al., arXiv 2005.14165, section 2.3)."""
+
+    start: int | None = setting(
+        None, "sequences of the first steps; null = train_batch_size from the first on", valid="[1, inf)"
+    )
+    tokens: int = setting(
+        0, "tokens over which the batch grows to train_batch_size, by start at a time", valid="[0, inf)"
+    )
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -130,6 +142,16 @@ class TrainConfig:
     micro_batch_size: int | Literal["auto"] = setting(
         "auto", "sequences a device holds at once; auto finds what fits [batch_size]", valid="[1, inf)"
     )
+    sharding: Literal["none", "optimizer", "full"] = setting(
+        "none",
+        "what each of several devices keeps 1/N of: nothing; the optimizer's state; weights and gradients as well "
+        "(FSDP2, for models that one device cannot hold) [zero_sharding]",
+    )
+    hang_timeout: float = setting(
+        600.0,
+        "seconds without progress after which several processes end, and say which held them up",
+        valid="[5, inf)",
+    )
     max_steps: int = setting(500_000, "optimizer steps of the whole run [max_update]", valid="[1, inf)")
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward: less memory, about a third more time [checkpoint_activations]"
@@ -148,9 +170,15 @@ class TrainConfig:
         False, "resolve everything, print parameters, memory and expected time, do one step, leave nothing"
     )
 
+    batch_ramp: BatchRampConfig = dataclasses.field(default_factory=BatchRampConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = dataclasses.field(default_factory=LRSchedulerConfig)
+
+    @property
+    def smallest_batch_size(self) -> int:
+        """Sequences of the first step; every step's are a multiple of it."""
+        return self.batch_ramp.start or self.train_batch_size
 
     def check(self) -> None:
         """Refuse what no single field shows."""
@@ -164,10 +192,21 @@ class TrainConfig:
             raise ConfigurationError(
                 f"mlm_probability = {self.mlm_probability} masks no token in {self.max_seq_length}: raise it"
             )
-        if self.micro_batch_size != "auto" and self.train_batch_size % self.micro_batch_size:
+        ramp = self.batch_ramp
+        if (ramp.start is None) != (not ramp.tokens):
+            raise ConfigurationError("batch_ramp.start and batch_ramp.tokens belong together: give both or neither")
+        if ramp.start is not None and self.train_batch_size % ramp.start:
             raise ConfigurationError(
-                f"micro_batch_size = {self.micro_batch_size} must divide train_batch_size = {self.train_batch_size}"
+                f"batch_ramp.start = {ramp.start} must divide train_batch_size = {self.train_batch_size}, because batches "
+                "grow by that many sequences at a time"
             )
+        smallest = "train_batch_size" if ramp.start is None else "batch_ramp.start"
+        if self.micro_batch_size != "auto" and self.smallest_batch_size % self.micro_batch_size:
+            raise ConfigurationError(
+                f"micro_batch_size = {self.micro_batch_size} must divide {smallest} = {self.smallest_batch_size}"
+            )
+        if self.sharding == "full" and self.torch_compile:
+            raise ConfigurationError("sharding = full and torch_compile exclude each other: leave one of them")
         if self.lr_scheduler.warmup_steps > self.max_steps:
             raise ConfigurationError(
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is more than max_steps = "

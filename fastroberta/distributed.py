@@ -1,18 +1,267 @@
-"""Devices and ranks: where this process computes."""
+"""The processes of one run: where each computes, what they tell each other, and which of them holds the others up.
+
+torchrun starts the processes and gives each its rank in the environment. Without it a run is one process, and nothing here
+communicates. Tensors travel over NCCL between GPUs and over gloo between CPUs; who is alive and how far it is, over
+torchrun's store.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import faulthandler
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, ProcessError
+
+HEARTBEAT_SECONDS = 1.0
+# Heartbeats that a living process may miss, on a machine that is busy or a network that stutters.
+MISSED_HEARTBEATS = 5
 
 
-def select_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` stands for.
+def select_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` stands for, for the process of this rank on its machine.
 
     Raises:
-        ConfigurationError: CUDA is asked for and there is none.
+        ConfigurationError: CUDA is asked for and there is none, or there are fewer GPUs than processes.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and not count:
         raise ConfigurationError("device: cuda is asked for, PyTorch sees no GPU; take --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not count:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise ConfigurationError(
+            f"device: process {local_rank} of this machine has no GPU, there are {count}; start torchrun with "
+            f"--nproc_per_node {count}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+class Processes:
+    """The processes of a run, seen from one of them; a single process is a run of size 1.
+
+    Attributes:
+        rank, size: of this process, and how many there are. device: where this one computes.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, watchdog: Watchdog | None = None):
+        self.device, self.rank, self.size = device, rank, size
+        self._watchdog = watchdog
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that speaks, and writes files."""
+        return self.rank == 0
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place; the same bits everywhere."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def collect(self, value: Any) -> list[Any]:
+        """A small picklable value of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Go on when every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def note_progress(self, where: str) -> None:
+        """Tell the watchdog that this process lives, and what it does next."""
+        if self._watchdog is not None:
+            self._watchdog.note(where)
+
+    def compare(self, facts: dict[str, Any], what_to_do: str) -> None:
+        """Make sure that all processes have the same facts.
+
+        Raises:
+            ConfigurationError: in every process, with the first one that differs from rank 0 and in what.
+        """
+        everyone = self.collect(facts)
+        for rank, other in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if other[name] != value:
+                    raise ConfigurationError(
+                        f"rank {rank}: {name} is {other[name]!r}, and {value!r} on rank 0; {what_to_do}"
+                    )
+
+    def check_replicas(self, tensors: list[Tensor], step: int) -> None:
+        """Hold the weights of all processes, which should be the same bits, against each other.
+
+        Raises:
+            ProcessError: in every process, with the ranks that differ from most.
+        """
+        if self.size == 1:
+            return
+        sums = [tensor.view(torch.int32).sum(dtype=torch.int64) * (2 * i + 1) for i, tensor in enumerate(tensors)]
+        found = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        found[self.rank] = torch.stack(sums).sum()
+        values = self.add_up(found).tolist()
+        usual = max(values, key=values.count)
+        odd = [rank for rank, value in enumerate(values) if value != usual]
+        if odd:
+            raise ProcessError(
+                f"step {step}: the weights of rank {', '.join(map(str, odd))} are not those of the other processes, so "
+                "one of these machines computes wrongly; continue from the last checkpoint without it"
+            )
+
+    @contextlib.contextmanager
+    def explain_failures(self) -> Iterator[None]:
+        """Where communication fails because a process has died, say which.
+
+        Raises:
+            ProcessError: in place of what the library for communication raised.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._watchdog is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            dead = self._watchdog.find_dead()
+            if not dead:
+                raise
+            raise ProcessError(
+                f"{dead}: has died, see its own last words or torchrun's report; started again, the run continues from "
+                "its last checkpoint"
+            ) from error
+
+    def leave(self) -> None:
+        """End communication, when all is done."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join_processes(device: str, timeout: float) -> Processes:
+    """Meet the other processes that torchrun started, if any.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        timeout: seconds without progress after which a process ends itself, and says who held it up.
+    Raises:
+        ConfigurationError: no such device, or torchrun's environment is incomplete.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Processes(select_device(device))
+    from torch.distributed.rendezvous import rendezvous
+
+    here = select_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    # Later than the watchdog, which can say more.
+    patience = datetime.timedelta(seconds=timeout + 60)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=patience))
+    except (ValueError, dist.DistError) as error:
+        raise ConfigurationError(
+            f"WORLD_SIZE is {size}, but the processes do not meet ({error}); start them with torchrun"
+        ) from error
+    store.set_timeout(patience)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+    return Processes(here, rank, size, Watchdog(store, rank, size, timeout))
+
+
+class Watchdog:
+    """A thread that tells the others how far this process is, and ends it when it gets no further.
+
+    Each process counts its progress: a step begun, its gradients ready, a checkpoint written. When one stays where it is,
+    the others wait for it inside a reduction, with a higher count. After `timeout` seconds without progress every
+    process looks at all counts; the lowest is who they wait for. Then they end, and torchrun with them.
+
+    A process whose torchrun is gone gets SIGTERM: it saves a checkpoint and ends, and no orphan keeps a GPU.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
+        # A connection of its own: the first one may be waiting for something while this has to speak.
+        self._store = dist.PrefixStore("fastroberta-progress", store.clone())  # type: ignore[attr-defined]  # not in its stub
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._who = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
+        self._count, self._where, self._changed = 0, "start", time.monotonic()
+        self._parent = os.getppid()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def note(self, where: str) -> None:
+        """One more thing done; `where` says what comes next."""
+        self._count, self._where, self._changed = self._count + 1, where, time.monotonic()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5)
+
+    def find_dead(self) -> str:
+        """Who gives no sign of life, in words; empty if all do."""
+        self._changed = math.inf  # this process stands still on purpose
+        before = self._read()
+        time.sleep((MISSED_HEARTBEATS + 1) * HEARTBEAT_SECONDS)
+        after = self._read()
+        return ", ".join(who for rank, (beat, _, _, who) in after.items() if beat == before.get(rank, [None])[0])
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            beat += 1
+            with contextlib.suppress(RuntimeError):  # the store is gone when torchrun is
+                self._store.set(str(self._rank), json.dumps([beat, self._count, self._where, self._who]))
+            if os.getppid() != self._parent:
+                self._parent = os.getppid()
+                os.kill(os.getpid(), signal.SIGTERM)
+            if time.monotonic() - self._changed > self._timeout:
+                self._give_up()
+
+    def _read(self) -> dict[int, list[Any]]:
+        """What each process last said of itself, by rank."""
+        found = {}
+        for rank in range(self._size):
+            with contextlib.suppress(RuntimeError):
+                if self._store.check([str(rank)]):
+                    found[rank] = json.loads(self._store.get(str(rank)))
+        return found
+
+    def _give_up(self) -> None:
+        reports = self._read()
+        lowest = min((count for _, count, _, _ in reports.values()), default=0)
+        late = [rank for rank, report in reports.items() if report[1] == lowest]
+        waiting = [rank for rank in reports if rank not in late]
+        if not waiting:
+            message = f"all processes are at the same place ({self._where}): look at the network between them"
+        else:
+            names = ", ".join(f"{reports[rank][3]} at {reports[rank][2]}" for rank in late)
+            message = f"the others wait for {names}"
+        # One of those who wait speaks at once; the late ones show where they are, if they still can.
+        if self._rank == min(waiting, default=0):
+            print(
+                f"error: no progress for {self._timeout:g} s, {message}; started again, the run continues from its last "
+                "checkpoint",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        elif self._rank in late:
+            print(f"{self._who} is here:", file=sys.stderr)
+            faulthandler.dump_traceback(sys.stderr)
+        time.sleep(2 * HEARTBEAT_SECONDS)
+        os._exit(ProcessError.exit_code)

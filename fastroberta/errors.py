@@ -42,6 +42,12 @@ class CheckpointError(FastRobertaError):
     exit_code = 6
 
 
+class ProcessError(FastRobertaError):
+    """One of several processes has died, hangs, or computes something else than the others."""
+
+    exit_code = 7
+
+
 class Stopped(FastRobertaError):
     """Stopped by a signal; started again, the program continues where it was."""
 

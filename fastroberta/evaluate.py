@@ -17,9 +17,8 @@ from .arguments import parse_arguments, run
 from .config import setting
 
 if TYPE_CHECKING:
-    import torch
-
     from .data import Batch
+    from .distributed import Processes
     from .model import RobertaForMaskedLM
 
 MASK_SEED = 0  # held-out masks are the same for every run, so that runs compare
@@ -57,11 +56,14 @@ class Scores:
         return math.exp(min(self.loss, 700.0))
 
 
-def evaluate_model(model: RobertaForMaskedLM, batches: Iterable[Batch], masking: dict[str, Any]) -> Scores:
+def evaluate_model(
+    model: RobertaForMaskedLM, batches: Iterable[Batch], masking: dict[str, Any], processes: Processes | None = None
+) -> Scores:
     """Score a model on batches that lie on its device.
 
     Args:
         masking: what `mask_tokens` takes beyond ids and seeds.
+        processes: where each scores other batches, all of them; the scores are those of all batches.
     """
     import torch
     from fastroberta_kernels.masking import mask_tokens
@@ -70,16 +72,16 @@ def evaluate_model(model: RobertaForMaskedLM, batches: Iterable[Batch], masking:
 
     was_training = model.training
     model.eval()
-    totals: torch.Tensor | float = 0.0
+    totals = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
     with torch.no_grad():
         for batch in batches:
             masked = mask_tokens(batch.input_ids, seed=MASK_SEED, sample_ids=batch.sample_ids, **masking)
             result = model.loss(*masked, AttentionScope(batch.key_lengths, batch.cu_seqlens))
-            totals = totals + torch.stack(
-                (result.loss.double(), result.num_correct.double(), result.num_targets.double())
-            )
+            totals += torch.stack((result.loss.double(), result.num_correct, result.num_targets))
     model.train(was_training)
-    loss, correct, count = totals.tolist()  # type: ignore[union-attr]
+    if processes is not None:
+        processes.add_up(totals)
+    loss, correct, count = totals.tolist()
     return Scores(loss / max(count, 1), correct / max(count, 1), int(count))
 
 

@@ -164,9 +164,15 @@ def load_huggingface(directory: str | Path) -> RobertaForMaskedLM:
     return model.eval()
 
 
-def save_huggingface(model: RobertaForMaskedLM, tokenizer: Tokenizer, directory: str | Path) -> None:
+def save_huggingface(
+    model: RobertaForMaskedLM, tokenizer: Tokenizer, directory: str | Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write what `AutoModelForMaskedLM`, `AutoTokenizer` and `pipeline("fill-mask")` load, the inverse of
-    `load_huggingface`; `directory` is made if need be."""
+    `load_huggingface`; `directory` is made if need be.
+
+    Args:
+        weights: parameter name -> fp32 tensor, in place of the model's own.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ids = special_token_ids(tokenizer)
@@ -182,7 +188,7 @@ def save_huggingface(model: RobertaForMaskedLM, tokenizer: Tokenizer, directory:
     }
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_file(
-        to_huggingface(dict(model.named_parameters()), model.config),
+        to_huggingface(weights or dict(model.named_parameters()), model.config),
         directory / "model.safetensors",
         metadata={"format": "pt"},
     )

@@ -1,4 +1,4 @@
-"""Parameter groups, learning-rate schedules, and which optimizer: from a gradient sum to new weights.
+"""Parameter groups, schedules of rate and batch, and which optimizer: from a gradient sum to new weights.
 
 Whichever optimizer it is, gradients lie in one contiguous fp32 buffer of which the parameters' are views: one pass
 clears, measures or reduces them all, and micro-batches add up in fp32.
@@ -6,7 +6,9 @@ clears, measures or reduces them all, and micro-batches add up in fp32.
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from fastroberta_kernels.lamb import FusedLAMB
 from torch import Tensor, nn
 
 from .config import OptimizerConfig, TrainConfig
-from .errors import CheckpointError, ConfigurationError
+from .errors import ConfigurationError
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -31,6 +33,33 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if schedule.name == "cosine":
         return highest * 0.5 * (1 + math.cos(math.pi * (1 - remaining)))
     return highest * remaining ** (schedule.power if schedule.name == "polynomial" else 1.0)
+
+
+class BatchSchedule:
+    """How many sequences each step takes, and which: `train_batch_size`, or fewer while the batch ramps up.
+
+    The batch is k times `batch_ramp.start`, where k grows linearly with the tokens seen, from 1 to
+    train_batch_size / start after `batch_ramp.tokens`. A function of the configuration alone: neither devices nor
+    micro-batches change it.
+    """
+
+    def __init__(self, config: TrainConfig):
+        start, full = config.smallest_batch_size, config.train_batch_size
+        # First step, first sample and batch size of each level.
+        self._levels = [(0, 0, start)]
+        ramp_samples = config.batch_ramp.tokens / config.max_seq_length
+        for size in range(start, full, start):
+            step, sample, _ = self._levels[-1]
+            reached = ramp_samples * (size / start) / (full / start - 1)
+            steps = max(0, math.ceil((reached - sample) / size))
+            self._levels.append((step + steps, sample + steps * size, size + start))
+
+    def samples(self, step: int) -> range:
+        """The numbers, in training order, of the sequences of a step, counted from 0."""
+        level = bisect.bisect_right(self._levels, step, key=lambda one: one[0]) - 1
+        first_step, first_sample, size = self._levels[level]
+        first = first_sample + (step - first_step) * size
+        return range(first, first + size)
 
 
 def is_decayed(name: str, config: OptimizerConfig) -> bool:
@@ -77,14 +106,21 @@ class FlatGradients:
     Args:
         inner: an optimizer whose step heeds `found_inf`, as PyTorch's fused ones do, or that may ask the device.
         max_grad_norm: bound of the global gradient norm; 0 for none.
+        all_reduce: see `build_optimizer`.
 
     Attributes:
         gradient: fp32 (n,), all gradients. last_grad_norm: fp32 scalar, of the last step, before clipping.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, max_grad_norm: float):
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        max_grad_norm: float,
+        all_reduce: Callable[[Tensor], Any] | None = None,
+    ):
         self.inner = inner
         self.max_grad_norm = max_grad_norm
+        self.all_reduce = all_reduce
         self.param_groups, self.state = inner.param_groups, inner.state
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
         ends = torch.tensor([-(-parameter.numel() // 32) * 32 for parameter in parameters]).cumsum(0).tolist()
@@ -100,8 +136,11 @@ class FlatGradients:
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor) -> None:
         """Divide the gradients by `grad_scale`, clip them, and take the step; without effect where not finite."""
-        row_norms = torch.linalg.vector_norm(self.gradient.view(-1, NORM_ROW), dim=1)
-        self.last_grad_norm = torch.linalg.vector_norm(row_norms) / grad_scale
+        rows = self.gradient.view(self.gradient.numel() // NORM_ROW, NORM_ROW)
+        squares = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1)).double().square()
+        if self.all_reduce is not None:
+            self.all_reduce(squares)
+        self.last_grad_norm = squares.sqrt().float() / grad_scale
         factor = 1 / grad_scale
         if self.max_grad_norm:
             factor = factor * (self.max_grad_norm / self.last_grad_norm).clamp(max=1.0)
@@ -114,22 +153,29 @@ class FlatGradients:
         self.inner.step()
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> FusedLAMB | FlatGradients:
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, all_reduce: Callable[[Tensor], Any] | None = None
+) -> FusedLAMB | FlatGradients:
     """The update rule that `config.name` says.
 
+    Args:
+        parameters: by their names in the model, in its order.
+        all_reduce: where the parameters are this process's pieces of the model's: sums a tensor over all processes.
     Raises:
-        ConfigurationError: NVIDIA's apex is asked for and not installed.
+        ConfigurationError: NVIDIA's apex is asked for and not installed, or cannot do it.
     """
     groups: list[dict[str, Any]] = []
     for decays in (True, False):
-        chosen = [p for name, p in model.named_parameters() if is_decayed(name, config) == decays]
+        chosen = [parameter for name, parameter in parameters.items() if is_decayed(name, config) == decays]
         if chosen:
             groups.append({"params": chosen, "weight_decay": config.weight_decay if decays else 0.0})
     common: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.name == "lamb":
-        return FusedLAMB(groups, **common, max_grad_norm=config.max_grad_norm)
+        return FusedLAMB(groups, **common, max_grad_norm=config.max_grad_norm, all_reduce=all_reduce)
     if config.name == "adamw":
-        return FlatGradients(torch.optim.AdamW(groups, **common, fused=True), config.max_grad_norm)
+        return FlatGradients(torch.optim.AdamW(groups, **common, fused=True), config.max_grad_norm, all_reduce)
+    if all_reduce is not None:
+        raise ConfigurationError("optimizer.name: apex_lamb takes whole tensors; use lamb, or sharding none")
     try:
         from apex.optimizers import FusedLAMB as ApexLAMB  # type: ignore[import-not-found]
     except ImportError as error:
@@ -139,35 +185,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> FusedLAMB | Fl
         ) from error
     # Clipped inside the step, as apex does it.
     return FlatGradients(ApexLAMB(groups, **common, max_grad_norm=config.max_grad_norm), 0.0)
-
-
-def optimizer_tensors(optimizer: FusedLAMB | FlatGradients, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, `<kind>.<parameter>`: `exp_avg`, `exp_avg_sq`, `step`."""
-    return {
-        f"{kind}.{name}": torch.as_tensor(value)
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state[parameter].items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: FusedLAMB | FlatGradients, model: nn.Module, tensors: dict[str, Tensor], where: str
-) -> None:
-    """The inverse of `optimizer_tensors`.
-
-    Raises:
-        CheckpointError: state of a parameter is missing or has another shape; `where` says in which checkpoint.
-    """
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        for kind, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
-            saved = tensors.get(f"{kind}.{name}")
-            if saved is None or saved.shape != shape:
-                raise CheckpointError(
-                    f"{where}: optimizer state {kind}.{name} is missing or has another shape; continue from another "
-                    "checkpoint"
-                )
-            if kind in state:  # FusedLAMB's state are views of its buffers
-                state[kind].copy_(saved)
-            else:
-                state[kind] = saved.to(parameter.device)

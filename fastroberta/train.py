@@ -15,17 +15,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import parse_arguments, run, to_dict, validate
-from .config import TrainConfig
+from .config import BatchRampConfig, TrainConfig
 from .errors import ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
+
+if TYPE_CHECKING:
+    from .distributed import Processes
 
 # A run may be continued with other values of these: they change neither the data order nor the result of a step, beyond
 # the rounding of another summation order.
 MAY_CHANGE_ON_RESUME = (
     "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "logging_steps", "eval_steps",
     "eval_sequences", "save_steps", "save_total_limit", "tensorboard", "dry_run", "data", "output_dir", "init_from",
+    "sharding", "hang_timeout",
 )  # fmt: skip
 QUICKSTART_VOCABULARY = 512
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
@@ -33,33 +37,38 @@ MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
+    from .distributed import join_processes
+
+    processes = join_processes(config.device, config.hang_timeout)
     with contextlib.ExitStack() as stack:
         if config.dry_run:  # whatever is written goes to a place that disappears
             config.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-"))
         if config.data is None:
-            config.data = prepare_python_texts(Path(config.output_dir))
-        trainer = Trainer(config)
+            config.data = str(Path(config.output_dir) / "data")
+            if processes.is_first or config.dry_run:
+                prepare_python_texts(Path(config.data))
+            processes.wait_for_all()
+        trainer = Trainer(config, processes)
         if config.dry_run:
             trainer.rehearse()
         else:
             trainer.train()
+    processes.leave()
     return 0
 
 
-def prepare_python_texts(output_dir: Path) -> str:
-    """Tokenize the texts inside Python into `output_dir`/data, once, with a tokenizer trained on them."""
+def prepare_python_texts(directory: Path) -> None:
+    """Tokenize the texts inside Python into `directory`, once, with a tokenizer trained on them."""
     from .prepare import main as prepare
     from .quickstart import write_python_texts
 
-    directory = output_dir / "data"
     if not (directory / "manifest.json").exists():
-        source = output_dir / "python-texts.jsonl"
+        source = directory.parent / "python-texts.jsonl"
         write_python_texts(source)
         arguments = [str(source), "--out", str(directory), "--train-tokenizer", str(QUICKSTART_VOCABULARY)]
         status = prepare([*arguments, "--heldout-fraction", "0.05"])
         if status:
             raise SystemExit(status)
-    return str(directory)
 
 
 class Trainer:
@@ -69,21 +78,22 @@ class Trainer:
     its weights, its moments and its step.
     """
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, processes: Processes | None = None):
         import torch
         from fastroberta_kernels.philox import fold_seed
 
         from .checkpoint import list_checkpoints, remove_partial_checkpoints
         from .data import masking_arguments, open_split
-        from .distributed import select_device
+        from .distributed import Processes, select_device
         from .model import COMPUTE_DTYPES, RobertaForMaskedLM
-        from .optim import LossScaler, build_optimizer
+        from .optim import BatchSchedule, LossScaler
         from .shards import load_manifest
         from .tokenizer import load_tokenizer
 
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.device = select_device(config.device)
+        self.processes = processes or Processes(select_device(config.device))
+        self.device = self.processes.device
         assert config.data is not None
         self.manifest = load_manifest(config.data)
         self.tokenizer = load_tokenizer(self.manifest.directory)
@@ -103,23 +113,27 @@ class Trainer:
             model = self._load_initial_model()
         validate(config)  # again, now that the sizes are those of the data and of the initial model
         model.compute_dtype = COMPUTE_DTYPES[config.precision]
-        self.model = model.to(self.device).train()
+        self.model = model.train()
+        self.step = 0
+        self.eval_loss: float | None = None
+        if self.processes.is_first:
+            remove_partial_checkpoints(self.output_dir)
+        checkpoints = list_checkpoints(self.output_dir)
+        if checkpoints:
+            self._load_weights(checkpoints[-1])
+        self._check_processes()
+        self.optimizer = self._distribute()
         self.loss = torch.compile(model.loss) if config.torch_compile else model.loss
-        self.optimizer = build_optimizer(model, config.optimizer)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
+        if checkpoints:
+            self._load_optimizer(checkpoints[-1])
 
         self.mask_seed = fold_seed(config.seed, MASK_STREAM, device=self.device)
         self.dropout_keys = model.dropout_keys(fold_seed(config.seed, DROPOUT_STREAM, device=self.device), self.device)
+        self.batch_schedule = BatchSchedule(config)
         self.micro_batch_size = self._choose_micro_batch_size()
-        # The loss of a step is a sum over all masked tokens divided by their number, which is known when the last
-        # micro-batch is masked. Until then sums are divided by this expectation, to keep fp16 gradients in range.
-        self.expected_masked = config.train_batch_size * config.max_seq_length * config.mlm_probability
         self.stop_signal: int | None = None
-        self.step = 0
-        self.eval_loss: float | None = None
-        remove_partial_checkpoints(self.output_dir)
-        if checkpoints := list_checkpoints(self.output_dir):
-            self._resume(checkpoints[-1])
+        self.stop_votes = torch.zeros(())  # how many processes had a signal, when a step was reduced
 
     # Training
 
@@ -129,19 +143,24 @@ class Trainer:
 
         config = self.config
         if self.step >= config.max_steps:
-            print(f"{self.output_dir}: finished, {self.step} steps are done; {self._where_to_go_on()}")
+            self._say(f"{self.output_dir}: finished, {self.step} steps are done; {self._where_to_go_on()}")
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._describe()
+        self._find_micro_batch_size()
         started = time.monotonic()
-        with (
-            self._catch_signals(),
-            MetricsWriter(
-                self.output_dir, resumed_step=self.step if self.step else None, tensorboard=config.tensorboard
-            ) as writer,
-            Progress(config.max_steps, self.step) as progress,
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._catch_signals())
+            stack.enter_context(self.processes.explain_failures())
+            writer = progress = None
+            if self.processes.is_first:
+                resumed_step = self.step if self.step else None
+                writer = stack.enter_context(
+                    MetricsWriter(self.output_dir, resumed_step=resumed_step, tensorboard=config.tensorboard)
+                )
+                progress = stack.enter_context(Progress(config.max_steps, self.step))
             before = self.evaluate(writer, progress) if self.step == 0 else None
+            self._pending_votes: Any = None
             meter = Meter(self)
             batches = self._read_batches()
             while self.step < config.max_steps:
@@ -149,52 +168,80 @@ class Trainer:
                 self.step += 1
                 if self.step % config.logging_steps == 0 or self.step == config.max_steps:
                     metrics = meter.read()
-                    writer.write(self.step, metrics)
-                    progress.update(self.step, metrics)
+                    self._check_replicas()
+                    if writer is not None and progress is not None:
+                        writer.write(self.step, metrics)
+                        progress.update(self.step, metrics)
                 last = self.step == config.max_steps
                 if self.step % config.eval_steps == 0 or last:
                     with meter.pause():
                         after = self.evaluate(writer, progress)
-                if self.step % config.save_steps == 0 or last or self.stop_signal is not None:
+                is_stopping = self._agree_to_stop()
+                if self.step % config.save_steps == 0 or last or is_stopping:
                     with meter.pause():
                         checkpoint = self.save()
-                if self.stop_signal is not None and not last:
-                    name = signal.Signals(self.stop_signal).name
+                if is_stopping and not last:
+                    name = "a signal" if self.stop_signal is None else signal.Signals(self.stop_signal).name
                     raise Stopped(f"{name} at step {self.step}; {checkpoint} is saved, the same command continues")
                 self.eval_loss = None
         self._report(before, after, checkpoint, time.monotonic() - started)
 
     def train_step(self, batches: Iterator[Any], meter: Meter | None = None) -> None:
-        """One optimizer step: gradients summed over the micro-batches of the whole batch, then one update.
+        """One optimizer step: gradients summed over the micro-batches of all processes, then one update.
 
         Nothing here asks the device for a number.
         """
         import torch
+
+        from .optim import learning_rate
+
+        samples = len(self.batch_schedule.samples(self.step))
+        num_micro_batches = samples // (self.processes.size * self.micro_batch_size)
+        # The loss of a step is a sum over all masked tokens divided by their number, which is known when the last
+        # micro-batch is masked. Until then sums are divided by this expectation, to keep fp16 gradients in range.
+        expected_masked = self.expect_masked(samples)
+        self.processes.note_progress(f"step {self.step + 1}")
+        self.optimizer.zero_grad()
+        totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, masked; who wants to stop
+        for index, batch in enumerate(itertools.islice(batches, num_micro_batches)):
+            result = self._forward(batch)
+            is_last = index == num_micro_batches - 1
+            with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
+                (result.loss * (self.scaler.scale / expected_masked)).backward()
+            totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
+            if meter is not None:
+                meter.count(batch)
+        totals[3] += self.stop_signal is not None
+        self.processes.add_up(totals)
+        self.processes.note_progress(f"the end of step {self.step + 1}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config)
+        self.optimizer.step(grad_scale=self.scaler.scale * totals[2].float() / expected_masked)
+        found_inf = (~torch.isfinite(self.optimizer.last_grad_norm)).float()
+        self.scaler.update(found_inf)
+        self.stop_votes = totals[3]
+        if meter is not None:
+            meter.add(totals[:3], self.optimizer.last_grad_norm, found_inf)
+
+    def _forward(self, batch: Any) -> Any:
+        """The loss of a micro-batch, under its masks and its dropout."""
         from fastroberta_kernels.masking import mask_tokens
 
         from .model import AttentionScope
-        from .optim import learning_rate
 
-        self.optimizer.zero_grad()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, masked
-        for batch in itertools.islice(batches, self.config.train_batch_size // self.micro_batch_size):
-            masked = mask_tokens(batch.input_ids, seed=self.mask_seed, sample_ids=batch.sample_ids, **self.masking)
-            scope = AttentionScope(batch.key_lengths, batch.cu_seqlens)
-            result = self.loss(*masked, scope, self.dropout_keys, batch.first_sample)
-            (result.loss * (self.scaler.scale / self.expected_masked)).backward()
-            totals += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
-            if meter is not None:
-                meter.count(batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
-        self.optimizer.step(grad_scale=self.scaler.scale * totals[2].float() / self.expected_masked)
-        found_inf = (~torch.isfinite(self.optimizer.last_grad_norm)).float()
-        self.scaler.update(found_inf)
-        if meter is not None:
-            meter.add(totals, self.optimizer.last_grad_norm, found_inf)
+        masked = mask_tokens(batch.input_ids, seed=self.mask_seed, sample_ids=batch.sample_ids, **self.masking)
+        scope = AttentionScope(batch.key_lengths, batch.cu_seqlens)
+        return self.loss(*masked, scope, self.dropout_keys, batch.first_sample)
+
+    def expect_masked(self, num_sequences: int) -> float:
+        """About how many tokens of so many sequences are masked."""
+        return num_sequences * self.config.max_seq_length * self.config.mlm_probability
 
     def _run_step(self, batches: Iterator[Any], meter: Meter | None = None) -> Iterator[Any]:
-        """`train_step`; where memory runs out, the step is done again with half the micro-batch."""
+        """`train_step`; where memory runs out, the step is done again with half the micro-batch.
+
+        Several processes cannot do that: the others would wait in a reduction. Theirs was tried before the first step.
+        """
         import torch
 
         while True:
@@ -202,15 +249,54 @@ class Trainer:
                 self.train_step(batches, meter)
                 return batches
             except torch.OutOfMemoryError as error:
-                if self.micro_batch_size == 1 or self.config.micro_batch_size != "auto":
+                is_fixed = self.micro_batch_size == 1 or self.config.micro_batch_size != "auto"
+                if is_fixed or self.processes.size > 1:
                     raise DeviceMemoryError(
                         f"step {self.step}: {self.device} has too little memory for {self.micro_batch_size} sequences at "
                         "once; lower micro_batch_size or set gradient_checkpointing"
                     ) from error
                 self.micro_batch_size = self._next_smaller_micro_batch_size()
-            print(f"out of memory: going on with {self.micro_batch_size} sequences at once", file=sys.stderr)
+            self._say(f"out of memory: going on with {self.micro_batch_size} sequences at once", file=sys.stderr)
             torch.cuda.empty_cache()
             batches = self._read_batches()
+
+    def _find_micro_batch_size(self) -> None:
+        """Several processes: agree on the largest micro-batch that goes through forward and backward on every one."""
+        import torch
+
+        if self.processes.size == 1 or self.config.micro_batch_size != "auto" or self.config.sharding == "full":
+            return
+        while True:
+            failed = torch.zeros((), device=self.device)
+            try:
+                batch = next(self._read_batches())
+                self._forward(batch).loss.backward()
+            except torch.OutOfMemoryError:
+                failed += 1
+            self.optimizer.zero_grad()
+            if not self.processes.add_up(failed):
+                return
+            if self.micro_batch_size == 1:
+                raise DeviceMemoryError(
+                    f"{self.device} has too little memory for a single sequence; set gradient_checkpointing"
+                )
+            self.micro_batch_size = self._next_smaller_micro_batch_size()
+            self._say(f"out of memory: beginning with {self.micro_batch_size} sequences at once", file=sys.stderr)
+            torch.cuda.empty_cache()
+
+    def _agree_to_stop(self) -> bool:
+        """Whether a process was asked to stop, as all of them know it after the same step."""
+        if self.processes.size == 1:
+            return self.stop_signal is not None
+        if self.device.type == "cpu":
+            return bool(self.stop_votes)
+        # What is read here is that of the step before, so that the device is never left without work.
+        previous, self._pending_votes = self._pending_votes, self.stop_votes
+        return previous is not None and bool(previous)
+
+    def _check_replicas(self) -> None:
+        if self.config.sharding != "full":
+            self.processes.check_replicas([parameter.detach() for parameter in self.model.parameters()], self.step)
 
     def evaluate(self, writer: Any = None, progress: Any = None) -> Any:
         """Held-out scores at this step, written down and shown."""
@@ -218,8 +304,12 @@ class Trainer:
         from .evaluate import evaluate_model
 
         size = max(1, min(64, self.micro_batch_size))
-        batches = move_ahead(heldout_batches(self.heldout, self.config.eval_sequences, size), self.device)
-        scores = evaluate_model(self.model, batches, self.masking)
+        batches = heldout_batches(self.heldout, self.config.eval_sequences, size)
+        processes = None if self.config.sharding == "full" else self.processes
+        if processes is not None:  # FSDP2 needs all processes in every forward
+            batches = itertools.islice(batches, processes.rank, None, processes.size)
+        self.processes.note_progress(f"the evaluation after step {self.step}")
+        scores = evaluate_model(self.model, move_ahead(batches, self.device), self.masking, processes)
         self.eval_loss = scores.loss
         if writer is not None:
             metrics = {"eval/loss": scores.loss, "eval/accuracy": scores.accuracy, "eval/perplexity": scores.perplexity}
@@ -231,36 +321,39 @@ class Trainer:
         """`--dry-run`: say what the run would be, do one step of it, leave nothing."""
         import torch
 
-        from .metrics import estimate_memory, estimate_time, format_seconds, model_flops_per_step
+        from .metrics import estimate_memory, format_seconds
+        from .optim import BatchSchedule
 
         self._describe()
         for name, size in estimate_memory(self.config, self.micro_batch_size).items():
-            print(f"  memory, {name}: {size / 2**30:.2f} GiB (estimate)")
-        meter = Meter(self)
+            self._say(f"  memory, {name}: {size / 2**30:.2f} GiB (estimate)")
+        meter, started = Meter(self), time.monotonic()
         # One micro-batch is enough to measure by; a step of thousands of sequences could take hours on a CPU.
-        steps = self.config.train_batch_size // self.micro_batch_size
-        self.config.train_batch_size = self.micro_batch_size
+        whole = self.batch_schedule
+        samples = self.processes.size * self.micro_batch_size
+        one = dataclasses.replace(self.config, train_batch_size=samples, batch_ramp=BatchRampConfig())
+        self.batch_schedule = BatchSchedule(one)
         self._run_step(self._read_batches(), meter)
-        rate = meter.flops / (time.monotonic() - meter.started)
-        self.config.train_batch_size *= steps
+        loss = meter.read()["train/loss"]
+        seconds_a_sample = (time.monotonic() - started) / samples
         if self.device.type == "cuda":
-            print(f"  memory, measured: {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
-        one_step = model_flops_per_step(
-            self.config.model, meter.tokens * steps, int(self.expected_masked), meter.squares * steps
-        )
-        print(
-            f"  one micro-batch done: loss {meter.read()['train/loss']:.3f}; a step takes about "
-            f"{format_seconds(one_step / rate)}, all of them {format_seconds(estimate_time(self.config, rate))}"
+            self._say(f"  memory, measured: {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
+        one_step = seconds_a_sample * self.config.train_batch_size
+        all_steps = seconds_a_sample * whole.samples(self.config.max_steps - 1).stop
+        self._say(
+            f"  one micro-batch done: loss {loss:.3f}; a step takes about {format_seconds(one_step)}, all of them "
+            f"{format_seconds(all_steps)}"
         )
 
     # State
 
     def save(self) -> Path:
         """A checkpoint of this step; older ones beyond the limit are removed."""
-        from .checkpoint import remove_old_checkpoints, save_checkpoint
+        from .checkpoint import get_path, remove_old_checkpoints, save_checkpoint
         from .hf import save_huggingface
-        from .optim import optimizer_tensors
 
+        self.processes.note_progress(f"the checkpoint of step {self.step}")
+        self._check_replicas()
         state = {
             "step": self.step,
             "eval_loss": self.eval_loss,
@@ -268,20 +361,24 @@ class Trainer:
             "train_tokens": self.blocks.num_tokens,
             "config": to_dict(self.config),
         }
-        checkpoint = save_checkpoint(
-            self.output_dir,
-            self.step,
-            lambda path: save_huggingface(self.model, self.tokenizer, path),
-            optimizer_tensors(self.optimizer, self.model) | self.scaler.state(),
-            state,
-        )
-        remove_old_checkpoints(self.output_dir, self.config.save_total_limit)
-        return checkpoint
+        weights = self.optimizer.weights()
+        tensors = self.optimizer.tensors() | self.scaler.state()
+        if self.processes.is_first:
+            save_checkpoint(
+                self.output_dir,
+                self.step,
+                lambda path: save_huggingface(self.model, self.tokenizer, path, weights),
+                tensors,
+                state,
+            )
+            remove_old_checkpoints(self.output_dir, self.config.save_total_limit)
+        self.processes.wait_for_all()
+        return get_path(self.output_dir, self.step)
 
-    def _resume(self, checkpoint: Path) -> None:
-        from .checkpoint import load_optimizer_tensors, read_state, verify_checkpoint
+    def _load_weights(self, checkpoint: Path) -> None:
+        """Weights and step of a checkpoint, which must be of the same run."""
+        from .checkpoint import read_state, verify_checkpoint
         from .hf import copy_from_huggingface, read_tensors
-        from .optim import load_optimizer_tensors as put_optimizer_tensors
 
         verify_checkpoint(checkpoint)
         state = read_state(checkpoint)
@@ -298,11 +395,51 @@ class Trainer:
             )
         path = checkpoint / "model.safetensors"
         copy_from_huggingface(read_tensors(path), dict(self.model.named_parameters()), self.model.config, str(path))
+        self.step = state["step"]
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        from .checkpoint import load_optimizer_tensors
+
         tensors = load_optimizer_tensors(checkpoint)
         for name, tensor in self.scaler.state().items():
             tensor.copy_(tensors[name])
-        put_optimizer_tensors(self.optimizer, self.model, tensors, str(checkpoint))
-        self.step = state["step"]
+        self.optimizer.load_tensors(tensors, str(checkpoint))
+
+    # Several processes
+
+    def _check_processes(self) -> None:
+        """All of them must be about to do the same."""
+        import torch
+
+        config, size = self.config, self.processes.size
+        if config.smallest_batch_size % size:
+            name = "train_batch_size" if config.batch_ramp.start is None else "batch_ramp.start"
+            raise ConfigurationError(
+                f"{name} = {config.smallest_batch_size} must be a multiple of the {size} processes, which share it evenly"
+            )
+        if config.micro_batch_size != "auto" and config.smallest_batch_size % (size * config.micro_batch_size):
+            raise ConfigurationError(
+                f"micro_batch_size = {config.micro_batch_size} on {size} processes must divide the smallest batch, "
+                f"{config.smallest_batch_size}"
+            )
+        settings = {key: value for key, value in _flatten(to_dict(config)).items() if key not in ("output_dir", "data")}
+        facts = {"step": self.step, "data": self.manifest.tokenizer_sha256, "train tokens": self.blocks.num_tokens}
+        self.processes.compare(
+            {**facts, "torch": torch.__version__, **settings},
+            "all need the same settings, data and checkpoints: output_dir must be on a disk that all machines share",
+        )
+
+    def _distribute(self) -> Any:
+        """The model on its device, or its part of it, and the optimizer of what this process updates."""
+        from .sharding import FullyShardedOptimizer, ReplicatedOptimizer, ShardedOptimizer, shard_model
+
+        if self.processes.size == 1 or self.config.sharding == "none":
+            return ReplicatedOptimizer(self.model.to(self.device), self.config.optimizer, self.processes)
+        if self.config.sharding == "optimizer":
+            self.model.to(self.device)
+            return ShardedOptimizer(self.model, self.config.optimizer, self.processes, self.model.compute_dtype)
+        shard_model(self.model, self.processes)
+        return FullyShardedOptimizer(self.model, self.config.optimizer, self.processes)
 
     # Settling what the configuration leaves open
 
@@ -341,14 +478,14 @@ class Trainer:
         return model
 
     def _choose_micro_batch_size(self) -> int:
-        """The configured size; for `auto` the largest divisor of the batch that should fit."""
+        """The configured size; for `auto` the largest divisor of a process's batch that should fit."""
         import torch
 
         from .metrics import estimate_memory
 
-        batch = self.config.train_batch_size
         if self.config.micro_batch_size != "auto":
             return self.config.micro_batch_size
+        batch = self.config.smallest_batch_size // self.processes.size
         if self.device.type == "cpu":  # a CPU gains nothing from more tokens at once than keep its cores busy
             return max(size for size in _divisors(batch) if size == 1 or size * self.config.max_seq_length <= 4096)
         budget = 0.9 * torch.cuda.mem_get_info(self.device)[0]
@@ -356,21 +493,28 @@ class Trainer:
         return max(fitting, default=1)
 
     def _next_smaller_micro_batch_size(self) -> int:
-        return max(size for size in _divisors(self.config.train_batch_size) if size <= self.micro_batch_size // 2)
+        batch = self.config.smallest_batch_size // self.processes.size
+        return max(size for size in _divisors(batch) if size <= self.micro_batch_size // 2)
 
     def _read_batches(self) -> Iterator[Any]:
         from .data import move_ahead, training_batches
 
-        batch = self.config.train_batch_size
-        first_samples = range(self.step * batch, self.config.max_steps * batch, self.micro_batch_size)
         batches = training_batches(
             self.blocks,
-            first_samples,
+            self._list_first_samples(),
             self.micro_batch_size,
             seed=self.config.seed,
             static_masking=self.config.masking == "static",
         )
         return move_ahead(batches, self.device)
+
+    def _list_first_samples(self) -> Iterator[int]:
+        """Where each of this process's micro-batches begins, in training order, from the current step to the last."""
+        for step in range(self.step, self.config.max_steps):
+            samples = self.batch_schedule.samples(step)
+            share = len(samples) // self.processes.size
+            first = samples.start + self.processes.rank * share
+            yield from range(first, first + share, self.micro_batch_size)
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
@@ -389,18 +533,23 @@ class Trainer:
 
     # What a person reads
 
+    def _say(self, text: str, **options: Any) -> None:
+        if self.processes.is_first:
+            print(text, **options)
+
     def _describe(self) -> None:
         from .metrics import num_parameters
 
         config = self.config
-        print(
+        self._say(
             f"{num_parameters(config.model):,} parameters, vocabulary {config.model.vocab_size:,}, {config.precision} on "
             f"{self.device}; {self.blocks.num_tokens:,} tokens in {len(self.blocks):,} sequences of "
             f"{config.max_seq_length}; {config.max_steps:,} steps of {config.train_batch_size:,} sequences, "
             f"{self.micro_batch_size} at once"
+            + (f" on each of {self.processes.size}" if self.processes.size > 1 else "")
         )
         if self.step:
-            print(f"{self.output_dir}: continuing after step {self.step}")
+            self._say(f"{self.output_dir}: continuing after step {self.step}")
 
     def _where_to_go_on(self) -> str:
         from .checkpoint import list_checkpoints
@@ -411,16 +560,16 @@ class Trainer:
         """How it went: scores before and after, and five filled-in sentences."""
         from .metrics import format_seconds
 
-        print(
+        self._say(
             f"\ntrained in {format_seconds(seconds)}; held-out unigram entropy {self.heldout.unigram_entropy():.3f} nats"
         )
         for name, scores in (("before", before), ("after", after)):
             if scores is not None:
-                print(f"  {name + ':':8} held-out loss {scores.loss:.3f} nats, accuracy {scores.accuracy:.1%}")
-        print("one token of a held-out sentence masked and filled in:")
+                self._say(f"  {name + ':':8} held-out loss {scores.loss:.3f} nats, accuracy {scores.accuracy:.1%}")
+        self._say("one token of a held-out sentence masked and filled in:")
         for text in self.fill_in(5):
-            print(f"  {text}")
-        print(f"checkpoint: {checkpoint}")
+            self._say(f"  {text}")
+        self._say(f"checkpoint: {checkpoint}")
 
     def fill_in(self, count: int) -> list[str]:
         """Held-out sentences with one token masked: what the model puts there, and what stood there."""
@@ -504,26 +653,29 @@ class Meter:
         Raises:
             NonFiniteError: a loss that is not finite, or gradients that are not, other than fp16's.
         """
+        import torch
+
         from .optim import learning_rate
 
         trainer = self.trainer
         loss, correct, masked = self.totals.tolist()
         norm, skipped = float(self.norm), int(self.skipped)
         seconds = time.monotonic() - self.started
+        counted = torch.tensor([self.tokens, self.flops], dtype=torch.float64, device=trainer.device)
+        tokens, flops = trainer.processes.add_up(counted).tolist()
         overflow_is_normal = trainer.config.precision == "fp16" and float(trainer.scaler.scale) >= 1.0
         if skipped and not overflow_is_normal:
             raise NonFiniteError(
                 f"loss or gradient not finite in {skipped} of steps {self.first_step + 1} to {trainer.step}; nothing of it "
                 "reached the weights; lower optimizer.learning_rate, or continue from the last checkpoint with bf16 or fp32"
             )
-        rate = self.tokens / seconds
         metrics = {
             "train/loss": loss / max(masked, 1),
             "train/accuracy": correct / max(masked, 1),
             "train/learning_rate": learning_rate(max(trainer.step - 1, 0), trainer.config),
             "train/grad_norm": norm,
-            "throughput/tokens_per_second": rate,
-            "throughput/mfu": self.flops / seconds / self.peak,
+            "throughput/tokens_per_second": tokens / seconds,
+            "throughput/mfu": flops / seconds / (self.peak * trainer.processes.size),
         }
         if trainer.scaler.enabled:
             metrics |= {"train/loss_scale": float(trainer.scaler.scale), "train/skipped_steps": float(skipped)}

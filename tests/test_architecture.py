@@ -13,7 +13,7 @@ FLOORS = [
     ["errors"],
     ["config", "tokenizer", "shards", "text", "deduplicate", "quickstart"],
     ["arguments", "data", "model", "optim", "distributed", "metrics", "sentences"],
-    ["checkpoint", "hf"],
+    ["checkpoint", "hf", "sharding"],
     ["pieces", "assemble"],
     ["prepare"],
     ["evaluate"],

@@ -7,16 +7,9 @@ import torch
 
 from fastroberta.arguments import from_dict
 from fastroberta.config import ModelConfig, OptimizerConfig, TrainConfig
-from fastroberta.errors import CheckpointError, ConfigurationError
+from fastroberta.errors import ConfigurationError
 from fastroberta.model import RobertaForMaskedLM
-from fastroberta.optim import (
-    LossScaler,
-    build_optimizer,
-    is_decayed,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from fastroberta.optim import BatchSchedule, LossScaler, build_optimizer, is_decayed, learning_rate
 
 
 def make_config(name, power=1.0):
@@ -69,7 +62,7 @@ def set_gradients(model, scale=1.0):
 def test_adamw_step_is_torchs_with_scale_and_clipping(max_grad_norm):
     ours, theirs = make_model(), make_model()
     options = OptimizerConfig(max_grad_norm=max_grad_norm, decay="no_bias_norm", learning_rate=0.01)
-    optimizer = build_optimizer(ours, options)
+    optimizer = build_optimizer(dict(ours.named_parameters()), options)
     groups = [
         {"params": [p for n, p in theirs.named_parameters() if is_decayed(n, options)], "weight_decay": 0.01},
         {"params": [p for n, p in theirs.named_parameters() if not is_decayed(n, options)], "weight_decay": 0.0},
@@ -91,7 +84,7 @@ def test_adamw_step_is_torchs_with_scale_and_clipping(max_grad_norm):
 
 def test_the_norm_of_many_gradients_is_exact():
     model = torch.nn.Linear(4096, 5000, bias=False)
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimizerConfig())
     model.weight.grad.fill_(0.1)
     model.weight.grad[0, 0] = 30.0
     optimizer.step(grad_scale=torch.tensor(2.0))
@@ -99,47 +92,38 @@ def test_the_norm_of_many_gradients_is_exact():
     assert optimizer.last_grad_norm.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_a_step_that_is_not_finite_changes_nothing(name):
-    model = make_model()
-    optimizer = build_optimizer(model, OptimizerConfig(name=name))
-    optimizer.zero_grad()
-    set_gradients(model)
-    optimizer.step(grad_scale=torch.tensor(1.0))
-    before = {key: value.clone() for key, value in optimizer_tensors(optimizer, model).items()}
-    weights = [parameter.clone() for parameter in model.parameters()]
-    next(model.parameters()).grad.view(-1)[3] = float("inf")
-    optimizer.step(grad_scale=torch.tensor(1.0))
-    assert not torch.isfinite(optimizer.last_grad_norm)
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
-    after = optimizer_tensors(optimizer, model)
-    assert all(torch.equal(before[key], after[key]) for key in before)
+def test_batches_without_a_ramp():
+    schedule = BatchSchedule(from_dict(TrainConfig, {"train_batch_size": 96}))
+    assert [schedule.samples(step) for step in (0, 1, 7)] == [range(96), range(96, 192), range(672, 768)]
 
 
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_state_round_trip_continues_to_the_bit(name):
-    first, second = make_model(), make_model()
-    options = OptimizerConfig(name=name, learning_rate=0.01)
-    one, two = build_optimizer(first, options), build_optimizer(second, options)
-    set_gradients(first)
-    one.step(grad_scale=torch.tensor(1.0))
-    saved = {key: value.clone() for key, value in optimizer_tensors(one, first).items()}
-    for source, target in zip(first.parameters(), second.parameters()):
-        target.data.copy_(source.data)
-    load_optimizer_tensors(two, second, saved, "here")
-    for model, optimizer in ((first, one), (second, two)):
-        optimizer.zero_grad()
-        set_gradients(model, 0.3)
-        optimizer.step(grad_scale=torch.tensor(1.0))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-    del saved["exp_avg.lm_head.bias"]
-    with pytest.raises(CheckpointError, match=r"here: optimizer state exp_avg.lm_head.bias is missing"):
-        load_optimizer_tensors(two, second, saved, "here")
+@pytest.mark.parametrize("tokens", [1, 1000, 40_960, 1_000_000])
+def test_batch_ramp_grows_with_the_tokens_seen(tokens):
+    settings = {"train_batch_size": 64, "max_seq_length": 128, "batch_ramp": {"start": 16, "tokens": tokens}}
+    schedule = BatchSchedule(from_dict(TrainConfig, settings))
+    end, sizes = 0, []
+    for step in range(1000):
+        samples = schedule.samples(step)
+        assert samples.start == end  # every sample once, in order
+        end = samples.stop
+        # k x 16, where k grows linearly from 1 to 4 with the tokens seen before the step.
+        expected = 16 * min(4, 1 + math.floor(3 * samples.start * 128 / tokens))
+        assert len(samples) == expected or (tokens == 1 and step == 0)
+        sizes.append(len(samples))
+    assert sizes[0] == 16 and sizes[-1] == 64
+
+
+def test_half_a_ramp_is_refused():
+    for half in ({"start": 16}, {"tokens": 1000}):
+        with pytest.raises(ConfigurationError, match="belong together"):
+            from_dict(TrainConfig, {"train_batch_size": 64, "batch_ramp": half})
+    with pytest.raises(ConfigurationError, match=r"batch_ramp.start = 24 must divide train_batch_size = 64"):
+        from_dict(TrainConfig, {"train_batch_size": 64, "batch_ramp": {"start": 24, "tokens": 1}})
 
 
 def test_apex_where_it_is_not_installed():
     with pytest.raises(ConfigurationError, match="another project"):
-        build_optimizer(make_model(), OptimizerConfig(name="apex_lamb"))
+        build_optimizer(dict(make_model().named_parameters()), OptimizerConfig(name="apex_lamb"))
 
 
 def test_loss_scale_halves_and_grows():
