@@ -21,13 +21,18 @@ from .config import ModelConfig, TrainConfig
 
 def num_parameters(model: ModelConfig) -> int:
     """Parameters with the head, the tied decoder counted once; roberta-base with 50265 ids has 124,697,433."""
-    d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    vocabulary = _vocabulary(model)
+    d, vocabulary = model.hidden_size, _vocabulary(model)
     norm = 2 * d
     embeddings = (vocabulary + model.max_position_embeddings + 1) * d + norm
-    layer = 4 * (d * d + d) + norm + (d * f + f) + (f * d + d) + norm
     head = (d * d + d) + norm + vocabulary
-    return embeddings + layers * layer + head
+    return embeddings + model.num_hidden_layers * num_layer_parameters(model) + head
+
+
+def num_layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one encoder layer."""
+    d, f = model.hidden_size, model.intermediate_size
+    norm = 2 * d
+    return 4 * (d * d + d) + norm + (d * f + f) + (f * d + d) + norm
 
 
 def model_flops_per_step(model: ModelConfig, num_tokens: int, num_masked: int, sum_of_squared_lengths: int) -> int:
@@ -125,43 +130,60 @@ def measure_matmul_flops(device: Any, dtype: Any, seconds: float = 0.3) -> float
     return 2 * size**3 * rounds / best
 
 
-def estimate_memory(config: TrainConfig, micro_batch_size: int) -> dict[str, int]:
+def flops_per_step(config: TrainConfig) -> int:
+    """`model_flops_per_step` of the whole batch, every sequence full and tokens seeing all of theirs."""
+    tokens = config.train_batch_size * config.max_seq_length
+    masked = config.train_batch_size * _masked_per_sequence(config)
+    return model_flops_per_step(config.model, tokens, masked, tokens * config.max_seq_length)
+
+
+def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: int = 1) -> dict[str, int]:
     """Bytes a device needs at the peak of a step, by what they are for, and their "total".
 
-    - parameters: 4 a parameter, and 2 more for the copy in which half precision computes
-    - gradients: 4; optimizer: 8 (two moments), all fp32
+    For n parameters, all in fp32, and N processes (of which one alone shards nothing):
+
+        sharding    parameters       gradients        optimizer
+        none        4 n              4 n              8 n, the moments
+        optimizer   4 n              4 n + 8 n / N    12 n / N, with the masters; the gradients of a process's pieces are
+                                                      kept as they arrive and as the update rule wants them
+        full        4 n / N + 4 g    8 n / N + 4 g    12 n / N; g is what FSDP2 holds whole at a time: embeddings, head,
+                                                      and two layers, one at work and one on its way
+
+    - parameters also hold 2 n for the copy in which half precision computes, which is whole in every mode; with
+      gradient_checkpointing it is that of embeddings, head and one layer
     - activations: for each token and layer the input, q, k, v, the attention's output, both sums before LayerNorm and
       the LayerNorm between them (8 d numbers), and the MLP before and after GELU (2 f numbers); with
       gradient_checkpointing the input of each layer, and one layer at a time. No matrix of attention, and logits for
       4096 masked tokens at once at most.
 
     An estimate to choose a micro-batch by: allocator, libraries and workspaces come on top, and the last layer, which
-    computes masked rows only, is counted in full.
+    computes masked rows only, is counted in full. Buffers in which weights arrive when activations are gone do not count.
     """
     model = config.model
     d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    count = num_parameters(model)
+    count, layer_count = num_parameters(model), num_layer_parameters(model)
+    outside = count - layers * layer_count  # embeddings and head
+    part = -(-count // num_processes)
+    if num_processes == 1 or config.sharding == "none":
+        parameters, gradients, optimizer = 4 * count, 4 * count, 8 * count
+    elif config.sharding == "optimizer":
+        parameters, gradients, optimizer = 4 * count, 4 * count + 8 * part, 12 * part
+    else:
+        whole = outside + min(layers, 2) * layer_count
+        parameters, gradients, optimizer = 4 * part + 4 * whole, 8 * part + 4 * whole, 12 * part
+
     width = 4 if config.precision == "fp32" else 2
+    if width == 2:
+        parameters += 2 * (outside + (1 if config.gradient_checkpointing else layers) * layer_count)
     tokens = micro_batch_size * config.max_seq_length
     masked = micro_batch_size * _masked_per_sequence(config)
     layer = (8 * d + 2 * f) * tokens * width
     kept = layers * d * tokens * width + layer if config.gradient_checkpointing else layers * layer
     head = 3 * d * masked * width + min(masked, 4096) * _vocabulary(model) * 4
     parts = {
-        "parameters": count * 4 + (count * width if width == 2 else 0),
-        "gradients": count * 4,
-        "optimizer": count * 8,
-        "activations": kept + head,
-    }
+        "parameters": parameters, "gradients": gradients, "optimizer": optimizer, "activations": kept + head
+    }  # fmt: skip
     return parts | {"total": sum(parts.values())}
-
-
-def estimate_time(config: TrainConfig, flops_per_second: float) -> float:
-    """Seconds for all steps at a rate of model FLOP/s (MFU x peak, over all devices), evaluations left out."""
-    tokens = config.train_batch_size * config.max_seq_length
-    masked = config.train_batch_size * _masked_per_sequence(config)
-    flops = model_flops_per_step(config.model, tokens, masked, tokens * config.max_seq_length)
-    return config.max_steps * flops / flops_per_second
 
 
 def _masked_per_sequence(config: TrainConfig) -> int:

@@ -6,7 +6,7 @@ Per step, for n parameters and N processes, each process sends (N - 1) / N of th
     none        weights, gradients, moments      8 n, all-reduce              -
     optimizer   weights, gradients; 1/N of the   4 n, reduce-scatter (gloo's  2 n, or 4 n in fp32
                 moments and of a master copy     is an all-reduce: 8 n)
-    full        1/N of everything                4 n a micro-batch            8 n a micro-batch
+    full        1/N of everything                4 n a micro-batch            4 n a micro-batch, and 4 n more of layers
 
 `none` and `optimizer` reduce gradients once a step, while the backward of the last micro-batch still runs: a bucket of
 parameters leaves as soon as all its gradients are there. `full` is PyTorch's FSDP2 (`fully_shard`), for models that one
@@ -265,18 +265,19 @@ class ShardedOptimizer(ReplicatedOptimizer):
 
     def _gather_buckets(self, pieces: dict[str, Tensor], target: Tensor, matrix_dtype: torch.dtype) -> None:
         """Pieces of every parameter, from all processes, into `target`, which is laid out as the weights are."""
-        under_way = []
-        for index, ((start, stop), names) in enumerate(zip(self._ranges, self._names)):
-            dtype = matrix_dtype if len(self.shapes[names[0]]) > 1 else torch.float32
-            shard = torch.zeros((stop - start) // self.processes.size, dtype=dtype, device=target.device)
-            torch._foreach_copy_(self._parts(shard, index), [pieces[name] for name in names])
-            into = target[start:stop]
-            received = into if dtype == torch.float32 else torch.empty_like(into, dtype=dtype)
-            under_way.append((_all_gather(received, shard, async_op=True), received, into))
-        for work, received, into in under_way:
-            work.wait()
-            if received is not into:
-                into.copy_(received)
+        size = self.processes.size
+        for is_vector in (False, True):  # one gather each, because every hop of it costs time whatever it carries
+            dtype = torch.float32 if is_vector else matrix_dtype
+            indices = [i for i, names in enumerate(self._names) if (len(self.shapes[names[0]]) < 2) == is_vector]
+            ranges = [self._ranges[index] for index in indices]
+            lengths = [(stop - start) // size for start, stop in ranges]
+            shard = torch.zeros(sum(lengths), dtype=dtype, device=target.device)
+            parts = [part for index, one in zip(indices, shard.split(lengths)) for part in self._parts(one, index)]
+            torch._foreach_copy_(parts, [pieces[name] for index in indices for name in self._names[index]])
+            received = torch.empty(size, len(shard), dtype=dtype, device=target.device)
+            _all_gather(received.view(-1), shard)
+            for (start, stop), columns in zip(ranges, received.split(lengths, dim=1)):
+                target[start:stop].view(size, -1).copy_(columns)
 
     @torch.no_grad()
     def _gather(self, pieces: dict[str, Tensor]) -> dict[str, Tensor]:

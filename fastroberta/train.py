@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 MAY_CHANGE_ON_RESUME = (
     "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "logging_steps", "eval_steps",
     "eval_sequences", "save_steps", "save_total_limit", "tensorboard", "dry_run", "data", "output_dir", "init_from",
-    "sharding", "hang_timeout",
+    "sharding", "hang_timeout", "plan",
 )  # fmt: skip
 QUICKSTART_VOCABULARY = 512
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if {"--plan", "--plan=true"} & set(sys.argv[1:] if argv is None else argv):
+        from .plan import main as plan
+
+        return plan(argv)
     config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
     from .distributed import join_processes
 
@@ -318,26 +322,27 @@ class Trainer:
         return scores
 
     def rehearse(self) -> None:
-        """`--dry-run`: say what the run would be, do one step of it, leave nothing."""
+        """`--dry-run`: say what the run would be, do two small steps of it, leave nothing."""
         import torch
 
         from .metrics import estimate_memory, format_seconds
         from .optim import BatchSchedule
 
         self._describe()
-        for name, size in estimate_memory(self.config, self.micro_batch_size).items():
-            self._say(f"  memory, {name}: {size / 2**30:.2f} GiB (estimate)")
-        meter, started = Meter(self), time.monotonic()
+        for name, size in estimate_memory(self.config, self.micro_batch_size, self.processes.size).items():
+            self._say(f"  memory, {name}: {size / 2**20:,.0f} MiB (estimate)")
         # One micro-batch is enough to measure by; a step of thousands of sequences could take hours on a CPU.
         whole = self.batch_schedule
         samples = self.processes.size * self.micro_batch_size
         one = dataclasses.replace(self.config, train_batch_size=samples, batch_ramp=BatchRampConfig())
         self.batch_schedule = BatchSchedule(one)
-        self._run_step(self._read_batches(), meter)
+        batches = self._run_step(self._read_batches())  # the first is slower than those that follow
+        meter, started = Meter(self), time.monotonic()
+        self._run_step(batches, meter)
         loss = meter.read()["train/loss"]
         seconds_a_sample = (time.monotonic() - started) / samples
         if self.device.type == "cuda":
-            self._say(f"  memory, measured: {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
+            self._say(f"  memory, measured: {torch.cuda.max_memory_allocated(self.device) / 2**20:,.0f} MiB")
         one_step = seconds_a_sample * self.config.train_batch_size
         all_steps = seconds_a_sample * whole.samples(self.config.max_steps - 1).stop
         self._say(
@@ -420,7 +425,7 @@ class Trainer:
         if config.micro_batch_size != "auto" and config.smallest_batch_size % (size * config.micro_batch_size):
             raise ConfigurationError(
                 f"micro_batch_size = {config.micro_batch_size} on {size} processes must divide the smallest batch, "
-                f"{config.smallest_batch_size}"
+                f"{config.smallest_batch_size}; lower it or set it to auto"
             )
         settings = {key: value for key, value in _flatten(to_dict(config)).items() if key not in ("output_dir", "data")}
         facts = {"step": self.step, "data": self.manifest.tokenizer_sha256, "train tokens": self.blocks.num_tokens}
@@ -488,9 +493,11 @@ class Trainer:
         batch = self.config.smallest_batch_size // self.processes.size
         if self.device.type == "cpu":  # a CPU gains nothing from more tokens at once than keep its cores busy
             return max(size for size in _divisors(batch) if size == 1 or size * self.config.max_seq_length <= 4096)
-        budget = 0.9 * torch.cuda.mem_get_info(self.device)[0]
-        fitting = [size for size in _divisors(batch) if estimate_memory(self.config, size)["total"] <= budget]
-        return max(fitting, default=1)
+        # What is free, and what this process has taken already for weights and gradients.
+        budget = 0.9 * (torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_allocated(self.device))
+        size = self.processes.size
+        fitting = [one for one in _divisors(batch) if estimate_memory(self.config, one, size)["total"] <= budget]
+        return min(self.processes.collect(max(fitting, default=1)))
 
     def _next_smaller_micro_batch_size(self) -> int:
         batch = self.config.smallest_batch_size // self.processes.size

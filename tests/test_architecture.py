@@ -16,7 +16,7 @@ FLOORS = [
     ["checkpoint", "hf", "sharding"],
     ["pieces", "assemble"],
     ["prepare"],
-    ["evaluate"],
+    ["evaluate", "plan"],
     ["export"],
     ["train"],
 ]

@@ -19,10 +19,11 @@ from fastroberta.metrics import (
     MetricsWriter,
     Progress,
     estimate_memory,
-    estimate_time,
+    flops_per_step,
     format_seconds,
     measure_matmul_flops,
     model_flops_per_step,
+    num_layer_parameters,
     num_parameters,
     open_gpu_monitor,
     peak_flops,
@@ -105,16 +106,33 @@ def test_memory_estimate():
     half = estimate_memory(config, 4)
     assert half["parameters"] == 6 * num_parameters(BASE)
     assert half["activations"] == pytest.approx(parts["activations"] / 2, rel=0.1)
+    assert estimate_memory(config, 8)["parameters"] == half["parameters"]
     config.gradient_checkpointing = True
     assert estimate_memory(config, 4)["activations"] < half["activations"] / 3
-    assert estimate_memory(config, 8)["parameters"] == half["parameters"]
+    copy = half["parameters"] - estimate_memory(config, 4)["parameters"]
+    assert copy == 2 * 11 * num_layer_parameters(BASE)  # one layer's at a time is left
 
 
-def test_time_estimate():
-    config = TrainConfig(model=BASE)  # the paper's 500K steps of 8192 sequences of 512 tokens
-    seconds = estimate_time(config, 8 * 0.5 * 989e12)
-    tokens = 500_000 * 8192 * 512
-    assert seconds == pytest.approx(tokens * 601.5e6 / (8 * 0.5 * 989e12), rel=0.01)
+@pytest.mark.parametrize(
+    ("sharding", "replicated", "divided"), [("none", 16, 0), ("optimizer", 8, 20), ("full", 0, 24)]
+)
+def test_memory_estimate_of_several_processes(sharding, replicated, divided):
+    """Bytes a parameter, as tests/test_plan.py finds them in processes of a model."""
+    config = TrainConfig(model=BASE, precision="fp32", sharding=sharding)
+    n, layer = num_parameters(BASE), num_layer_parameters(BASE)
+    for num_processes in (2, 8, 128):
+        parts = estimate_memory(config, 4, num_processes)
+        kept = parts["total"] - parts["activations"]
+        if sharding == "full":  # whole: embeddings, head and two layers, weights and gradients
+            kept -= 8 * (n - 10 * layer)
+        assert kept == pytest.approx((replicated + divided / num_processes) * n, abs=32)
+        assert parts["activations"] == estimate_memory(config, 4)["activations"]
+    assert estimate_memory(config, 4)["total"] == estimate_memory(TrainConfig(model=BASE, precision="fp32"), 4)["total"]
+
+
+def test_flops_of_a_step():
+    config = TrainConfig(model=BASE)  # 8192 sequences of 512 tokens
+    assert flops_per_step(config) == pytest.approx(8192 * 512 * 601.5e6, rel=0.01)
 
 
 # Files.

@@ -1,0 +1,273 @@
+"""`python -m fastroberta.train --plan`: the memory, communication and speed that a run would have on a cluster.
+
+Memory is `metrics.estimate_memory`. Bytes are those that sharding.py sends; tests/test_plan.py holds both against what
+processes really keep and send. Times are a model, and nothing else: no cluster has been measured.
+
+    compute    model FLOPs / (processes x mfu x peak of the GPU); a third more with gradient_checkpointing
+    update     44 bytes of device memory for each parameter that a process updates
+    a message  bytes sent / speed of the slowest link, and a delay for each hop: once around the ring for a reduce-scatter
+               or an all-gather, twice for an all-reduce. NCCL lays a ring for each network card of a node, so the cards of
+               all its GPUs share what goes to the next node
+    hidden     none and optimizer: the reduction, under the backward of the last micro-batch; not that of the word table,
+               which is ready last, and not the gathering of updated weights
+               full: everything, under the whole compute; not embeddings and head, which come first and go last
+    step       compute + update + what is not hidden
+
+Left out: reading data, evaluations and checkpoints, what communication takes from a GPU's compute, trees in place of
+rings (which NCCL may choose for all-reduces over many nodes, and which are faster there), and the batch ramp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from .arguments import parse_arguments
+from .config import ModelConfig, TrainConfig, setting
+from .errors import ConfigurationError
+from .metrics import (
+    estimate_memory,
+    flops_per_step,
+    format_seconds,
+    num_layer_parameters,
+    num_parameters,
+    peak_flops,
+)
+
+DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
+counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
+VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
+BUCKET_BYTES = 25 * 2**20  # as in sharding.py, which needs torch
+# Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
+# src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
+NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
+UPDATE_BYTES = 44  # read and written a parameter by AdamW and LAMB, with the gradient's norm, scaling and clearing
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """A training run, and the machines that it is planned for."""
+
+    nodes: int = setting(1, "machines", valid="[1, inf)")
+    gpus: int = setting(8, "GPUs a machine", valid="[1, inf)")
+    gpu_name: str = setting("H200", "whose peak counts, named as PyTorch does")
+    gpu_memory: float = setting(139.0, "GiB of a GPU, of which nine tenths are used", valid="(0, inf)")
+    gpu_bandwidth: float = setting(4.0, "TB/s that a GPU reaches in its memory", valid="(0, inf)")
+    mfu: float = setting(
+        0.4, "share of the peak that forward and backward reach; an assumption, until a run says it", valid="(0, 1]"
+    )
+    node_bandwidth: float = setting(
+        360.0, "GB/s that a GPU reaches to the next one in its node: 80% of NVLink's 450", valid="(0, inf)"
+    )
+    network_bandwidth: float = setting(
+        40.0, "GB/s to another node for each GPU: 80% of a card of 400 Gbit/s a GPU", valid="(0, inf)"
+    )
+
+    def check(self) -> None:
+        """Refuse what no single field shows."""
+        super().check()
+        size, batch = self.nodes * self.gpus, self.smallest_batch_size
+        name = "train_batch_size" if self.batch_ramp.start is None else "batch_ramp.start"
+        if batch % size:
+            raise ConfigurationError(
+                f"{name} = {batch} must be a multiple of the {size} processes, which share it evenly: take "
+                f"{max(1, batch // size) * size}, for example"
+            )
+        if self.micro_batch_size != "auto" and batch % (size * self.micro_batch_size):
+            raise ConfigurationError(
+                f"micro_batch_size = {self.micro_batch_size} on {size} processes must divide the smallest batch, {batch}"
+            )
+        if peak_flops(self.gpu_name) is None:
+            raise ConfigurationError(
+                f"gpu_name = {self.gpu_name}: its peak is not known here; A100, H100, H200, B200 and L40S are, among others"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_arguments(argv, PlanConfig, description=DESCRIPTION, default_preset="roberta-base")
+    if config.model.vocab_size is None:
+        config.model.vocab_size = VOCABULARY
+    sizes = dict.fromkeys([(1, 1), (1, config.gpus), (config.nodes, config.gpus)])
+    describe(config, [predict(config, nodes, gpus) for nodes, gpus in sizes])
+    return 0
+
+
+class Traffic(NamedTuple):
+    """Bytes that each process sends in a step."""
+
+    reduced: float  # gradients
+    gathered: float  # weights
+
+
+def bytes_sent(
+    config: TrainConfig, num_processes: int, num_micro_batches: int = 1, backend: Literal["nccl", "gloo"] = "nccl"
+) -> Traffic:
+    """What `config.sharding` sends in a step, by the algorithms that send least; see the table in sharding.py.
+
+    Recomputation for gradient_checkpointing gathers nothing again. Left out are sums of a few numbers: totals, norms
+    (LAMB's are two numbers a tensor), comparisons of the weights.
+
+    Args:
+        num_micro_batches: of each process; only `full` sends something for each.
+        backend: gloo, between CPUs, reduces and scatters by an all-reduce, which is twice as much.
+    """
+    model = config.model
+    count = num_parameters(model)
+    reduce_scatter = 8 if backend == "gloo" else 4
+    if config.sharding == "none":
+        reduced, gathered = 8 * count, 0
+    elif config.sharding == "optimizer":
+        reduced, gathered = reduce_scatter * count, (4 if config.precision == "fp32" else 2) * count
+    else:
+        # Layers come for the forward and again for the backward; embeddings and head stay in between.
+        layers = model.num_hidden_layers * num_layer_parameters(model)
+        reduced, gathered = (num_micro_batches * n for n in (reduce_scatter * count, 4 * (count + layers)))
+    share = (num_processes - 1) / num_processes
+    return Traffic(reduced * share, gathered * share)
+
+
+class Prediction(NamedTuple):
+    """A run on some GPUs. Seconds are of one step, memory is in bytes of one GPU, as is what is sent, by each."""
+
+    nodes: int
+    gpus: int
+    micro_batch_size: int
+    num_micro_batches: int
+    memory: dict[str, int]
+    sent: Traffic
+    compute: float
+    update: float
+    communication: float
+    exposed: float  # the part of the communication for which the GPU waits
+
+    @property
+    def num_processes(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.update + self.exposed
+
+
+def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
+    """The run of `config` on some of its machines; the micro-batch is the largest that fits, or 1."""
+    size = nodes * gpus
+    share = config.smallest_batch_size // size
+    if config.micro_batch_size == "auto":
+        divisors = [one for one in range(1, share + 1) if share % one == 0]
+        fitting = [one for one in divisors if estimate_memory(config, one, size)["total"] <= _usable_memory(config)]
+        micro_batch_size = max(fitting, default=1)
+    else:
+        micro_batch_size = config.micro_batch_size
+    num_micro_batches = config.train_batch_size // (size * micro_batch_size)
+
+    peak = peak_flops(config.gpu_name)
+    assert peak is not None  # by check
+    recomputed = config.gradient_checkpointing
+    compute = flops_per_step(config) / (size * config.mfu * peak) * (4 / 3 if recomputed else 1)
+    updated = num_parameters(config.model) / (1 if config.sharding == "none" else size)
+    sent = bytes_sent(config, size, num_micro_batches)
+    backward = compute / num_micro_batches * (3 / 4 if recomputed else 2 / 3)
+    communication, exposed = time_messages(config, nodes, gpus, sent, num_micro_batches, compute, backward)
+    return Prediction(
+        nodes, gpus, micro_batch_size, num_micro_batches, estimate_memory(config, micro_batch_size, size), sent,
+        compute, UPDATE_BYTES * updated / (config.gpu_bandwidth * 1e12), communication, exposed,
+    )  # fmt: skip
+
+
+def time_messages(
+    config: PlanConfig, nodes: int, gpus: int, sent: Traffic, num_micro_batches: int, compute: float, backward: float
+) -> tuple[float, float]:
+    """Seconds of a step's communication, and how many of them the GPU waits.
+
+    Args:
+        compute, backward: seconds of a step, and of the backward of its last micro-batch, to hide in.
+    """
+    if nodes * gpus == 1:
+        return 0.0, 0.0
+    model = config.model
+    count, layers = num_parameters(model), model.num_hidden_layers
+    rates = [config.node_bandwidth] if gpus > 1 else []
+    rates += [config.network_bandwidth * gpus] if nodes > 1 else []
+    around = (nodes * gpus - nodes) * NODE_HOP + (nodes - 1) * NETWORK_HOP
+
+    def seconds(num_bytes: float, num_rounds: float) -> float:
+        return num_bytes / (min(rates) * 1e9) + num_rounds * around
+
+    if config.sharding == "full":
+        reduced, gathered = (one / num_micro_batches for one in sent)
+        outside = count - layers * num_layer_parameters(model)
+        total = seconds(reduced, layers + 1) + seconds(gathered, 2 * layers + 1)
+        waits = seconds(reduced * outside / count, 1) * 2  # gathered first, reduced last, both 4 bytes a parameter
+        total, waits = num_micro_batches * total, num_micro_batches * waits
+        return total, max(waits, total - compute)
+    table = (model.vocab_size or 0) * model.hidden_size  # a bucket of its own
+    buckets = count_buckets(model)
+    rounds = 2 if config.sharding == "none" else 1
+    reduction = seconds(sent.reduced, rounds * buckets)
+    last = seconds(sent.reduced * table / count, rounds)
+    gathering = seconds(sent.gathered, 2) if sent.gathered else 0.0  # matrices, and vectors
+    return reduction + gathering, max(last, reduction - backward) + gathering
+
+
+def count_buckets(model: ModelConfig) -> int:
+    """Messages in which a step's gradients leave: sharding.py fills buckets with whole tensors, from the model's end."""
+    d, f = model.hidden_size, model.intermediate_size
+    head, layer, positions = [d * d], [d * f, d * f, d * d, 3 * d * d], [model.max_position_embeddings * d]
+    count, filled = 2, BUCKET_BYTES  # the word table, and all vectors
+    for size in [*head, *model.num_hidden_layers * layer, *positions]:
+        if filled + 4 * size > BUCKET_BYTES:
+            count, filled = count + 1, 0
+        filled += 4 * size
+    return count
+
+
+def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
+    """The table that a person reads."""
+    peak = peak_flops(config.gpu_name) or 0.0
+    print(
+        f"{num_parameters(config.model):,} parameters, {config.precision}, sharding {config.sharding}; "
+        f"{config.max_steps:,} steps of {config.train_batch_size:,} sequences of {config.max_seq_length}\n"
+        f"assumed: {config.gpu_name} of {config.gpu_memory:g} GiB at {config.mfu:.0%} of {peak / 1e12:g} TFLOP/s, "
+        f"{config.node_bandwidth:g} GB/s a GPU inside a node, {config.network_bandwidth:g} GB/s a GPU between nodes\n"
+    )
+    alone = predict(config, 1, 1)
+    rows: list[tuple[str, list[str]]] = [("", [_name(one) for one in predictions])]
+
+    def add(label: str, form: str, read: Callable[[Prediction], float]) -> None:
+        rows.append((label, [form.format(read(one)) for one in predictions]))
+
+    add("sequences at once", "{:,}", lambda one: one.micro_batch_size)
+    add("micro-batches a step", "{:,}", lambda one: one.num_micro_batches)
+    add("memory a GPU, GiB", "{:.2f}", lambda one: one.memory["total"] / 2**30)
+    for part in ("parameters", "gradients", "optimizer", "activations"):
+        add(f"  {part}", "{:.2f}", lambda one, part=part: one.memory[part] / 2**30)  # type: ignore[misc]
+    add("sent by a GPU a step, GB", "{:.3f}", lambda one: sum(one.sent) / 1e9)
+    add("  gradients", "{:.3f}", lambda one: one.sent.reduced / 1e9)
+    add("  weights", "{:.3f}", lambda one: one.sent.gathered / 1e9)
+    add("communication, ms", "{:,.1f}", lambda one: one.communication * 1e3)
+    add("a step, ms", "{:,.1f}", lambda one: one.step * 1e3)
+    add("  forward and backward", "{:,.1f}", lambda one: one.compute * 1e3)
+    add("  waiting for communication", "{:,.1f}", lambda one: one.exposed * 1e3)
+    add("  updating weights", "{:,.1f}", lambda one: one.update * 1e3)
+    add("tokens/s", "{:,.0f}", lambda one: config.train_batch_size * config.max_seq_length / one.step)
+    add("scaling", "{:.1%}", lambda one: alone.step / one.step / one.num_processes)
+    rows.append(("all steps", [format_seconds(one.step * config.max_steps) for one in predictions]))
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(predictions))]
+    left = max(len(label) for label, _ in rows)
+    for label, cells in rows:
+        print(f"{label:{left}}" + "".join(f"   {cell:>{width}}" for cell, width in zip(cells, widths)))
+    small = [_name(one) for one in predictions if one.memory["total"] > _usable_memory(config)]
+    if small:
+        print(f"too little memory on {', '.join(small)}: --gradient_checkpointing and --sharding full need less")
+
+
+def _usable_memory(config: PlanConfig) -> float:
+    return 0.9 * config.gpu_memory * 2**30  # as the trainer takes it
+
+
+def _name(one: Prediction) -> str:
+    if one.num_processes == 1:
+        return "1 GPU"
+    return f"{one.nodes} node{'s' if one.nodes > 1 else ''} of {one.gpus}"
