@@ -28,8 +28,11 @@ from torch import Tensor
 from .errors import ConfigurationError, ProcessError
 
 HEARTBEAT_SECONDS = 1.0
-# Heartbeats that a living process may miss, on a machine that is busy or a network that stutters.
-MISSED_HEARTBEATS = 5
+# When someone has certainly failed, so many seconds without a heartbeat say who.
+SILENCE_AFTER_FAILURE = 6.0
+# While nothing else has failed, a process counts as dead after so many: a library may keep Python from running for long.
+SILENCE = 30.0
+STORE_SECONDS = 10.0  # a store that takes longer to answer is gone
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
@@ -91,6 +94,11 @@ class Processes:
         if self._watchdog is not None:
             self._watchdog.note(where)
 
+    def be_patient(self) -> None:
+        """What comes next may take any time: until the next progress the watchdog's clock stands still."""
+        if self._watchdog is not None:
+            self._watchdog.pause()
+
     def compare(self, facts: dict[str, Any], what_to_do: str) -> None:
         """Make sure that all processes have the same facts.
 
@@ -99,11 +107,10 @@ class Processes:
         """
         everyone = self.collect(facts)
         for rank, other in enumerate(everyone):
-            for name, value in everyone[0].items():
-                if other[name] != value:
-                    raise ConfigurationError(
-                        f"rank {rank}: {name} is {other[name]!r}, and {value!r} on rank 0; {what_to_do}"
-                    )
+            for name in sorted(everyone[0].keys() | other.keys()):
+                here, there = everyone[0].get(name), other.get(name)
+                if there != here:
+                    raise ConfigurationError(f"rank {rank}: {name} is {there!r}, and {here!r} on rank 0; {what_to_do}")
 
     def check_replicas(self, tensors: list[Tensor], step: int) -> None:
         """Hold the weights of all processes, which should be the same bits, against each other.
@@ -113,9 +120,8 @@ class Processes:
         """
         if self.size == 1:
             return
-        sums = [tensor.view(torch.int32).sum(dtype=torch.int64) * (2 * i + 1) for i, tensor in enumerate(tensors)]
         found = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-        found[self.rank] = torch.stack(sums).sum()
+        found[self.rank] = add_bits(tensors)
         values = self.add_up(found).tolist()
         usual = max(values, key=values.count)
         odd = [rank for rank, value in enumerate(values) if value != usual]
@@ -153,6 +159,12 @@ class Processes:
             dist.destroy_process_group()
 
 
+def add_bits(tensors: list[Tensor]) -> Tensor:
+    """A number (int64 scalar tensor) that differs where one of these fp32 tensors does."""
+    sums = [tensor.view(torch.int32).sum(dtype=torch.int64) * (2 * i + 1) for i, tensor in enumerate(tensors)]
+    return torch.stack(sums).sum()
+
+
 def join_processes(device: str, timeout: float) -> Processes:
     """Meet the other processes that torchrun started, if any.
 
@@ -177,6 +189,12 @@ def join_processes(device: str, timeout: float) -> Processes:
             f"WORLD_SIZE is {size}, but the processes do not meet ({error}); start them with torchrun"
         ) from error
     store.set_timeout(patience)
+    store.set(f"device of {rank}", here.type)
+    first = store.get("device of 0").decode()
+    if first != here.type:
+        raise ConfigurationError(
+            f"rank {rank} computes on {here.type}, rank 0 on {first}; see that each machine's GPU works, or give --device"
+        )
     if here.type == "cuda":
         torch.cuda.set_device(here)
         dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
@@ -186,11 +204,12 @@ def join_processes(device: str, timeout: float) -> Processes:
 
 
 class Watchdog:
-    """A thread that tells the others how far this process is, and ends it when it gets no further.
+    """Threads that tell the others how far this process is, and end it when it gets no further.
 
-    Each process counts its progress: a step begun, its gradients ready, a checkpoint written. When one stays where it is,
+    Each process counts its progress: a micro-batch done, its gradients ready, a step ended. When one stays where it is,
     the others wait for it inside a reduction, with a higher count. After `timeout` seconds without progress every
-    process looks at all counts; the lowest is who they wait for. Then they end, and torchrun with them.
+    process looks at all counts; the lowest is who they wait for. Then they end, and torchrun with them. A process without
+    a heartbeat is named sooner. The clock runs from the first progress on, so that starting may take any time.
 
     A process whose torchrun is gone gets SIGTERM: it saves a checkpoint and ends, and no orphan keeps a GPU.
     """
@@ -200,29 +219,37 @@ class Watchdog:
         self._store = dist.PrefixStore("fastroberta-progress", store.clone())  # type: ignore[attr-defined]  # not in its stub
         self._rank, self._size, self._timeout = rank, size, timeout
         self._who = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
-        self._count, self._where, self._changed = 0, "start", time.monotonic()
+        self._count, self._where, self._changed = 0, "start", math.inf
         self._parent = os.getppid()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._thread.start()
+        # Two, because the store of a machine that froze never answers, and the time goes on.
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def note(self, where: str) -> None:
         """One more thing done; `where` says what comes next."""
         self._count, self._where, self._changed = self._count + 1, where, time.monotonic()
 
+    def pause(self) -> None:
+        self._changed = math.inf
+
     def stop(self) -> None:
         self._ended.set()
-        self._thread.join(timeout=5)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
-    def find_dead(self) -> str:
-        """Who gives no sign of life, in words; empty if all do."""
-        self._changed = math.inf  # this process stands still on purpose
+    def find_dead(self, silence: float = SILENCE_AFTER_FAILURE) -> str:
+        """Who gives no sign of life for so many seconds, in words; empty if all do."""
+        self.pause()  # this process stands still on purpose
         before = self._read()
-        time.sleep((MISSED_HEARTBEATS + 1) * HEARTBEAT_SECONDS)
+        time.sleep(silence)
         after = self._read()
+        if not after:
+            return "the process that holds the store (rank 0, or torchrun on the first machine)"
         return ", ".join(who for rank, (beat, _, _, who) in after.items() if beat == before.get(rank, [None])[0])
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
         beat = 0
         while not self._ended.wait(HEARTBEAT_SECONDS):
             beat += 1
@@ -231,16 +258,39 @@ class Watchdog:
             if os.getppid() != self._parent:
                 self._parent = os.getppid()
                 os.kill(os.getpid(), signal.SIGTERM)
-            if time.monotonic() - self._changed > self._timeout:
+
+    def _watch(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            waited = time.monotonic() - self._changed
+            if waited > self._timeout:
                 self._give_up()
+            # NCCL waits for the dead as for the living, and says nothing.
+            if waited > SILENCE and self._timeout - waited > SILENCE + STORE_SECONDS:
+                count, changed = self._count, self._changed
+                dead = self.find_dead(SILENCE)
+                if count != self._count:
+                    continue
+                self._changed = changed
+                if dead and not self._ended.is_set():
+                    self._end(
+                        f"error: {dead}: gives no sign of life; started again, the run continues from its last checkpoint"
+                    )
 
     def _read(self) -> dict[int, list[Any]]:
-        """What each process last said of itself, by rank."""
+        """What each process last said of itself, by rank; nothing where the store is gone."""
+        last_resort = threading.Timer(
+            STORE_SECONDS, self._end, [f"error: {self._who}: the store of torchrun's first machine does not answer"]
+        )
+        last_resort.daemon = True
+        last_resort.start()
         found = {}
-        for rank in range(self._size):
-            with contextlib.suppress(RuntimeError):
-                if self._store.check([str(rank)]):
-                    found[rank] = json.loads(self._store.get(str(rank)))
+        try:
+            for rank in range(self._size):
+                with contextlib.suppress(RuntimeError):
+                    if self._store.check([str(rank)]):
+                        found[rank] = json.loads(self._store.get(str(rank)))
+        finally:
+            last_resort.cancel()
         return found
 
     def _give_up(self) -> None:
@@ -254,14 +304,19 @@ class Watchdog:
             names = ", ".join(f"{reports[rank][3]} at {reports[rank][2]}" for rank in late)
             message = f"the others wait for {names}"
         # One of those who wait speaks at once; the late ones show where they are, if they still can.
-        if self._rank == min(waiting, default=0):
-            print(
+        if self._rank == min(waiting, default=0) or not reports:
+            self._end(
                 f"error: no progress for {self._timeout:g} s, {message}; started again, the run continues from its last "
-                "checkpoint",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                "checkpoint"
+            )
         elif self._rank in late:
             print(f"{self._who} is here:", file=sys.stderr)
             faulthandler.dump_traceback(sys.stderr)
-        time.sleep(2 * HEARTBEAT_SECONDS)
+        self._end("")
+
+    def _end(self, message: str) -> None:
+        """The main thread cannot be asked to end: it waits inside a library."""
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        time.sleep(2 * HEARTBEAT_SECONDS)  # torchrun ends the others with the first; they may have something to say
         os._exit(ProcessError.exit_code)

@@ -97,7 +97,10 @@ class ReplicatedOptimizer:
             start, stop = ranges[indices[index]]
             return dist.all_reduce(self.inner.gradient[start:stop], async_op=True)
 
-        self._reduction = OverlappedReduction([buckets[i] for i in indices], send)
+        self._reduction = OverlappedReduction([buckets[i] for i in indices], send, self._note_waiting)
+
+    def _note_waiting(self) -> None:
+        self.processes.note_progress("the reduction of gradients")
 
     # One step
 
@@ -232,7 +235,8 @@ class ShardedOptimizer(ReplicatedOptimizer):
         def send(index: int) -> Any:
             return _reduce_scatter(self._reduced[index], self.gradient[slice(*self._ranges[index])], async_op=True)
 
-        self._reduction = OverlappedReduction([[named[name] for name in names] for names in self._names], send)
+        buckets = [[named[name] for name in names] for names in self._names]
+        self._reduction = OverlappedReduction(buckets, send, self._note_waiting)
 
     def zero_grad(self) -> None:
         self.gradient.zero_()
@@ -357,9 +361,9 @@ def shard_model(model: Any, processes: Processes) -> None:
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
     for module in (*model.layer, model):
-        module.set_gradient_divide_factor(1.0)  # losses are sums
-        if processes.device.type == "cpu":  # gloo has no average
-            module.set_force_sum_reduction_for_comms(True)
+        # Losses are sums; and gloo has no average, nor can NCCL's fastest paths scale.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 class OverlappedReduction:
@@ -369,9 +373,13 @@ class OverlappedReduction:
 
     Args:
         buckets: parameters. send: starts to reduce the bucket of a number, and returns the work to wait for.
+        before_waiting: called when all is sent.
     """
 
-    def __init__(self, buckets: list[list[nn.Parameter]], send: Callable[[int], Any]):
+    def __init__(
+        self, buckets: list[list[nn.Parameter]], send: Callable[[int], Any], before_waiting: Callable[[], None]
+    ):
+        self._before_waiting = before_waiting
         self._sizes = [len(bucket) for bucket in buckets]
         self._send = send
         self._is_on = False
@@ -392,6 +400,7 @@ class OverlappedReduction:
             self._is_on = False
         while len(self._works) < len(self._sizes):  # parameters that got no gradient are waited for no longer
             self._works.append(self._send(len(self._works)))
+        self._before_waiting()
         for work in self._works:
             work.wait()
 

@@ -22,6 +22,8 @@ from .config import BatchRampConfig, TrainConfig
 from .errors import ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .distributed import Processes
 
 # A run may be continued with other values of these: they change neither the data order nor the result of a step, beyond
@@ -137,7 +139,7 @@ class Trainer:
         self.batch_schedule = BatchSchedule(config)
         self.micro_batch_size = self._choose_micro_batch_size()
         self.stop_signal: int | None = None
-        self.stop_votes = torch.zeros(())  # how many processes had a signal, when a step was reduced
+        self.stop_votes: list[Any] = []
 
     # Training
 
@@ -164,7 +166,6 @@ class Trainer:
                 )
                 progress = stack.enter_context(Progress(config.max_steps, self.step))
             before = self.evaluate(writer, progress) if self.step == 0 else None
-            self._pending_votes: Any = None
             meter = Meter(self)
             batches = self._read_batches()
             while self.step < config.max_steps:
@@ -215,6 +216,7 @@ class Trainer:
             totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
             if meter is not None:
                 meter.count(batch)
+            self.processes.note_progress(f"micro-batch {index + 2} of step {self.step + 1}")
         totals[3] += self.stop_signal is not None
         self.processes.add_up(totals)
         self.processes.note_progress(f"the end of step {self.step + 1}")
@@ -223,7 +225,7 @@ class Trainer:
         self.optimizer.step(grad_scale=self.scaler.scale * totals[2].float() / expected_masked)
         found_inf = (~torch.isfinite(self.optimizer.last_grad_norm)).float()
         self.scaler.update(found_inf)
-        self.stop_votes = totals[3]
+        self._send_votes(totals[3])
         if meter is not None:
             meter.add(totals[:3], self.optimizer.last_grad_norm, found_inf)
 
@@ -279,6 +281,7 @@ class Trainer:
                 failed += 1
             self.optimizer.zero_grad()
             if not self.processes.add_up(failed):
+                torch.cuda.empty_cache()  # NCCL allocates beside PyTorch's own pool
                 return
             if self.micro_batch_size == 1:
                 raise DeviceMemoryError(
@@ -288,15 +291,30 @@ class Trainer:
             self._say(f"out of memory: beginning with {self.micro_batch_size} sequences at once", file=sys.stderr)
             torch.cuda.empty_cache()
 
+    def _send_votes(self, votes: Tensor) -> None:
+        """How many processes had a signal when this step was reduced: on its way to the host, without waiting for it."""
+        import torch
+
+        if self.device.type == "cpu":
+            self.stop_votes = [(votes, None)]
+            return
+        on_host = torch.empty_like(votes, device="cpu", pin_memory=True)
+        on_host.copy_(votes, non_blocking=True)
+        is_there = torch.cuda.Event()
+        is_there.record()
+        # On a GPU the step before is asked, so that this one need not be done for the next to be prepared.
+        self.stop_votes = [*self.stop_votes[-1:], (on_host, is_there)]
+
     def _agree_to_stop(self) -> bool:
         """Whether a process was asked to stop, as all of them know it after the same step."""
         if self.processes.size == 1:
             return self.stop_signal is not None
-        if self.device.type == "cpu":
-            return bool(self.stop_votes)
-        # What is read here is that of the step before, so that the device is never left without work.
-        previous, self._pending_votes = self._pending_votes, self.stop_votes
-        return previous is not None and bool(previous)
+        if self.device.type == "cuda" and len(self.stop_votes) < 2:
+            return False
+        votes, is_there = self.stop_votes[0]
+        if is_there is not None:
+            is_there.synchronize()
+        return bool(votes)
 
     def _check_replicas(self) -> None:
         if self.config.sharding != "full":
@@ -312,14 +330,19 @@ class Trainer:
         processes = None if self.config.sharding == "full" else self.processes
         if processes is not None:  # FSDP2 needs all processes in every forward
             batches = itertools.islice(batches, processes.rank, None, processes.size)
-        self.processes.note_progress(f"the evaluation after step {self.step}")
-        scores = evaluate_model(self.model, move_ahead(batches, self.device), self.masking, processes)
+        batches = self._note_each(move_ahead(batches, self.device), f"the evaluation after step {self.step}")
+        scores = evaluate_model(self.model, batches, self.masking, processes)
         self.eval_loss = scores.loss
         if writer is not None:
             metrics = {"eval/loss": scores.loss, "eval/accuracy": scores.accuracy, "eval/perplexity": scores.perplexity}
             writer.write(self.step, metrics)
             progress.print(f"step {self.step}: held-out loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
         return scores
+
+    def _note_each(self, batches: Iterator[Any], where: str) -> Iterator[Any]:
+        for batch in batches:
+            self.processes.note_progress(where)
+            yield batch
 
     def rehearse(self) -> None:
         """`--dry-run`: say what the run would be, do two small steps of it, leave nothing."""
@@ -357,8 +380,8 @@ class Trainer:
         from .checkpoint import get_path, remove_old_checkpoints, save_checkpoint
         from .hf import save_huggingface
 
-        self.processes.note_progress(f"the checkpoint of step {self.step}")
         self._check_replicas()
+        self.processes.be_patient()  # while the first one writes, all wait for a disk
         state = {
             "step": self.step,
             "eval_loss": self.eval_loss,
@@ -416,6 +439,8 @@ class Trainer:
         """All of them must be about to do the same."""
         import torch
 
+        from .distributed import add_bits
+
         config, size = self.config, self.processes.size
         if config.smallest_batch_size % size:
             name = "train_batch_size" if config.batch_ramp.start is None else "batch_ramp.start"
@@ -428,10 +453,16 @@ class Trainer:
                 f"{config.smallest_batch_size}; lower it or set it to auto"
             )
         settings = {key: value for key, value in _flatten(to_dict(config)).items() if key not in ("output_dir", "data")}
-        facts = {"step": self.step, "data": self.manifest.tokenizer_sha256, "train tokens": self.blocks.num_tokens}
+        facts = {
+            "step": self.step,
+            "data": self.manifest.tokenizer_sha256,
+            "train tokens": self.blocks.num_tokens,
+            "sum of the weights": int(add_bits([parameter.detach() for parameter in self.model.parameters()])),
+        }
         self.processes.compare(
             {**facts, "torch": torch.__version__, **settings},
-            "all need the same settings, data and checkpoints: output_dir must be on a disk that all machines share",
+            "all need the same versions, settings, data, checkpoints and initial model; output_dir must be on a disk that "
+            "all machines share",
         )
 
     def _distribute(self) -> Any:
@@ -525,13 +556,20 @@ class Trainer:
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted and heeded after the step in progress; a second one acts at once."""
+        """SIGINT, SIGTERM and SIGHUP are noted and heeded after the step in progress; a second SIGINT acts at once.
+
+        Not a second SIGTERM: schedulers send it to all processes, and torchrun sends it to its own again.
+        """
 
         def note(number: int, _: Any) -> None:
             self.stop_signal = number
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
 
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
         finally:

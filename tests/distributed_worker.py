@@ -1,9 +1,11 @@
 """What torchrun starts for test_distributed.py: `train` is the program itself; `tasks` runs several trainings in a row,
 because meeting takes longer than training, and writes what came of each."""
 
+import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -39,14 +41,18 @@ def run_task(task, processes):
                 weight.view(torch.int32)[7] ^= 1
 
         trainer.train_step = step_and_flip
+    if "slow_save" in task and processes.is_first:
+        weights = trainer.optimizer.weights
+        trainer.optimizer.weights = lambda: time.sleep(task["slow_save"]) or weights()
     trainer.train()
     return {"micro_batch_size": trainer.micro_batch_size}
 
 
 def run_tasks(path):
-    processes = join_processes("cpu", 60)
+    tasks = json.loads(path.read_text())
+    processes = join_processes("cpu", min(task["config"].get("hang_timeout", 60) for task in tasks))
     results = []
-    for task in json.loads(path.read_text()):
+    for task in tasks:
         try:
             results.append(run_task(task, processes))
         except FastRobertaError as error:
@@ -62,6 +68,9 @@ if __name__ == "__main__":
     else:
         rank = os.environ["RANK"]
         (Path(directory) / f"pid.{rank}").write_text(str(os.getpid()))
+        if os.environ.get("SLEEPING_RANK") == rank:
+            forward, calls = Trainer._forward, itertools.count()
+            Trainer._forward = lambda *arguments: time.sleep(1e6 if next(calls) > 50 else 0) or forward(*arguments)
         code = run(lambda: main(arguments))
         (Path(directory) / f"exit.{rank}").write_text(str(code))
         sys.exit(code)

@@ -54,12 +54,12 @@ def make_settings(data, output_dir, **changes):
     return {**settings, "optimizer": {**SETTINGS["optimizer"], **changes.get("optimizer", {})}}
 
 
-def start(processes, *arguments, **options):
+def start(processes, *arguments, **environment):
     worker = Path(__file__).with_name("distributed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*command, str(worker), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         select_device("cuda", 2)
 
 
-def start_program(data, directory, processes=2, **changes):
+def start_program(data, directory, environment=None, **changes):
     settings = make_settings(
         data, directory / "run", max_steps=1_000_000, logging_steps=1, save_steps=1_000_000, **changes
     )
@@ -224,7 +224,7 @@ def start_program(data, directory, processes=2, **changes):
     for name, section in settings.items():
         if isinstance(section, dict):
             arguments += [f"--{name}.{key}={value}" for key, value in section.items()]
-    process = start(processes, "train", directory, *arguments)
+    process = start(2, "train", directory, *arguments, **(environment or {}))
     shown = []
     for line in process.stderr:
         shown.append(line)
@@ -253,7 +253,9 @@ def wait_until_gone(pids):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGKILL to torchrun", "SIGTERM to one process"])
+@pytest.mark.parametrize(
+    "how", ["SIGTERM to torchrun", "SIGTERM to all", "SIGKILL to torchrun", "SIGTERM to one process"]
+)
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
     process = start_program(data, tmp_path)
     pids = [read_number(tmp_path / f"pid.{rank}") for rank in range(2)]
@@ -261,6 +263,9 @@ def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
         os.kill(pids[1], signal.SIGTERM)
     else:
         process.send_signal(signal.Signals[how.split()[0]])
+    if how == "SIGTERM to all":  # as a scheduler does; torchrun sends it once more
+        for pid in pids * 3:
+            os.kill(pid, signal.SIGTERM)
     errors = process.stderr.read()
     process.wait(timeout=60)
     wait_until_gone(pids)
@@ -272,21 +277,35 @@ def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
-def test_a_process_that_dies_or_hangs_is_named(data, tmp_path, fault):
-    process = start_program(data, tmp_path, hang_timeout=15 if fault == "SIGSTOP" else 600)
+@pytest.mark.parametrize("fault", ["dies", "stops", "sleeps"])
+def test_a_process_that_fails_is_named(data, tmp_path, fault):
+    environment = {"SLEEPING_RANK": "1"} if fault == "sleeps" else {}
+    process = start_program(data, tmp_path, environment, hang_timeout=600 if fault == "dies" else 15)
     pids = [read_number(tmp_path / f"pid.{rank}") for rank in range(2)]
-    os.kill(pids[1], signal.Signals[fault])
+    if fault != "sleeps":
+        os.kill(pids[1], signal.SIGKILL if fault == "dies" else signal.SIGSTOP)
     began = time.monotonic()
+    shown = []
     for line in process.stderr:
+        shown.append(line)
         if line.startswith("error: "):
             break
-    assert f"rank 1 (process {pids[1]} on " in line
-    assert ("has died" if fault == "SIGKILL" else "no progress for 15 s, the others wait for") in line
+    assert f"rank 1 (process {pids[1]} on " in line, shown
+    assert ("has died" if fault == "dies" else "no progress for 15 s, the others wait for") in line
     assert time.monotonic() - began < 60  # stated: the time to wait, and some heartbeats
-    if fault == "SIGSTOP":
+    if fault == "stops":
         os.kill(pids[1], signal.SIGKILL)  # as torchrun does, half a minute later
-    process.stderr.read()
+    shown += process.stderr.readlines()
     assert process.wait(timeout=60) != 0
     wait_until_gone(pids)
-    assert read_number(tmp_path / "exit.0") == 7 if fault == "SIGKILL" else not (tmp_path / "exit.0").exists()
+    if fault == "sleeps":
+        assert any("time.sleep" in line or "distributed_worker.py" in line for line in shown)  # where it sleeps
+    assert read_number(tmp_path / "exit.0") == 7 if fault == "dies" else not (tmp_path / "exit.0").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_checkpoint_may_take_longer_than_the_hang_timeout(data, tmp_path):
+    task = {"config": make_settings(data, tmp_path / "slow", hang_timeout=10, save_steps=STEPS), "slow_save": 14}
+    (result, _) = run_tasks(2, tmp_path, [task])
+    assert "error" not in result[0]
+    assert (tmp_path / "slow" / f"checkpoint-{STEPS:08d}").is_dir()

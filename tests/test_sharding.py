@@ -86,7 +86,7 @@ def test_buckets_leave_in_order_as_soon_as_they_and_those_before_are_ready():
         log.append(("send", index))
         return Work(log, index)
 
-    reduction = OverlappedReduction(buckets, send)
+    reduction = OverlappedReduction(buckets, send, lambda: log.append("waiting"))
     layers[0].weight.register_post_accumulate_grad_hook(lambda _: log.append("first layer"))
     layers(torch.ones(2, 3)).sum().backward()
     assert log == ["first layer"]  # outside `run` nothing is sent
@@ -94,12 +94,12 @@ def test_buckets_leave_in_order_as_soon_as_they_and_those_before_are_ready():
         layers(torch.ones(2, 3)).sum().backward()
     sends = [("send", index) for index in range(4)]
     waits = [("wait", index) for index in range(4)]
-    assert log[1:] == [*sends[:3], "first layer", sends[3], *waits]
+    assert log[1:] == [*sends[:3], "first layer", sends[3], "waiting", *waits]
 
 
 def test_a_backward_that_fails_leaves_nothing_behind():
     weight = torch.nn.Parameter(torch.ones(2))
-    reduction = OverlappedReduction([[weight]], lambda index: Work([], index))
+    reduction = OverlappedReduction([[weight]], lambda index: Work([], index), lambda: None)
     with pytest.raises(RuntimeError, match="no more"), reduction.run():
         raise RuntimeError("no more")
     weight.sum().backward()
