@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 reason = "left out to be quick; --way measures it"
                 lines += [{"implementation": n, "status": "skipped", "reason": reason} for n in WAYS if n not in names]
             for line in lines:
-                run.add("train", model=model, task=task._asdict(), **line)
+                run.add("train", model=model, task=task._asdict() | {"data": Path(task.data).name}, **line)
                 ours_is_right &= line["implementation"] != OURS or line["status"] == "ok"
             print_comparison(f"roberta-{model}", task, lines)
     if "data" in wanted:
