@@ -181,6 +181,21 @@ class TrainConfig:
         """Sequences of the first step; every step's are a multiple of it."""
         return self.batch_ramp.start or self.train_batch_size
 
+    def check_processes(self, size: int) -> None:
+        """Refuse a number of processes that cannot share every batch evenly."""
+        batch = self.smallest_batch_size
+        if batch % size:
+            name = "train_batch_size" if self.batch_ramp.start is None else "batch_ramp.start"
+            raise ConfigurationError(
+                f"{name} = {batch} must be a multiple of the {size} processes, which share it evenly: take "
+                f"{max(1, batch // size) * size}, for example"
+            )
+        if self.micro_batch_size != "auto" and batch % (size * self.micro_batch_size):
+            raise ConfigurationError(
+                f"micro_batch_size = {self.micro_batch_size} on {size} processes must divide the smallest batch, {batch}; "
+                "lower it or set it to auto"
+            )
+
     def check(self) -> None:
         """Refuse what no single field shows."""
         if self.max_seq_length + 2 > self.model.max_position_embeddings:

@@ -143,6 +143,7 @@ class Processes:
         except RuntimeError as error:
             if self._watchdog is None or isinstance(error, torch.OutOfMemoryError):
                 raise
+            self._watchdog.pause()  # this process stands still on purpose
             dead = self._watchdog.find_dead()
             if not dead:
                 raise
@@ -241,7 +242,6 @@ class Watchdog:
 
     def find_dead(self, silence: float = SILENCE_AFTER_FAILURE) -> str:
         """Who gives no sign of life for so many seconds, in words; empty if all do."""
-        self.pause()  # this process stands still on purpose
         before = self._read()
         time.sleep(silence)
         after = self._read()
@@ -266,12 +266,9 @@ class Watchdog:
                 self._give_up()
             # NCCL waits for the dead as for the living, and says nothing.
             if waited > SILENCE and self._timeout - waited > SILENCE + STORE_SECONDS:
-                count, changed = self._count, self._changed
+                since = self._changed
                 dead = self.find_dead(SILENCE)
-                if count != self._count:
-                    continue
-                self._changed = changed
-                if dead and not self._ended.is_set():
+                if dead and since == self._changed and not self._ended.is_set():
                     self._end(
                         f"error: {dead}: gives no sign of life; started again, the run continues from its last checkpoint"
                     )

@@ -67,17 +67,7 @@ class PlanConfig(TrainConfig):
     def check(self) -> None:
         """Refuse what no single field shows."""
         super().check()
-        size, batch = self.nodes * self.gpus, self.smallest_batch_size
-        name = "train_batch_size" if self.batch_ramp.start is None else "batch_ramp.start"
-        if batch % size:
-            raise ConfigurationError(
-                f"{name} = {batch} must be a multiple of the {size} processes, which share it evenly: take "
-                f"{max(1, batch // size) * size}, for example"
-            )
-        if self.micro_batch_size != "auto" and batch % (size * self.micro_batch_size):
-            raise ConfigurationError(
-                f"micro_batch_size = {self.micro_batch_size} on {size} processes must divide the smallest batch, {batch}"
-            )
+        self.check_processes(self.nodes * self.gpus)
         if peak_flops(self.gpu_name) is None:
             raise ConfigurationError(
                 f"gpu_name = {self.gpu_name}: its peak is not known here; A100, H100, H200, B200 and L40S are, among others"

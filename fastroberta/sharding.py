@@ -57,7 +57,7 @@ class ReplicatedOptimizer:
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, processes: Processes):
-        self.model, self.processes = model, processes
+        self.processes = processes
         named = dict(model.named_parameters())
         self.shapes = {name: parameter.shape for name, parameter in named.items()}
         self.pieces = self._cut(named)
@@ -198,9 +198,9 @@ class ShardedOptimizer(ReplicatedOptimizer):
         for is_vector in (False, True):
             begun = False
             for name in (name for name in backwards if (named[name].dim() < 2) == is_vector):
-                count = -(-named[name].numel() // ALIGNMENT) * ALIGNMENT
+                count = _round_up(named[name].numel(), ALIGNMENT)
                 if not begun or (4 * (end + count - self._ranges[-1][0]) > BUCKET_BYTES and not is_vector):
-                    end = -(-end // (ALIGNMENT * size)) * ALIGNMENT * size
+                    end = _round_up(end, ALIGNMENT * size)
                     self._ranges.append((end, end))
                     self._names.append([])
                     begun = True

@@ -225,7 +225,8 @@ class Trainer:
         self.optimizer.step(grad_scale=self.scaler.scale * totals[2].float() / expected_masked)
         found_inf = (~torch.isfinite(self.optimizer.last_grad_norm)).float()
         self.scaler.update(found_inf)
-        self._send_votes(totals[3])
+        if self.processes.size > 1:
+            self._send_votes(totals[3])
         if meter is not None:
             meter.add(totals[:3], self.optimizer.last_grad_norm, found_inf)
 
@@ -442,16 +443,9 @@ class Trainer:
         from .distributed import add_bits
 
         config, size = self.config, self.processes.size
-        if config.smallest_batch_size % size:
-            name = "train_batch_size" if config.batch_ramp.start is None else "batch_ramp.start"
-            raise ConfigurationError(
-                f"{name} = {config.smallest_batch_size} must be a multiple of the {size} processes, which share it evenly"
-            )
-        if config.micro_batch_size != "auto" and config.smallest_batch_size % (size * config.micro_batch_size):
-            raise ConfigurationError(
-                f"micro_batch_size = {config.micro_batch_size} on {size} processes must divide the smallest batch, "
-                f"{config.smallest_batch_size}; lower it or set it to auto"
-            )
+        config.check_processes(size)
+        if size == 1:
+            return
         settings = {key: value for key, value in _flatten(to_dict(config)).items() if key not in ("output_dir", "data")}
         facts = {
             "step": self.step,

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from fastroberta_kernels.masking import mask_tokens
 from safetensors.torch import load_file
 
+from fastroberta import distributed
 from fastroberta.arguments import from_dict
 from fastroberta.config import TrainConfig
 from fastroberta.distributed import Processes
@@ -309,3 +311,22 @@ def test_a_checkpoint_may_take_longer_than_the_hang_timeout(data, tmp_path):
     (result, _) = run_tasks(2, tmp_path, [task])
     assert "error" not in result[0]
     assert (tmp_path / "slow" / f"checkpoint-{STEPS:08d}").is_dir()
+
+
+def test_a_missing_heartbeat_is_noticed_without_an_error(monkeypatch):
+    """As over NCCL, where the host waits for the dead as for the living."""
+    monkeypatch.setattr(distributed, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(distributed, "SILENCE", 1.0)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    first, second = (distributed.Watchdog(store, rank, 2, 600) for rank in range(2))
+    ended = []
+    monkeypatch.setattr(first, "_end", ended.append)
+    first.note("the reduction of gradients")
+    time.sleep(4)
+    assert not ended  # nobody gets further, and everybody lives
+    second.stop()
+    end = time.monotonic() + 20
+    while not ended and time.monotonic() < end:
+        time.sleep(0.1)
+    first.stop()
+    assert ended[0].startswith("error: rank 1 (process") and "gives no sign of life" in ended[0]
