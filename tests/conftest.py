@@ -14,23 +14,32 @@ import pytest
 
 def mend_interpreter() -> None:
     """What Triton 3.6's interpreter gets wrong, and what would hide or invent errors of the kernels: products of bf16 are
-    taken for products of integers, rounding to bf16 cuts digits off, and numpy >= 2.4 refuses tensors as loop bounds."""
+    taken for products of integers, rounding to bf16 cuts digits off, and numpy >= 2.4 refuses tensors as loop bounds.
+
+    Products are summed in fp64 and rounded to fp32 once: in fp32 the error would be that of numpy's BLAS, whose order of
+    summation is another on each processor, and tests at the edge of their bound would pass on one and fail on the next.
+    """
     try:
         import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:
         return
-    patch_tensor, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
     convert = interpreter._convert_float
 
     def patch_tensor_with_index(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    def multiply(self, a, b, d, input_precision, max_num_imprecise_acc):
+        def widen(handle):
+            data = handle.data
+            if handle.dtype.scalar == tl.bfloat16:
+                data = (data.astype(np.uint32) << 16).view(np.float32)
+            return data.astype(np.float64)
+
+        product = (widen(a) @ widen(b)).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     def convert_to_nearest(data, source, target, rounding):
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -38,7 +47,7 @@ def mend_interpreter() -> None:
         return convert(data, source, target, rounding)
 
     interpreter._patch_lang_tensor = patch_tensor_with_index
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+    interpreter.InterpreterBuilder.create_dot = multiply
     interpreter._convert_float = convert_to_nearest
 
 
