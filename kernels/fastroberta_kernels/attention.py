@@ -67,8 +67,12 @@ def attention_torch(
 ) -> torch.Tensor:
     """`attention` in plain PyTorch."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if dropout_p > 0:
-        seed = philox.as_seed(seed, q.device)
+    # Without dropout ATen's fused attention is as fast and keeps no probabilities, but its backward in narrow dtypes takes
+    # up to 2.5 times as long.
+    is_narrow = q.dtype in (torch.bfloat16, torch.float16)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    if dropout_p > 0 or (is_narrow and needs_gradient):
+        seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
         return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
     mask = has_keys = None
     if key_lengths is not None:
@@ -102,30 +106,48 @@ def varlen_attention_torch(
     )[0]
 
 
-def list_sequences(
+def list_pieces(
     q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
-) -> list[tuple[slice, slice]]:
-    """Where the query rows and the key rows of each sequence with both lie in the flattened batch (read on the host)."""
-    if cu_seqlens_q is not None:
-        starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
-        stops_q, stops_k = starts_q[1:], starts_k[1:]
+) -> Iterator[tuple[slice, slice, slice, tuple[int, int, int, int]]]:
+    """The work, in pieces whose scores stay in a core's cache: some heads of a sequence, or some whole sequences.
+
+    Sequences without queries or without keys have no piece. Lengths are read on the host.
+
+    Returns:
+        For each piece its query rows and key rows in the flattened batch, its heads, and the shape of its scores:
+        (sequences, heads, queries, keys).
+    """
+    num_heads = q.shape[-2]
+    if cu_seqlens_q is None and lengths_k is None:
+        batch, num_q, num_k = q.shape[0], q.shape[1], k.shape[1]
+        at_once = max(1, SCORES_AT_ONCE // max(1, num_heads * num_q * num_k))
+        bounds = [(b, min(b + at_once, batch)) for b in range(0, batch, at_once)]
+        sequences = [(b0 * num_q, b1 * num_q, b0 * num_k, b1 * num_k, b1 - b0) for b0, b1 in bounds]
+    elif cu_seqlens_q is None:
+        batch, num_q, num_k = q.shape[0], q.shape[1], k.shape[1]
+        lengths = lengths_k.clamp(0, num_k).tolist()
+        sequences = [(b * num_q, (b + 1) * num_q, b * num_k, b * num_k + length, 1) for b, length in enumerate(lengths)]
     else:
-        batch, length_q, length_k = q.shape[0], q.shape[1], k.shape[1]
-        lengths = [length_k] * batch if lengths_k is None else lengths_k.clamp(0, length_k).tolist()
-        starts_q, starts_k = [b * length_q for b in range(batch)], [b * length_k for b in range(batch)]
-        stops_q = [start + length_q for start in starts_q]
-        stops_k = [start + length for start, length in zip(starts_k, lengths)]
-    sequences = zip(starts_q, stops_q, starts_k, stops_k)
-    return [(slice(q0, q1), slice(k0, k1)) for q0, q1, k0, k1 in sequences if q1 > q0 and k1 > k0]
+        starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
+        sequences = [(*bounds, 1) for bounds in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
+    for q0, q1, k0, k1, count in sequences:
+        num_q, num_k = (q1 - q0) // count, (k1 - k0) // count
+        if num_q <= 0 or num_k <= 0:
+            continue
+        step = num_heads if count > 1 else max(1, SCORES_AT_ONCE // (num_q * num_k))
+        for first in range(0, num_heads, step):
+            last = min(first + step, num_heads)
+            yield slice(q0, q1), slice(k0, k1), slice(first, last), (count, last - first, num_q, num_k)
 
 
-def split_heads(rows: slice, columns: slice, num_heads: int) -> Iterator[tuple[slice, tuple[int, int, int]]]:
-    """Groups of heads whose scores fit in the cache together, and the shape of those scores."""
-    num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
-    step = max(1, SCORES_AT_ONCE // (num_q * num_k))
-    for first in range(0, num_heads, step):
-        last = min(first + step, num_heads)
-        yield slice(first, last), (last - first, num_q, num_k)
+def take_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int) -> torch.Tensor:
+    """Rows and heads of (tokens, heads, head_dim) as `count` sequences: (count * heads, length, head_dim)."""
+    return tensor_thd[rows, heads].unflatten(0, (count, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def put_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int, piece: torch.Tensor) -> None:
+    """The inverse of `take_piece`."""
+    tensor_thd[rows, heads].unflatten(0, (count, -1)).copy_(piece.unflatten(0, (count, -1)).transpose(1, 2))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_torch_forward", mutates_args=())
@@ -141,48 +163,44 @@ def attention_torch_forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax by its definition, a few heads at a time, and its probabilities for the backward.
+    """Softmax by its definition, piece by piece, and its probabilities for the backward.
 
     The sign of a saved probability is its dropout decision: what was dropped is stored as its negative.
     """
     out = q.new_zeros(q.shape)
-    num_heads = q.shape[-2]
     q_thd, k_thd, v_thd, out_thd = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v, out))
+    num_heads = q_thd.shape[1]
     saved = q.new_empty(num_heads * q_thd.shape[0] * max_seqlen_k)
     statistics_dtype = torch.promote_types(q.dtype, torch.float32)
+    nothing = q.new_empty((), dtype=statistics_dtype)
     keep_scale = philox.dropout_scale(dropout_p)
     used = 0
-    for rows, columns in list_sequences(q, k, cu_seqlens_q, lengths_k):
-        num_q, num_k = rows.stop - rows.start, columns.stop - columns.start
+    for rows, columns, heads, shape in list_pieces(q, k, cu_seqlens_q, lengths_k):
+        count, _, num_q, num_k = shape
         if num_q > max_seqlen_q or num_k > max_seqlen_k:
             raise ValueError(
                 f"attention: a sequence has {num_q} queries and {num_k} keys, more than max_seqlen_q={max_seqlen_q} "
                 f"or max_seqlen_k={max_seqlen_k}; pass the true maxima"
             )
-        if seed is not None:
-            sequence_seed = torch.stack((seed[0], seed[1] + rows.start))
-            keep = philox.dropout_keep_torch(sequence_seed, dropout_p, num_q, num_k, num_heads)
+        if seed is not None and heads.start == 0:  # for all heads of these sequences
+            rows_seed = torch.stack((seed[0], seed[1] + rows.start))
+            keep = philox.dropout_keep_torch(rows_seed, dropout_p, count * num_q, num_k, num_heads)
             # As bytes: PyTorch's arithmetic with booleans is several times slower. 1 where kept, -1 where dropped.
-            sign = keep.view(torch.int8).mul_(2).sub_(1).transpose(0, 1)
-        for heads, shape in split_heads(rows, columns, num_heads):
-            q_hqd, k_hkd, v_hkd = (
-                tensor[part, heads].transpose(0, 1)
-                for tensor, part in ((q_thd, rows), (k_thd, columns), (v_thd, columns))
-            )
-            scores = torch.baddbmm(
-                q.new_empty((), dtype=statistics_dtype), q_hqd.to(statistics_dtype),
-                k_hkd.to(statistics_dtype).transpose(1, 2), beta=0, alpha=scale,
-            )  # fmt: skip
-            torch.softmax(scores, -1, out=scores)
-            kept = saved[used : used + scores.numel()].view(shape)
-            used += scores.numel()
-            if seed is None:
-                kept.copy_(scores)
-                out_hqd = torch.bmm(kept, v_hkd)
-            else:
-                torch.mul(scores, sign[heads], out=kept)
-                out_hqd = torch.bmm(kept.relu(), v_hkd).mul_(keep_scale)
-            out_thd[rows, heads] = out_hqd.transpose(0, 1)
+            sign = keep.view(torch.int8).mul_(2).sub_(1).unflatten(0, (count, num_q)).transpose(1, 2)
+        q_hqd = take_piece(q_thd, rows, heads, count).to(statistics_dtype)
+        k_hkd = take_piece(k_thd, columns, heads, count).to(statistics_dtype)
+        v_hkd = take_piece(v_thd, columns, heads, count)
+        scores = torch.baddbmm(nothing, q_hqd, k_hkd.transpose(1, 2), beta=0, alpha=scale)
+        torch.softmax(scores, -1, out=scores)
+        kept = saved[used : used + scores.numel()].view(scores.shape)
+        used += scores.numel()
+        if seed is None:
+            kept.copy_(scores)
+            out_hqd = torch.bmm(kept, v_hkd)
+        else:
+            torch.mul(scores.view(shape), sign[:, heads], out=kept.view(shape))
+            out_hqd = torch.bmm(kept.relu(), v_hkd).mul_(keep_scale)
+        put_piece(out_thd, rows, heads, count, out_hqd)
     return out, saved
 
 
@@ -211,27 +229,26 @@ def attention_torch_backward(
     keep_scale = philox.dropout_scale(dropout_p)
     nothing = q.new_empty(())
     used = 0
-    for rows, columns in list_sequences(q, k, cu_seqlens_q, lengths_k):
-        for heads, shape in split_heads(rows, columns, q.shape[-2]):
-            probabilities = saved[used : used + math.prod(shape)].view(shape)
-            used += math.prod(shape)
-            grad_hqd, q_hqd = (tensor[rows, heads].transpose(0, 1) for tensor in (grad_thd, q_thd))
-            k_hkd, v_hkd = (tensor[columns, heads].transpose(0, 1) for tensor in (k_thd, v_thd))
-            dprobabilities = torch.baddbmm(nothing, grad_hqd, v_hkd.transpose(1, 2), beta=0, alpha=keep_scale)
-            if dropout_p > 0:
-                kept = probabilities.relu()
-                # The derivative of relu passes a gradient where its input is positive: where dropout kept.
-                dprobabilities = torch.ops.aten.threshold_backward(dprobabilities, probabilities, 0)
-                probabilities = probabilities.abs()
-            else:
-                kept = probabilities
-            dv_hkd = torch.baddbmm(nothing, kept.transpose(1, 2), grad_hqd, beta=0, alpha=keep_scale)
-            dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype)
-            dq_hqd = torch.baddbmm(nothing, dscores, k_hkd, beta=0, alpha=scale)
-            dk_hkd = torch.baddbmm(nothing, dscores.transpose(1, 2), q_hqd, beta=0, alpha=scale)
-            dq_thd[rows, heads] = dq_hqd.transpose(0, 1)
-            dk_thd[columns, heads] = dk_hkd.transpose(0, 1)
-            dv_thd[columns, heads] = dv_hkd.transpose(0, 1)
+    for rows, columns, heads, (count, *sizes) in list_pieces(q, k, cu_seqlens_q, lengths_k):
+        size = count * math.prod(sizes)
+        probabilities = saved[used : used + size].view(-1, *sizes[1:])
+        used += size
+        grad_hqd, q_hqd = (take_piece(tensor, rows, heads, count) for tensor in (grad_thd, q_thd))
+        k_hkd, v_hkd = (take_piece(tensor, columns, heads, count) for tensor in (k_thd, v_thd))
+        dprobabilities = torch.baddbmm(nothing, grad_hqd, v_hkd.transpose(1, 2), beta=0, alpha=keep_scale)
+        if dropout_p > 0:
+            kept = probabilities.relu()
+            # The derivative of relu passes a gradient where its input is positive: where dropout kept.
+            dprobabilities = torch.ops.aten.threshold_backward(dprobabilities, probabilities, 0)
+            probabilities = probabilities.abs()
+        else:
+            kept = probabilities
+        dv_hkd = torch.baddbmm(nothing, kept.transpose(1, 2), grad_hqd, beta=0, alpha=keep_scale)
+        dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype)
+        put_piece(dq_thd, rows, heads, count, torch.baddbmm(nothing, dscores, k_hkd, beta=0, alpha=scale))
+        dk_hkd = torch.baddbmm(nothing, dscores.transpose(1, 2), q_hqd, beta=0, alpha=scale)
+        put_piece(dk_thd, columns, heads, count, dk_hkd)
+        put_piece(dv_thd, columns, heads, count, dv_hkd)
     return dq, dk, dv
 
 
