@@ -103,3 +103,11 @@ def test_apex_is_no_dependency():
     """The package index has another project under that name."""
     text = (ROOT / "pyproject.toml").read_text() + (ROOT / "constraints.txt").read_text()
     assert "apex" not in text
+
+
+def test_constraints_leave_cuda_to_torch():
+    """torch 2.13.0 requires cuda-toolkit==13.0.3: pinned to another version it cannot be installed beside a GPU."""
+    names = [line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert len(names) > 50
+    pinned = {name for name in names if name.startswith(("nvidia-", "cuda-"))}
+    assert pinned <= {"nvidia-ml-py", "cuda-core"}  # neither belongs to a version of CUDA
