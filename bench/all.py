@@ -25,7 +25,7 @@ from .results import Run, default_path
 ROOT = Path(__file__).parents[1]
 # Seconds that each piece may take: (CPU, GPU), and where it shall be quick.
 LIMITS = {"kernels": (1200, 160), "train": (2400, 240), "prepare": (900, 60), "resources": (600, 0)}
-QUICK_LIMITS = {"kernels": (150, 120), "train": (370, 180), "prepare": (60, 45), "resources": (0, 0)}
+QUICK_LIMITS = {"kernels": (150, 120), "train": (370, 300), "prepare": (60, 45), "resources": (0, 0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = limits[device.type == "cuda"]
         if piece not in (arguments.only or [piece]) or not (limit or arguments.only):
             continue
-        options = ["--out", str(out), "--seconds", str(0.85 * limit)] + ["--quick"] * arguments.quick
+        options = ["--out", path_from_root(out), "--seconds", str(0.85 * limit)] + ["--quick"] * arguments.quick
         if piece == "train" and arguments.data:
             options += ["--data", arguments.data]
         if piece == "prepare":
@@ -53,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = run_piece([piece, *(options if piece != "resources" else [])], limit)
         if status:
             failed.append(f"{piece} ({status})")
-    if status := run_piece(["report", str(out)], 120):
+    if status := run_piece(["report", path_from_root(out)], 120):
         failed.append(f"report ({status})")
     print(f"{time.monotonic() - begun:.0f} s; results: {out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
+
+
+def path_from_root(path: Path) -> str:
+    """A path as the pieces take it, which run in this repository's folder and record their command."""
+    return os.path.relpath(path.resolve(), ROOT)
 
 
 def run_piece(arguments: Sequence[str], limit: float) -> str:

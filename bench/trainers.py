@@ -12,6 +12,7 @@ attention mask, special-token masks computed beforehand, on a GPU a loader with 
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -315,6 +316,7 @@ def _serve(connection: Any, name: str) -> None:
         try:
             if command == "build":
                 trainer = None
+                gc.collect()  # a trainer and the generator of its batches hold each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()

@@ -67,15 +67,18 @@ def evaluate_model(
     """
     import torch
     from fastroberta_kernels.masking import mask_tokens
+    from fastroberta_kernels.philox import as_seed
 
     from .model import AttentionScope
 
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    seed = as_seed(MASK_SEED, device)
     with torch.no_grad():
         for batch in batches:
-            masked = mask_tokens(batch.input_ids, seed=MASK_SEED, sample_ids=batch.sample_ids, **masking)
+            masked = mask_tokens(batch.input_ids, seed=seed, sample_ids=batch.sample_ids, **masking)
             result = model.loss(*masked, AttentionScope(batch.key_lengths, batch.cu_seqlens))
             totals += torch.stack((result.loss.double(), result.num_correct, result.num_targets))
     model.train(was_training)

@@ -414,7 +414,7 @@ def test_opcheck(impl, device):
         torch.library.opcheck(operator, (q, k, v, bounds, bounds, None, 2, 2, 0.0, 0.2), test_utils="test_faketensor")
 
 
-def test_errors_say_what_to_change():
+def test_errors_say_what_to_change(device):
     q = torch.zeros(2, 3, 2, 32)
     k = torch.zeros(2, 5, 2, 32)
     bounds = torch.tensor([0, 3], dtype=torch.int32)
@@ -434,10 +434,11 @@ def test_errors_say_what_to_change():
         (lambda: attention.SelfAttention(30, 4), "multiple"),
     ]
     if _dispatch.triton is not None:
-        wide = torch.zeros(1, 1, 1, 129)
+        wide = torch.zeros(1, 1, 1, 129, device=device)
+        double = torch.zeros(1, 1, 1, 32, dtype=torch.float64, device=device)
         cases += [
             (lambda: attention.attention(wide, wide, wide, impl="triton"), "head_dim <= 128"),
-            (lambda: attention.attention(q.double(), k.double(), k.double(), impl="triton"), "float64"),
+            (lambda: attention.attention(double, double, double, impl="triton"), "float64"),
         ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -553,6 +554,7 @@ def test_graph_replay_with_a_new_seed_changes_the_mask(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_2_to_31_elements(device):
     """Rows at the end of a large batch equal the same rows computed alone."""
     batch = (1 << 31) // (512 * 16 * 128) + 2

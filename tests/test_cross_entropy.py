@@ -463,10 +463,13 @@ def test_gpu_graph_capture_and_compile():
     graph.replay()
     torch.cuda.synchronize()
     for one, two, three in zip(expected, compiled, captured):
-        assert torch.equal(one, two) and torch.equal(one, three)
+        # Inductor divides by the number of targets by an approximate instruction.
+        torch.testing.assert_close(two, one)
+        assert torch.equal(one, three)
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_gpu_more_than_two_to_the_31_logits_in_a_chunk():
     (hidden, weight, bias), targets = make_inputs(20480, 600_000, 16, torch.bfloat16, "cuda")
     assert cross_entropy._chunk_rows(20480) * 600_000 > 2**31

@@ -387,6 +387,7 @@ def test_gpu_graph_replay_draws_new_masks_and_compiled_equals_eager():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_gpu_more_than_two_to_the_31_elements():
     ids = make_ids(4200, 512, 50265).cuda()
     weights = make_weights(50265, 514, 1, 1024, torch.bfloat16, "cuda")

@@ -257,6 +257,7 @@ def test_graph_replay_equals_eager(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_two_to_the_31_elements(device):
     """The last rows lie past what a 32-bit offset reaches."""
     num_rows = 2**31 // 3072 + 64

@@ -1071,6 +1071,7 @@ def test_no_host_synchronisation_on_a_gpu(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_2_to_the_31_elements(device):
     """48 GB: one parameter past the reach of 32-bit offsets, checked at its very end."""
     count = 2**31 + 5

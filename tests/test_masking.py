@@ -453,6 +453,7 @@ def test_hundred_repeats_are_bitwise_equal(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_than_two_to_the_31_elements(device):
     batch, length = 2**19 + 2, 4096
     if torch.cuda.mem_get_info()[0] < 4 * batch * length * 8:
