@@ -56,9 +56,9 @@ def make_settings(data, output_dir, **changes):
     return {**settings, "optimizer": {**SETTINGS["optimizer"], **changes.get("optimizer", {})}}
 
 
-def start(processes, *arguments, **environment):
+def start(processes, *arguments, launcher="fastroberta.torchrun", **environment):
     worker = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", launcher, "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*command, str(worker), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -256,21 +256,29 @@ def wait_until_gone(pids):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
-    "how", ["SIGTERM to torchrun", "SIGTERM to all", "SIGKILL to torchrun", "SIGTERM to one process"]
-)
+    "how", [
+        "SIGTERM to the launcher", "SIGINT to the launcher", "SIGTERM to all", "SIGKILL to the launcher",
+        "SIGTERM to one process", "SIGTERM to PyTorch's torchrun",
+    ],
+)  # fmt: skip
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
-    process = start_program(data, tmp_path)
+    launcher = "torch.distributed.run" if "PyTorch" in how else "fastroberta.torchrun"
+    process = start_program(data, tmp_path, {"launcher": launcher})
     pids = [read_number(tmp_path / f"pid.{rank}") for rank in range(2)]
     if how == "SIGTERM to one process":
         os.kill(pids[1], signal.SIGTERM)
     else:
         process.send_signal(signal.Signals[how.split()[0]])
-    if how == "SIGTERM to all":  # as a scheduler does; torchrun sends it once more
+    if how == "SIGTERM to all":  # as a scheduler does; the launcher sends it once more
         for pid in pids * 3:
             os.kill(pid, signal.SIGTERM)
     errors = process.stderr.read()
     process.wait(timeout=60)
     wait_until_gone(pids)
+    if "SIGKILL" in how:
+        assert process.returncode == -signal.SIGKILL
+    else:  # PyTorch's has no code but 1
+        assert process.returncode == (1 if "PyTorch" in how else 75), errors
     assert read_number(tmp_path / "exit.0") == 75
     if how != "SIGTERM to one process":  # there torchrun may end the second one when the first is gone
         assert read_number(tmp_path / "exit.1") == 75
@@ -298,7 +306,7 @@ def test_a_process_that_fails_is_named(data, tmp_path, fault):
     if fault == "stops":
         os.kill(pids[1], signal.SIGKILL)  # as torchrun does, half a minute later
     shown += process.stderr.readlines()
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 7
     wait_until_gone(pids)
     if fault == "sleeps":
         assert any("time.sleep" in line or "distributed_worker.py" in line for line in shown)  # where it sleeps
