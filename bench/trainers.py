@@ -127,12 +127,9 @@ class Ours:
             self.sizes = (batch.num_tokens, batch.sum_squared_lengths)
             yield batch
 
-    def add(self, totals: Any, norm: Any, found_inf: Any) -> None:
+    def add(self, totals: Any, norm: Any, found_inf: Any, sizes: Any) -> None:
         """What the trainer's meter would be told: here the loss is kept, on the device."""
         self.last_loss = totals[0] / totals[2]
-
-    def count(self, batch: Any) -> None:
-        pass
 
     def check(self) -> dict[str, float]:
         """Loss and gradient norm of one sequence without dropout."""

@@ -84,6 +84,12 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def find_ranks(self, is_one: bool) -> list[int]:
+        """The ranks of the processes for which it is so. Here hosts wait for each other, but not for their devices."""
+        found = torch.zeros(self.size, dtype=torch.uint8)
+        found[self.rank] = is_one
+        return self.add_up(found).nonzero().flatten().tolist()
+
     def wait_for_all(self) -> None:
         """Go on when every process is here."""
         if self.size > 1:
@@ -198,7 +204,9 @@ def join_processes(device: str, timeout: float) -> Processes:
         )
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
+        # What only hosts have to tell each other takes gloo, past the work that a GPU has yet to do.
+        backends = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     return Processes(here, rank, size, Watchdog(store, rank, size, timeout))

@@ -391,13 +391,23 @@ class OverlappedReduction:
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
-        """Around one backward; afterwards everything is reduced."""
+        """Around one backward; afterwards everything is reduced.
+
+        Also where memory ran out in it: the others wait for all buckets, whatever is in them.
+        """
         self._missing, self._works = list(self._sizes), []
         self._is_on = True
         try:
             yield
+        except torch.OutOfMemoryError:
+            self._is_on = False
+            self._finish()
+            raise
         finally:
             self._is_on = False
+        self._finish()
+
+    def _finish(self) -> None:
         while len(self._works) < len(self._sizes):  # parameters that got no gradient are waited for no longer
             self._works.append(self._send(len(self._works)))
         self._before_waiting()

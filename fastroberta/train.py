@@ -153,7 +153,6 @@ class Trainer:
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._describe()
-        self._find_micro_batch_size()
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._catch_signals())
@@ -191,10 +190,16 @@ class Trainer:
                 self.eval_loss = None
         self._report(before, after, checkpoint, time.monotonic() - started)
 
-    def train_step(self, batches: Iterator[Any], meter: Meter | None = None) -> None:
+    def train_step(self, batches: Iterator[Any], meter: Meter | None = None) -> list[int]:
         """One optimizer step: gradients summed over the micro-batches of all processes, then one update.
 
         Nothing here asks the device for a number.
+
+        Returns:
+            The ranks that have too little memory for a micro-batch, in all processes the same. If there are any, the step
+            was not taken: weights, moments, loss scale and meter are as they were.
+        Raises:
+            torch.OutOfMemoryError: in this process alone, where the micro-batch cannot be halved.
         """
         import torch
 
@@ -208,15 +213,28 @@ class Trainer:
         self.processes.note_progress(f"step {self.step + 1}")
         self.optimizer.zero_grad()
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, correct, masked; who wants to stop
-        for index, batch in enumerate(itertools.islice(batches, num_micro_batches)):
-            result = self._forward(batch)
-            is_last = index == num_micro_batches - 1
-            with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
-                (result.loss * (self.scaler.scale / expected_masked)).backward()
-            totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
-            if meter is not None:
-                meter.count(batch)
-            self.processes.note_progress(f"micro-batch {index + 2} of step {self.step + 1}")
+        sizes = []
+        is_last = is_short = False
+        try:
+            for index, batch in enumerate(itertools.islice(batches, num_micro_batches)):
+                is_last = index == num_micro_batches - 1
+                with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
+                    result = self._forward(batch)
+                    (result.loss * (self.scaler.scale / expected_masked)).backward()
+                totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
+                sizes.append((batch.num_tokens, batch.sum_squared_lengths))
+                self.processes.note_progress(f"micro-batch {index + 2} of step {self.step + 1}")
+        except torch.OutOfMemoryError:
+            if not self._may_halve:
+                raise
+            is_short = True
+        if self._may_halve:
+            if is_short and not is_last:  # the others wait for these gradients, though nobody will use them
+                with self.optimizer.last_backward():
+                    pass
+            short = self.processes.find_ranks(is_short)
+            if short:
+                return short
         totals[3] += self.stop_signal is not None
         self.processes.add_up(totals)
         self.processes.note_progress(f"the end of step {self.step + 1}")
@@ -228,7 +246,8 @@ class Trainer:
         if self.processes.size > 1:
             self._send_votes(totals[3])
         if meter is not None:
-            meter.add(totals[:3], self.optimizer.last_grad_norm, found_inf)
+            meter.add(totals[:3], self.optimizer.last_grad_norm, found_inf, sizes)
+        return []
 
     def _forward(self, batch: Any) -> Any:
         """The loss of a micro-batch, under its masks and its dropout."""
@@ -244,53 +263,41 @@ class Trainer:
         """About how many tokens of so many sequences are masked."""
         return num_sequences * self.config.max_seq_length * self.config.mlm_probability
 
-    def _run_step(self, batches: Iterator[Any], meter: Meter | None = None) -> Iterator[Any]:
-        """`train_step`; where memory runs out, the step is done again with half the micro-batch.
+    @property
+    def _may_halve(self) -> bool:
+        """Whether a micro-batch that does not fit is halved: where its size was left open, and not inside FSDP2, where
+        every layer of the other processes would wait for this one's."""
+        return self.config.micro_batch_size == "auto" and (self.config.sharding != "full" or self.processes.size == 1)
 
-        Several processes cannot do that: the others would wait in a reduction. Theirs was tried before the first step.
+    def _run_step(self, batches: Iterator[Any], meter: Meter | None = None) -> Iterator[Any]:
+        """`train_step`; where a process has too little memory, the step is done again by all with half the micro-batch.
+
+        Raises:
+            DeviceMemoryError: it cannot be halved, or a single sequence is too much.
         """
         import torch
 
         while True:
             try:
-                self.train_step(batches, meter)
-                return batches
+                short = self.train_step(batches, meter)
             except torch.OutOfMemoryError as error:
-                is_fixed = self.micro_batch_size == 1 or self.config.micro_batch_size != "auto"
-                if is_fixed or self.processes.size > 1:
-                    raise DeviceMemoryError(
-                        f"step {self.step}: {self.device} has too little memory for {self.micro_batch_size} sequences at "
-                        "once; lower micro_batch_size or set gradient_checkpointing"
-                    ) from error
-                self.micro_batch_size = self._next_smaller_micro_batch_size()
-            self._say(f"out of memory: going on with {self.micro_batch_size} sequences at once", file=sys.stderr)
-            torch.cuda.empty_cache()
-            batches = self._read_batches()
-
-    def _find_micro_batch_size(self) -> None:
-        """Several processes: agree on the largest micro-batch that goes through forward and backward on every one."""
-        import torch
-
-        if self.processes.size == 1 or self.config.micro_batch_size != "auto" or self.config.sharding == "full":
-            return
-        while True:
-            failed = torch.zeros((), device=self.device)
-            try:
-                batch = next(self._read_batches())
-                self._forward(batch).loss.backward()
-            except torch.OutOfMemoryError:
-                failed += 1
-            self.optimizer.zero_grad()
-            if not self.processes.add_up(failed):
-                torch.cuda.empty_cache()  # NCCL allocates beside PyTorch's own pool
-                return
+                raise DeviceMemoryError(
+                    f"step {self.step + 1}: {self.device} has too little memory for {self.micro_batch_size} sequences at "
+                    "once; with a lower micro_batch_size, or gradient_checkpointing, the same command continues from the "
+                    "last checkpoint"
+                ) from error
+            if not short:
+                return batches
+            where = "" if self.processes.size == 1 else f" on rank {', '.join(map(str, short))}"
             if self.micro_batch_size == 1:
                 raise DeviceMemoryError(
-                    f"{self.device} has too little memory for a single sequence; set gradient_checkpointing"
+                    f"step {self.step + 1}: out of memory{where} with a single sequence; with gradient_checkpointing the "
+                    "same command continues from the last checkpoint"
                 )
             self.micro_batch_size = self._next_smaller_micro_batch_size()
-            self._say(f"out of memory: beginning with {self.micro_batch_size} sequences at once", file=sys.stderr)
+            self._say(f"out of memory{where}: going on with {self.micro_batch_size} sequences at once", file=sys.stderr)
             torch.cuda.empty_cache()
+            batches = self._read_batches()
 
     def _send_votes(self, votes: Tensor) -> None:
         """How many processes had a signal when this step was reduced: on its way to the host, without waiting for it."""
@@ -657,24 +664,19 @@ class Meter:
         self.totals: Any = None
         self.skipped: Any = 0.0
         self.norm: Any = None
-        self.tokens = self.squares = self.masked_before = 0
+        self.tokens = 0
         self.flops = 0.0
         self.started = time.monotonic()
         self.first_step = self.trainer.step
 
-    def count(self, batch: Any) -> None:
-        """Take note of a micro-batch."""
+    def add(self, totals: Any, norm: Any, found_inf: Any, sizes: list[tuple[int, int]]) -> None:
+        """Take note of a step: its sums, tensors on the device; tokens and sum of squared lengths of each micro-batch."""
         from .metrics import model_flops_per_step
 
-        self.tokens += batch.num_tokens
-        self.squares += batch.sum_squared_lengths
-        masked = int(batch.num_tokens * self.trainer.config.mlm_probability)
-        self.flops += model_flops_per_step(
-            self.trainer.config.model, batch.num_tokens, masked, batch.sum_squared_lengths
-        )
-
-    def add(self, totals: Any, norm: Any, found_inf: Any) -> None:
-        """Take note of a step's sums, tensors on the device."""
+        for tokens, squares in sizes:
+            self.tokens += tokens
+            masked = int(tokens * self.trainer.config.mlm_probability)
+            self.flops += model_flops_per_step(self.trainer.config.model, tokens, masked, squares)
         self.totals = totals if self.totals is None else self.totals + totals
         self.norm = norm
         self.skipped = self.skipped + found_inf

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 
+from fastroberta import sharding
 from fastroberta.arguments import from_dict, run
 from fastroberta.config import TrainConfig
 from fastroberta.distributed import join_processes
 from fastroberta.errors import FastRobertaError
-from fastroberta.train import Trainer, main
+from fastroberta.train import Meter, Trainer, main
 
 
 def run_task(task, processes):
     config = from_dict(TrainConfig, task["config"])
+    sharding.BUCKET_BYTES = task.get("bucket_bytes", 25 * 2**20)
     if task.get("other_seed_on") == processes.rank:
         config.seed += 1
     trainer = Trainer(config, processes)
@@ -31,6 +33,10 @@ def run_task(task, processes):
             return loss(input_ids, *arguments)
 
         trainer.loss = loss_or_not
+    if "start_with" in task:
+        trainer.micro_batch_size = task["start_with"]
+    if task.get("short", {}).get("rank") == processes.rank:
+        run_out_of_memory(trainer, **task["short"])
     if task.get("flip_a_bit_on") == processes.rank:
         step = trainer.train_step
 
@@ -44,8 +50,33 @@ def run_task(task, processes):
     if "slow_save" in task and processes.is_first:
         weights = trainer.optimizer.weights
         trainer.optimizer.weights = lambda: time.sleep(task["slow_save"]) or weights()
-    trainer.train()
-    return {"micro_batch_size": trainer.micro_batch_size}
+    counted = []
+    add, Meter.add = Meter.add, lambda *arguments: counted.extend(arguments[-1]) or add(*arguments)
+    try:
+        trainer.train()
+    finally:
+        Meter.add = add
+    return {"micro_batch_size": trainer.micro_batch_size, "tokens": sum(tokens for tokens, _ in counted)}
+
+
+def run_out_of_memory(trainer, rank, step, micro_batch, where, limit):
+    """Once a micro-batch of more than `limit` sequences is the so-many-th of a step: before the forward, or when the
+    backward has reached the first layer."""
+    forward, seen = trainer._forward, []
+
+    def raise_it(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    def forward_or_not(batch):
+        seen.append(trainer.step)
+        if trainer.step != step or seen.count(step) != micro_batch + 1 or len(batch.input_ids) <= limit:
+            return forward(batch)
+        if where == "forward":
+            raise_it()
+        hook = trainer.model.layer[0].query_key_value.weight.register_hook(lambda _: hook.remove() or raise_it())
+        return forward(batch)
+
+    trainer._forward = forward_or_not
 
 
 def run_tasks(path):
@@ -68,9 +99,18 @@ if __name__ == "__main__":
     else:
         rank = os.environ["RANK"]
         (Path(directory) / f"pid.{rank}").write_text(str(os.getpid()))
-        if os.environ.get("SLEEPING_RANK") == rank:
+        fault, where = os.environ.get("FAULT", "- -").split()
+        if where == rank:
             forward, calls = Trainer._forward, itertools.count()
-            Trainer._forward = lambda *arguments: time.sleep(1e6 if next(calls) > 50 else 0) or forward(*arguments)
+
+            def fail(*arguments):
+                if next(calls) > 50:
+                    if fault == "memory":
+                        raise torch.OutOfMemoryError("no more")
+                    time.sleep(1e6)
+                return forward(*arguments)
+
+            Trainer._forward = fail
         code = run(lambda: main(arguments))
         (Path(directory) / f"exit.{rank}").write_text(str(code))
         sys.exit(code)

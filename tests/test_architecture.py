@@ -18,7 +18,7 @@ FLOORS = [
     ["prepare"],
     ["evaluate", "plan"],
     ["export"],
-    ["train"],
+    ["train", "torchrun"],
 ]
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],

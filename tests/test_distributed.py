@@ -56,9 +56,9 @@ def make_settings(data, output_dir, **changes):
     return {**settings, "optimizer": {**SETTINGS["optimizer"], **changes.get("optimizer", {})}}
 
 
-def start(processes, *arguments, **environment):
+def start(processes, *arguments, launcher="fastroberta.torchrun", **environment):
     worker = Path(__file__).with_name("distributed_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", launcher, "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*command, str(worker), *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -79,8 +79,8 @@ def read(output_dir, step=STEPS):
     return {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / "optimizer.safetensors")}
 
 
-def largest_difference(ours, theirs):
-    ours, theirs = read(ours), read(theirs)
+def largest_difference(ours, theirs, step=STEPS):
+    ours, theirs = read(ours, step), read(theirs, step)
     assert ours.keys() == theirs.keys()
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
@@ -256,21 +256,29 @@ def wait_until_gone(pids):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
-    "how", ["SIGTERM to torchrun", "SIGTERM to all", "SIGKILL to torchrun", "SIGTERM to one process"]
-)
+    "how", [
+        "SIGTERM to the launcher", "SIGINT to the launcher", "SIGTERM to all", "SIGKILL to the launcher",
+        "SIGTERM to one process", "SIGTERM to PyTorch's torchrun",
+    ],
+)  # fmt: skip
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
-    process = start_program(data, tmp_path)
+    launcher = "torch.distributed.run" if "PyTorch" in how else "fastroberta.torchrun"
+    process = start_program(data, tmp_path, {"launcher": launcher})
     pids = [read_number(tmp_path / f"pid.{rank}") for rank in range(2)]
     if how == "SIGTERM to one process":
         os.kill(pids[1], signal.SIGTERM)
     else:
         process.send_signal(signal.Signals[how.split()[0]])
-    if how == "SIGTERM to all":  # as a scheduler does; torchrun sends it once more
+    if how == "SIGTERM to all":  # as a scheduler does; the launcher sends it once more
         for pid in pids * 3:
             os.kill(pid, signal.SIGTERM)
     errors = process.stderr.read()
     process.wait(timeout=60)
     wait_until_gone(pids)
+    if "SIGKILL" in how:
+        assert process.returncode == -signal.SIGKILL
+    else:  # PyTorch's has no code but 1
+        assert process.returncode == (1 if "PyTorch" in how else 75), errors
     assert read_number(tmp_path / "exit.0") == 75
     if how != "SIGTERM to one process":  # there torchrun may end the second one when the first is gone
         assert read_number(tmp_path / "exit.1") == 75
@@ -281,7 +289,7 @@ def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("fault", ["dies", "stops", "sleeps"])
 def test_a_process_that_fails_is_named(data, tmp_path, fault):
-    environment = {"SLEEPING_RANK": "1"} if fault == "sleeps" else {}
+    environment = {"FAULT": "sleeps 1"} if fault == "sleeps" else {}
     process = start_program(data, tmp_path, environment, hang_timeout=600 if fault == "dies" else 15)
     pids = [read_number(tmp_path / f"pid.{rank}") for rank in range(2)]
     if fault != "sleeps":
@@ -298,11 +306,78 @@ def test_a_process_that_fails_is_named(data, tmp_path, fault):
     if fault == "stops":
         os.kill(pids[1], signal.SIGKILL)  # as torchrun does, half a minute later
     shown += process.stderr.readlines()
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=60) == 7
     wait_until_gone(pids)
     if fault == "sleeps":
         assert any("time.sleep" in line or "distributed_worker.py" in line for line in shown)  # where it sleeps
     assert read_number(tmp_path / "exit.0") == 7 if fault == "dies" else not (tmp_path / "exit.0").exists()
+
+
+def test_out_of_memory_on_one_process_halves_the_micro_batch_of_all(data, tmp_path):
+    """Wherever in the step it comes: what follows is what the smaller size would have given."""
+    steps = 6
+    lamb = {
+        "optimizer": {"name": "lamb", "max_grad_norm": 1.0},
+        "max_steps": steps, "logging_steps": 3, "eval_steps": steps, "save_steps": steps,
+    }  # fmt: skip
+    common = {"micro_batch_size": "auto", **lamb}
+    faults = {
+        "first": {"micro_batch": 0, "where": "forward"},
+        "last": {"micro_batch": 1, "where": "forward"},
+        "backward": {"micro_batch": 1, "where": "backward"},
+    }
+    tasks = {
+        f"{sharding}-{name}": {
+            "config": make_settings(data, tmp_path / f"{sharding}-{name}", sharding=sharding, **common),
+            "start_with": 4, "bucket_bytes": 2**14, "short": {"rank": 1, "step": 0, "limit": 2, **fault},
+        }
+        for sharding in ("none", "optimizer")
+        for name, fault in faults.items()
+    }  # fmt: skip
+    later = {**faults["backward"], "rank": 0, "step": 3, "limit": 2}
+    tasks["later"] = {
+        "config": make_settings(data, tmp_path / "later", **{**common, "optimizer": {"name": "adamw"}}),
+        "start_with": 4, "bucket_bytes": 2**14, "short": later,
+    }  # fmt: skip
+    tasks["undone"] = {
+        "config": make_settings(data, tmp_path / "undone", **common),
+        "start_with": 1, "short": {"rank": 1, "step": 3, "limit": 0, **faults["last"]},
+    }  # fmt: skip
+    for name in ("none", "optimizer", "adamw"):
+        changes = {**lamb, **({"optimizer": {"name": "adamw"}} if name == "adamw" else {"sharding": name})}
+        tasks[name] = {"config": make_settings(data, tmp_path / name, **changes), "bucket_bytes": 2**14}
+    first, second = (dict(zip(tasks, results)) for results in run_tasks(2, tmp_path, list(tasks.values())))
+    for name in tasks:
+        if name == "undone":
+            assert "step 4: out of memory on rank 1 with a single sequence" in first[name]["error"]
+            assert first[name] == second[name]
+            continue
+        reference = "adamw" if name == "later" else name.split("-")[0]
+        difference = largest_difference(tmp_path / name, tmp_path / reference, steps)
+        assert difference <= (1e-6 if name == "later" else 0), name
+        assert first[name] == first[reference] and second[name] == second[reference]
+        assert first[name]["micro_batch_size"] == 2 and first[name]["tokens"] > 0
+        ours, theirs = (
+            [json.loads(line) for line in (tmp_path / one / "metrics.jsonl").read_text().splitlines()]
+            for one in (name, reference)
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            exact = {key: value for key, value in one.items() if "time" not in key and "throughput" not in key}
+            assert exact == pytest.approx({key: other[key] for key in exact}, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_out_of_memory_inside_fsdp2_ends_the_run_with_5(data, tmp_path):
+    process = start_program(
+        data, tmp_path, {"FAULT": "memory 1"}, sharding="full", micro_batch_size="auto", hang_timeout=20
+    )
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 5, errors
+    said = [line for line in errors.splitlines() if line.startswith("rank 1: step ")]
+    assert (
+        len(said) == 1 and "cpu has too little memory for 8 sequences at once; with a lower micro_batch_size" in said[0]
+    )
+    wait_until_gone([read_number(tmp_path / f"pid.{rank}") for rank in range(2)])
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")

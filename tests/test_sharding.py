@@ -105,3 +105,20 @@ def test_a_backward_that_fails_leaves_nothing_behind():
     weight.sum().backward()
     with reduction.run():
         weight.sum().backward()
+
+
+def test_out_of_memory_in_a_backward_sends_what_the_others_wait_for():
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    log = []
+
+    def send(index):
+        log.append(("send", index))
+        return Work(log, index)
+
+    reduction = OverlappedReduction([[weight] for weight in weights], send, lambda: log.append("waiting"))
+    with pytest.raises(torch.OutOfMemoryError), reduction.run():
+        weights[0].sum().backward()
+        raise torch.OutOfMemoryError("no more")
+    assert log == [*(("send", index) for index in range(3)), "waiting", *(("wait", index) for index in range(3))]
+    weights[0].sum().backward()
+    assert len(log) == 7

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fastroberta.arguments import from_dict
 from fastroberta.config import TrainConfig
-from fastroberta.errors import CheckpointError, ConfigurationError, NonFiniteError, Stopped
+from fastroberta.errors import CheckpointError, ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
 from fastroberta.prepare import main as prepare
 from fastroberta.train import Trainer, main
 
@@ -111,6 +111,30 @@ def test_resumed_run_is_bit_identical(data, finished, tmp_path, optimizer, stop_
     assert_same(read_weights(stopped, 12), read_weights(finished, 12))
     steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(data, finished, tmp_path, capsys):
+    def make(name, limit, **changes):
+        trainer = Trainer(configure(data, tmp_path / name, **changes))
+        forward = trainer._forward
+
+        def forward_or_not(batch):
+            if len(batch.input_ids) > limit:
+                raise torch.OutOfMemoryError("no more")
+            return forward(batch)
+
+        trainer._forward = forward_or_not
+        return trainer
+
+    make("halved", 4, micro_batch_size="auto").train()
+    assert capsys.readouterr().err.count("out of memory: going on with 4 sequences at once") == 1
+    assert_same(read_weights(tmp_path / "halved", 12), read_weights(finished, 12))
+    with pytest.raises(DeviceMemoryError, match=r"step 1: out of memory with a single sequence; with gradient_check"):
+        make("none", 0, micro_batch_size="auto").train()
+    with pytest.raises(
+        DeviceMemoryError, match=r"step 1: cpu has too little memory for 4 sequences at once; with a lower"
+    ):
+        make("fixed", 2).train()
 
 
 def test_micro_batch_changes_nothing_beyond_rounding(data, finished, tmp_path):
