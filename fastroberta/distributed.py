@@ -59,11 +59,21 @@ class Processes:
 
     Attributes:
         rank, size: of this process, and how many there are. device: where this one computes.
+
+    Args:
+        hosts: for what hosts tell each other, past the work that their GPUs have yet to do.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, watchdog: Watchdog | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        size: int = 1,
+        watchdog: Watchdog | None = None,
+        hosts: dist.ProcessGroup | None = None,
+    ):
         self.device, self.rank, self.size = device, rank, size
-        self._watchdog = watchdog
+        self._watchdog, self._hosts = watchdog, hosts
 
     @property
     def is_first(self) -> bool:
@@ -88,12 +98,14 @@ class Processes:
         """The ranks of the processes for which it is so. Here hosts wait for each other, but not for their devices."""
         found = torch.zeros(self.size, dtype=torch.uint8)
         found[self.rank] = is_one
-        return self.add_up(found).nonzero().flatten().tolist()
+        if self.size > 1:
+            dist.all_reduce(found, group=self._hosts)
+        return found.nonzero().flatten().tolist()
 
     def wait_for_all(self) -> None:
         """Go on when every process is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self._hosts)
 
     def note_progress(self, where: str) -> None:
         """Tell the watchdog that this process lives, and what it does next."""
@@ -204,12 +216,12 @@ def join_processes(device: str, timeout: float) -> Processes:
         )
     if here.type == "cuda":
         torch.cuda.set_device(here)
-        # What only hosts have to tell each other takes gloo, past the work that a GPU has yet to do.
-        backends = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
-    return Processes(here, rank, size, Watchdog(store, rank, size, timeout))
+    # NCCL would end a process that waits for a long checkpoint. Made now: later torchrun, and the store, may be gone.
+    hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    return Processes(here, rank, size, Watchdog(store, rank, size, timeout), hosts)
 
 
 class Watchdog:
