@@ -325,7 +325,8 @@ def test_launch_cases_reach_every_width():
         blocks = {launch.options["BLOCK"] for launch in launches if launch.kernel.__name__ == name}
         assert blocks == {128, 256, 512, 1024, 2048, 4096}
     for name in ("_looping_forward_kernel", "_looping_means_kernel", "_looping_backward_kernel"):
-        columns = {launch.arguments[-4 if "forward" in name else -3] for launch in launches if launch.kernel.__name__ == name}
+        index = -4 if "forward" in name else -3
+        columns = {launch.arguments[index] for launch in launches if launch.kernel.__name__ == name}
         assert columns == {1, 1023, 8192}, name
 
 

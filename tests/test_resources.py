@@ -59,23 +59,40 @@ def test_no_kernel_is_launched_with_unaligned_tensors():
         ),
         lambda: gelu.bias_gelu(shift(5, 48), vectors[0], impl="triton"),
         lambda: embedding.embedding_layer_norm(
-            ids, shift(9, 48), shift(20, 48), shift(2, 48), *vectors[:2], token_type_ids=ids, position_ids=ids, p=0.1,
-            seed=seed, impl="triton",
-        ),  # fmt: skip
+            ids,
+            shift(9, 48),
+            shift(20, 48),
+            shift(2, 48),
+            *vectors[:2],
+            token_type_ids=ids,
+            position_ids=ids,
+            p=0.1,
+            seed=seed,
+            impl="triton",
+        ),
         lambda: attention.attention(
             *(shift(3, 16, 2, 32) for _ in range(3)), key_lengths=lengths, dropout_p=0.1, seed=seed, impl="triton"
         ),
         lambda: attention.varlen_attention(
             *(shift(16, 2, 32) for _ in range(3)), lengths, lengths, 16, 16, dropout_p=0.1, seed=seed, impl="triton"
         ),
-        lambda: cross_entropy.linear_cross_entropy(
-            shift(5, 48), shift(9, 48), shift(9), shift(5, dtype=torch.int64), reduction="none", impl="triton"
-        ).loss,
-        lambda: masking.mask_tokens(
-            ids, mask_token_id=4, vocab_size=9, special_token_ids=shift(2, dtype=torch.int64), seed=seed,
-            sample_ids=shift(2, dtype=torch.int64), impl="triton",
-        ).positions,
-    ]  # fmt: skip
+        lambda: (
+            cross_entropy.linear_cross_entropy(
+                shift(5, 48), shift(9, 48), shift(9), shift(5, dtype=torch.int64), reduction="none", impl="triton"
+            ).loss
+        ),
+        lambda: (
+            masking.mask_tokens(
+                ids,
+                mask_token_id=4,
+                vocab_size=9,
+                special_token_ids=shift(2, dtype=torch.int64),
+                seed=seed,
+                sample_ids=shift(2, dtype=torch.int64),
+                impl="triton",
+            ).positions
+        ),
+    ]
     for call in calls:
         with _dispatch.record_launches() as launches:
             y = call()

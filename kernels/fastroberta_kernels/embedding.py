@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from . import philox
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
-from .layer_norm import KERNEL_DTYPES, unify_dtypes
+from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, unify_dtypes
 
 MAX_COLUMNS = 4096  # as many as XLM-R XXL has; a row stays in registers, and the backward of longer ones spills
 
@@ -385,6 +385,8 @@ def _forward_op(
     y = word_weight.new_empty((batch, length, num_columns), dtype=dtype)
     positions = input_ids.new_empty((batch, length), dtype=torch.int32)
     tile = _tile(num_columns, 2048, 512)
+    # Left to itself, ptxas takes 40 registers for one more block, and spills where the output is wide.
+    registers = 48 if tile["BLOCK"] == 1024 and dtype == torch.float32 else None
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),
@@ -405,6 +407,7 @@ def _forward_op(
         HAS_DROPOUT=p > 0,
         SPAN=512,
         **tile,
+        maxnreg=registers,
     )
     return y, positions
 
@@ -453,6 +456,8 @@ def _backward_op(
     needs_word, needs_position, needs_type = needs
     dx = dy.new_empty((num_rows, num_columns), dtype=torch.float32)
     tile = _tile(num_columns, 1024, 2048)
+    # As in the forward: ptxas spills here for one more block.
+    registers = NO_SQUEEZE if tile["BLOCK"] == 512 or (tile["BLOCK"] == 1024 and p == 0) else None
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(
@@ -472,6 +477,7 @@ def _backward_op(
         eps,
         HAS_DROPOUT=p > 0,
         **tile,
+        maxnreg=registers,
     )
     dweight, dbias = partials[0].sum(0), partials[1].sum(0)
     dword, dposition, dtype_ = _empty_tables(word_weight, position_weight, token_type_weight, (False,) * 3)
@@ -641,11 +647,11 @@ def embedding_layer_norm(
     ids = [None if tensor is None else tensor.contiguous() for tensor in (input_ids, position_ids, token_type_ids)]
     # Tables of one dtype, and a norm of that or fp32: so Triton compiles few kernels. Other mixtures are cast to fp32, as
     # the kernel would do, and autograd rounds their gradients, as the kernel would do.
-    tables = tensors[:3]
+    tables = list(tensors[:3])
     if any(table is not None and table.dtype != word_weight.dtype for table in tables):
         tables = [None if table is None else table.float() for table in tables]
-    tensors = (*tables, *unify_dtypes(tables[0], norm_weight, norm_bias))
-    weights = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    vectors = unify_dtypes(tables[0], norm_weight, norm_bias)
+    weights = [None if tensor is None else tensor.contiguous() for tensor in (*tables, *vectors)]
     padding = -1 if padding_idx is None else padding_idx
     return _forward_op(*ids, *weights, seed, padding, padding_positions, float(p), eps, dtype)[0]
 

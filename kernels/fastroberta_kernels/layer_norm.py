@@ -56,6 +56,16 @@ from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
 LONGEST_ROW = 4096  # that stays in the registers of one program
 # Registers that a thread may take. Left to itself, ptxas spills a few where that lets one more block run.
 NO_SQUEEZE = 128
+# Of the backward by BLOCK: where there is room, the next one or two tiles are fetched while one is worked on. At up to 128
+# registers two blocks fit, and no more are started; each of these spills nothing with Triton 3.6.0 to 3.9.0.
+BACKWARD_STAGES_AND_REGISTERS = {
+    128: (1, NO_SQUEEZE),
+    256: (1, NO_SQUEEZE),
+    512: (3, None),
+    1024: (3, NO_SQUEEZE),
+    2048: (2, None),
+    4096: (2, 255),
+}
 LOOPING_FORWARD = {"BLOCK": 512, "num_warps": 4, "maxnreg": NO_SQUEEZE}  # of kernels that take a row a block at a time
 LOOPING_TILE = {"ROWS": 4, "BLOCK": 256}  # of the backward that takes rows a block at a time
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -474,7 +484,8 @@ def _layer_norm_backward(
     sums = (dweight, dbias, dx_bias)[: 2 if x_bias is None else 3]
     is_looping = _is_looping(num_columns)
     tile = LOOPING_TILE if is_looping else _tile(num_columns)
-    num_blocks = -(-num_columns // LOOPING_TILE["BLOCK"]) if is_looping else 1
+    block = tile["BLOCK"]
+    num_blocks = -(-num_columns // block) if is_looping else 1
     num_programs = min(max(1, count_programs(x.device) // num_blocks), -(-num_rows // tile["ROWS"]))
     partials = torch.empty((len(sums), num_programs, num_columns), dtype=torch.float32, device=x.device)
     if is_looping:
@@ -485,11 +496,10 @@ def _layer_norm_backward(
             HAS_DROPOUT=p > 0, **tile, num_warps=8, maxnreg=NO_SQUEEZE,
         )  # fmt: skip
     else:
+        stages, registers = BACKWARD_STAGES_AND_REGISTERS[block]
         launch(
             _layer_norm_backward_kernel, (num_programs,), *inputs, *outputs, partials, *scalars,
-            # Where there is room, the next one or two tiles are fetched while one is worked on.
-            HAS_DROPOUT=p > 0, **tile, STAGES=2 if tile["BLOCK"] > 1024 else 3, num_warps=8,
-            maxnreg=NO_SQUEEZE if tile["BLOCK"] == 1024 else None,
+            HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
         )  # fmt: skip
     sum_partials(partials, sums)
     return gradients
