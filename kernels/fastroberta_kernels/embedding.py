@@ -386,7 +386,7 @@ def _forward_op(
     positions = input_ids.new_empty((batch, length), dtype=torch.int32)
     tile = _tile(num_columns, 2048, 512)
     # Left to itself, ptxas takes 40 registers for one more block, and spills where the output is wide.
-    registers = 48 if tile["BLOCK"] == 1024 and dtype == torch.float32 else None
+    registers = NO_SQUEEZE if tile["BLOCK"] == 1024 and dtype == torch.float32 else None
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),
@@ -457,7 +457,7 @@ def _backward_op(
     dx = dy.new_empty((num_rows, num_columns), dtype=torch.float32)
     tile = _tile(num_columns, 1024, 2048)
     # As in the forward: ptxas spills here for one more block.
-    registers = NO_SQUEEZE if tile["BLOCK"] == 512 or (tile["BLOCK"] == 1024 and p == 0) else None
+    registers = {512: NO_SQUEEZE, 1024: NO_SQUEEZE if p == 0 else None, 2048: 255}.get(tile["BLOCK"])
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(

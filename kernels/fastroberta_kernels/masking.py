@@ -223,7 +223,8 @@ def _mask_tokens_op(
         _as_millionths(mlm_probability),
         special_token_ids.numel(),
         BLOCK=block,
-        num_warps=max(4, block // 256),
+        num_warps=8 if block > 1024 else 4,
+        maxnreg=255 if block > 512 else None,  # with fewer registers to a thread long sequences spill
     )
     return output, positions, labels
 
