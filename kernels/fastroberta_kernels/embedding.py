@@ -457,7 +457,8 @@ def _backward_op(
     dx = dy.new_empty((num_rows, num_columns), dtype=torch.float32)
     tile = _tile(num_columns, 1024, 2048)
     # As in the forward: ptxas spills here for one more block.
-    registers = {512: NO_SQUEEZE, 1024: NO_SQUEEZE if p == 0 else None, 2048: 255}.get(tile["BLOCK"])
+    squeezed = p == 0 or word_weight.dtype != torch.float32
+    registers = {512: NO_SQUEEZE, 1024: NO_SQUEEZE if squeezed else None, 2048: 255}.get(tile["BLOCK"])
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(
