@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from fastroberta_kernels import _dispatch, attention, cross_entropy, embedding, gelu, layer_norm, masking
 
 from bench.resources import CHIPS, KERNEL_MODULES, Resources, count_resident_blocks
 
@@ -37,6 +39,70 @@ def test_every_kernel_fits_every_chip():
             for target in CHIPS:
                 row = rf"^\w+\.{kernel} .* sm_{target} "
                 assert re.search(row, done.stdout, re.MULTILINE), f"{name} launches {kernel}: not on sm_{target}"
+
+
+def shift(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros that start one element behind a 16-byte border, as a view into a larger tensor may."""
+    numel = torch.Size(shape).numel()
+    return torch.zeros(numel + 1, dtype=dtype)[1:].view(shape).requires_grad_(dtype.is_floating_point)
+
+
+@pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
+def test_no_kernel_is_launched_with_unaligned_tensors():
+    """Triton would compile kernels that no launch case reaches: wrappers copy such tensors, gradients included."""
+    ids, lengths = shift(2, 16, dtype=torch.int64), shift(3, dtype=torch.int32)
+    seed, vectors = shift(2, dtype=torch.int64), [shift(48) for _ in range(3)]
+    calls = [
+        lambda: layer_norm.layer_norm(shift(5, 48), *vectors[:2], impl="triton"),
+        lambda: layer_norm.dropout_add_layer_norm(
+            shift(5, 48), shift(5, 48), *vectors[:2], x_bias=vectors[2], p=0.1, seed=seed, impl="triton"
+        ),
+        lambda: gelu.bias_gelu(shift(5, 48), vectors[0], impl="triton"),
+        lambda: embedding.embedding_layer_norm(
+            ids,
+            shift(9, 48),
+            shift(20, 48),
+            shift(2, 48),
+            *vectors[:2],
+            token_type_ids=ids,
+            position_ids=ids,
+            p=0.1,
+            seed=seed,
+            impl="triton",
+        ),
+        lambda: attention.attention(
+            *(shift(3, 16, 2, 32) for _ in range(3)), key_lengths=lengths, dropout_p=0.1, seed=seed, impl="triton"
+        ),
+        lambda: attention.varlen_attention(
+            *(shift(16, 2, 32) for _ in range(3)), lengths, lengths, 16, 16, dropout_p=0.1, seed=seed, impl="triton"
+        ),
+        lambda: (
+            cross_entropy.linear_cross_entropy(
+                shift(5, 48), shift(9, 48), shift(9), shift(5, dtype=torch.int64), reduction="none", impl="triton"
+            ).loss
+        ),
+        lambda: (
+            masking.mask_tokens(
+                ids,
+                mask_token_id=4,
+                vocab_size=9,
+                special_token_ids=shift(2, dtype=torch.int64),
+                seed=seed,
+                sample_ids=shift(2, dtype=torch.int64),
+                impl="triton",
+            ).positions
+        ),
+    ]
+    for call in calls:
+        with _dispatch.record_launches() as launches:
+            y = call()
+            if y.requires_grad:
+                y.backward(shift(*y.shape, dtype=y.dtype).detach())
+        assert launches
+        for launch in launches:
+            for name, value in zip(launch.kernel.arg_names, launch.arguments):
+                aligned = not isinstance(value, torch.Tensor) or value.data_ptr() % 16 == 0
+                assert aligned, f"{launch.kernel.__name__}: {name}"
 
 
 BAD_KERNELS = """

@@ -26,8 +26,8 @@ except ImportError:  # a platform without Triton: the twins are the implementati
     triton = None
     tl = None
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return function or jit
 
 
 # torch.library names are global to a process. Taking them from the package lets a copy of these files in another
@@ -78,6 +78,18 @@ def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) 
             "impl='torch', or set TRITON_INTERPRET=1 before the first import to run them in Triton's interpreter"
         )
     return True
+
+
+def align(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, contiguous and on a 16-byte border; a copy where it is not.
+
+    Triton compiles another kernel for a pointer that lies elsewhere (a view into a larger tensor can): a slow one, with
+    more registers, for each combination of such arguments. None of those is ever launched.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

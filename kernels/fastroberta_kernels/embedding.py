@@ -40,10 +40,10 @@ import torch
 from torch.nn import functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, unify_dtypes
 
-MAX_COLUMNS = 8192  # a row stays in the registers of one program
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_COLUMNS = 4096  # as many as XLM-R XXL has; a row stays in registers, and the backward of longer ones spills
 
 
 def create_positions_torch(input_ids: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
@@ -123,7 +123,8 @@ def _load_normalized(
     return x * rstd[:, None], rstd
 
 
-@jit
+# Of the sizes only the number of columns decides how rows are read.
+@jit(do_not_specialize=["length", "num_words", "num_positions", "num_types", "padding_idx", "threshold"])
 def _embedding_forward_kernel(
     ids_ptr, position_ids_ptr, type_ids_ptr,  # (B, L) int64; the last two may be None
     word_ptr, position_ptr, type_ptr, weight_ptr, bias_ptr, seed_ptr,  # tables (rows, d), (d,), (2,)
@@ -174,7 +175,7 @@ def _embedding_forward_kernel(
     tl.store(positions_ptr + rows, positions.to(tl.int32), mask=row_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "num_words", "num_positions", "num_types", "threshold"])
 def _embedding_backward_kernel(
     dy_ptr, ids_ptr, positions_ptr, type_ids_ptr,  # (N, d); (N,) int64, int32, int64 or None
     word_ptr, position_ptr, type_ptr, weight_ptr, seed_ptr,  # tables (rows, d), (d,), (2,)
@@ -220,7 +221,7 @@ def _embedding_backward_kernel(
     tl.store(partials_ptr + tl.num_programs(0).to(tl.int64) * num_columns, tl.sum(dbias, axis=0), mask=column_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "num_table_rows"])
 def _sum_blocks_kernel(
     sorted_ptr, order_ptr,  # (N,): ids in ascending order, and where each stood
     rows_ptr, table_ptr, partials_ptr,  # fp32 (N, d); (table rows, d) filled with zeros; fp32 (blocks, 2, d)
@@ -262,7 +263,7 @@ def _sum_blocks_kernel(
     tl.store(partials_ptr + num_columns, total, mask=column_mask & begins_here & goes_on)
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "num_table_rows"])
 def _join_blocks_kernel(
     sorted_ptr, run_ends_ptr,  # (N,), (N // COUNT,): where the run of a full block's last id ends
     table_ptr, partials_ptr,  # (table rows, d), fp32 (blocks, 2, d)
@@ -295,10 +296,6 @@ _BLOCK_ENTRIES = 32
 _MAX_PROGRAMS = 768  # of the backward: as many partial sums of dweight and dbias; fixed, so that bits do not change
 
 
-def _next_power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
-
-
 def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype: torch.dtype) -> torch.Tensor:
     """A table (num_table_rows, d) of sums of `rows` (N, d) fp32 over equal `ids` (N,), zero where there are none."""
     num_rows, num_columns = rows.shape
@@ -309,8 +306,7 @@ def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype
     run_ends = torch.searchsorted(sorted_ids, last_ids, right=True)
     num_blocks = -(-num_rows // _BLOCK_ENTRIES)
     partials = rows.new_empty(num_blocks, 2, num_columns)
-    block = min(256, _next_power_of_two(num_columns))
-    grid = (num_blocks, -(-num_columns // block))
+    grid = (num_blocks, -(-num_columns // 256))
     sizes = (num_rows, num_table_rows, num_columns)
     launch(
         _sum_blocks_kernel,
@@ -322,7 +318,7 @@ def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype
         partials,
         *sizes,
         COUNT=_BLOCK_ENTRIES,
-        BLOCK=block,
+        BLOCK=256,
         num_warps=2,
     )
     launch(
@@ -335,7 +331,7 @@ def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype
         *sizes,
         COUNT=_BLOCK_ENTRIES,
         ROWS=8,
-        BLOCK=block,
+        BLOCK=256,
         num_warps=2,
     )
     return table
@@ -346,8 +342,8 @@ def _tile(num_columns: int, elements: int, widest_for_four: int) -> dict[str, in
 
     Other tiles spilled a register or two with Triton 3.7.
     """
-    block = max(16, _next_power_of_two(num_columns))
-    num_warps = 2 if block <= 64 else 4 if block <= widest_for_four else 8
+    block = max(64, 1 << (num_columns - 1).bit_length())
+    num_warps = 2 if block == 64 else 4 if block <= widest_for_four else 8
     return {"ROWS": max(1, min(4, elements // block)), "BLOCK": block, "num_warps": num_warps}
 
 
@@ -389,18 +385,13 @@ def _forward_op(
     y = word_weight.new_empty((batch, length, num_columns), dtype=dtype)
     positions = input_ids.new_empty((batch, length), dtype=torch.int32)
     tile = _tile(num_columns, 2048, 512)
+    # Left to itself, ptxas takes 40 registers for one more block, and spills where the output is wide.
+    registers = NO_SQUEEZE if tile["BLOCK"] == 1024 and dtype == torch.float32 else None
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),
-        input_ids,
-        position_ids,
-        token_type_ids,
-        word_weight,
-        position_weight,
-        token_type_weight,
-        norm_weight,
-        norm_bias,
-        seed,
+        *map(align, (input_ids, position_ids, token_type_ids)),
+        *map(align, (word_weight, position_weight, token_type_weight, norm_weight, norm_bias, seed)),
         y,
         positions,
         length,
@@ -416,6 +407,7 @@ def _forward_op(
         HAS_DROPOUT=p > 0,
         SPAN=512,
         **tile,
+        maxnreg=registers,
     )
     return y, positions
 
@@ -464,20 +456,16 @@ def _backward_op(
     needs_word, needs_position, needs_type = needs
     dx = dy.new_empty((num_rows, num_columns), dtype=torch.float32)
     tile = _tile(num_columns, 1024, 2048)
+    # As in the forward: ptxas spills here for one more block.
+    squeezed = p == 0 or word_weight.dtype != torch.float32
+    registers = {512: NO_SQUEEZE, 1024: NO_SQUEEZE if squeezed else None, 2048: 255}.get(tile["BLOCK"])
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(
         _embedding_backward_kernel,
         (programs,),
-        dy.contiguous(),
-        input_ids,
-        positions,
-        token_type_ids,
-        word_weight,
-        position_weight,
-        token_type_weight,
-        norm_weight,
-        seed,
+        *map(align, (dy, input_ids, positions, token_type_ids)),
+        *map(align, (word_weight, position_weight, token_type_weight, norm_weight, seed)),
         dx,
         partials,
         num_rows,
@@ -490,6 +478,7 @@ def _backward_op(
         eps,
         HAS_DROPOUT=p > 0,
         **tile,
+        maxnreg=registers,
     )
     dweight, dbias = partials[0].sum(0), partials[1].sum(0)
     dword, dposition, dtype_ = _empty_tables(word_weight, position_weight, token_type_weight, (False,) * 3)
@@ -657,7 +646,13 @@ def embedding_layer_norm(
     if num_columns > MAX_COLUMNS:
         raise ValueError(f"{name}: {num_columns} columns, the kernel takes at most {MAX_COLUMNS}; pass impl='torch'")
     ids = [None if tensor is None else tensor.contiguous() for tensor in (input_ids, position_ids, token_type_ids)]
-    weights = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    # Tables of one dtype, and a norm of that or fp32: so Triton compiles few kernels. Other mixtures are cast to fp32, as
+    # the kernel would do, and autograd rounds their gradients, as the kernel would do.
+    tables = list(tensors[:3])
+    if any(table is not None and table.dtype != word_weight.dtype for table in tables):
+        tables = [None if table is None else table.float() for table in tables]
+    vectors = unify_dtypes(tables[0], norm_weight, norm_bias)
+    weights = [None if tensor is None else tensor.contiguous() for tensor in (*tables, *vectors)]
     padding = -1 if padding_idx is None else padding_idx
     return _forward_op(*ids, *weights, seed, padding, padding_positions, float(p), eps, dtype)[0]
 
@@ -722,24 +717,24 @@ class Embeddings(torch.nn.Module):
 
 
 def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration that differs in code or resources."""
+    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
 
-    def case(num_columns, weight_dtype, dtype, p=0.0, padding_idx=1, has_types=False, has_positions=False, batch=4):
+    def case(num_columns, weight_dtype, norm_dtype, dtype, p=0.0, types="none", positions="counted"):
         def run():
-            def empty(*shape):
-                return torch.zeros(shape, dtype=weight_dtype, requires_grad=True)
+            def empty(*shape, dtype=weight_dtype):
+                return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-            ids = torch.zeros((batch, 32), dtype=torch.int64)
+            ids = torch.zeros((4, 32), dtype=torch.int64)
             y = embedding_layer_norm(
                 ids,
                 empty(64, num_columns),
                 empty(48, num_columns),
-                empty(2, num_columns),
-                empty(num_columns),
-                empty(num_columns),
-                token_type_ids=ids if has_types else None,
-                position_ids=ids if has_positions else None,
-                padding_idx=padding_idx,
+                None if types == "none" else empty(2, num_columns),
+                empty(num_columns, dtype=norm_dtype),
+                empty(num_columns, dtype=norm_dtype),
+                token_type_ids=ids if types == "given" else None,
+                position_ids=ids if positions == "given" else None,
+                padding_idx=None if positions == "running" else 1,
                 p=p,
                 seed=0 if p else None,
                 dtype=dtype,
@@ -749,13 +744,19 @@ def launch_cases() -> Iterator[Callable[[], None]]:
 
         return run
 
-    fp32, bf16, fp16 = KERNEL_DTYPES
-    for num_columns in (64, 128, 256, 512, 768, 2048, 4096, 8192):
-        yield case(num_columns, fp32, bf16, p=0.1)
-    for weight_dtype, dtype in ((fp32, fp32), (bf16, bf16), (fp16, fp16), (fp32, bf16), (fp32, fp16)):
-        for p in (0.0, 0.1):
-            yield case(768, weight_dtype, dtype, p)
-    yield case(768, fp32, bf16, padding_idx=None)
-    yield case(768, fp32, bf16, has_types=True)
-    yield case(768, fp32, bf16, has_positions=True)
-    yield case(1023, fp32, bf16, p=0.1)  # rows that are not aligned
+    fp32, bf16, _ = KERNEL_DTYPES
+    # Every width, aligned rows and others, in the fullest form; 1 is a number of columns that Triton makes a constant of.
+    for num_columns in (64, 128, 256, 512, 768, 2048, 4096, 1, 37, 127, 255, 511, 1023, 2047, 4095):
+        for weight_dtype, norm_dtype, dtype in ((fp32, fp32, bf16), (bf16, bf16, bf16), (fp32, fp32, fp32)):
+            yield case(num_columns, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
+    # Every mixture of dtypes in the fullest and the leanest form.
+    for weight_dtype in KERNEL_DTYPES:
+        for norm_dtype in dict.fromkeys((weight_dtype, fp32)):
+            for dtype in KERNEL_DTYPES:
+                yield case(768, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
+                yield case(768, weight_dtype, norm_dtype, dtype)
+    # Every set of flags.
+    for types in ("none", "first", "given"):
+        for positions in ("counted", "running", "given"):
+            for p in (0.0, 0.1):
+                yield case(768, fp32, fp32, bf16, p, types, positions)

@@ -25,8 +25,10 @@ that reads it next to this one, so storing z would occupy as many bytes as keepi
 one tensor less, the forward writes one more), and round z to the dtype of x. Recomputing x_hat from y would fail where
 a weight is zero.
 Bytes moved per element, for tensors of b bytes: forward 3b (x, residual, y); backward 5b with dropout (dy, x, residual,
-dx, dresidual), 4b without, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b. Above 4096 columns dbias and
-dx_bias take PyTorch's sums, and with them another reading of dy and dx.
+dx, dresidual), 4b without, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b.
+Rows longer than 4096 columns, or of a number of columns that is no multiple of 16, are taken a block of columns at a
+time by kernels of their own: these read x and residual three times in the forward, and dy, x and residual twice in the
+backward (a row again soon after, so from L2).
 
 Random numbers: the dropout decisions of `philox`, head 0, the row number being the flattened leading index. The
 backward draws them again, so no mask is stored.
@@ -49,9 +51,23 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
 
-MAX_COLUMNS = 8192  # a row stays in the registers of one program
+LONGEST_ROW = 4096  # that stays in the registers of one program
+# Registers that a thread may take. Left to itself, ptxas spills a few where that lets one more block run.
+NO_SQUEEZE = 128
+# Of the backward by BLOCK: where there is room, the next one or two tiles are fetched while one is worked on. At up to 128
+# registers two blocks fit, and no more are started; each of these spills nothing with Triton 3.6.0 to 3.9.0.
+BACKWARD_STAGES_AND_REGISTERS = {
+    128: (1, NO_SQUEEZE),
+    256: (1, NO_SQUEEZE),
+    512: (3, None),
+    1024: (3, NO_SQUEEZE),
+    2048: (2, None),
+    4096: (2, 255),
+}
+LOOPING_FORWARD = {"BLOCK": 512, "num_warps": 4, "maxnreg": NO_SQUEEZE}  # of kernels that take a row a block at a time
+LOOPING_TILE = {"ROWS": 4, "BLOCK": 256}  # of the backward that takes rows a block at a time
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -125,11 +141,11 @@ def _load_sum(
     return z
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "threshold"])
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr,  # (rows, N), (rows, N), (N,), (N,), (N,), (2,)
     y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, rest of the mean, rstd
-    num_rows, num_columns, threshold, scale, eps,
+    num_rows, statistics_stride, num_columns, threshold, scale, eps,
     HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -157,23 +173,21 @@ def _layer_norm_forward_kernel(
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(statistics_ptr + rows, mean, mask=row_mask)
-    tl.store(statistics_ptr + num_rows + rows, rest, mask=row_mask)
-    tl.store(statistics_ptr + num_rows + num_rows + rows, rstd, mask=row_mask)
+    tl.store(statistics_ptr + statistics_stride + rows, rest, mask=row_mask)
+    tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "threshold"])
 def _layer_norm_backward_kernel(
     dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
     dx_ptr, dresidual_ptr,  # (rows, N); dresidual is None where it is dx
     partials_ptr,  # fp32 (1 to 3, programs, N): dweight, dbias, dx_bias
-    num_rows, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    num_rows, statistics_stride, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     column_mask = columns < num_columns
-    # In wide rows registers run out: the weight is read for every tile, dbias and dx_bias are left to the wrapper.
-    if not WIDE:
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -186,8 +200,8 @@ def _layer_norm_backward_kernel(
         mask = row_mask[:, None] & column_mask[None, :]
         offsets = rows[:, None] * num_columns + columns[None, :]
         mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
-        rest = tl.load(statistics_ptr + num_rows + rows, mask=row_mask, other=0.0)
-        rstd = tl.load(statistics_ptr + num_rows + num_rows + rows, mask=row_mask, other=0.0)
+        rest = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
+        rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
         keep = mask
         if HAS_DROPOUT:
             keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
@@ -196,10 +210,7 @@ def _layer_norm_backward_kernel(
         # Outside the mask dy is zero, so x_hat counts nothing there, whatever it is; dz is never stored there.
         x_hat = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None]
         dweight += dy * x_hat
-        if WIDE:
-            weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        else:
-            dbias += dy
+        dbias += dy
         g = dy * weight[None, :]
         mean_g = tl.sum(g, axis=1) / num_columns
         mean_g_x_hat = tl.sum(g * x_hat, axis=1) / num_columns
@@ -209,18 +220,158 @@ def _layer_norm_backward_kernel(
         if HAS_DROPOUT:
             dz = tl.where(keep, dz, 0.0) * scale
         tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
-        if x_bias_ptr is not None and not WIDE:
+        if x_bias_ptr is not None:
             dx_bias += dz  # zero in rows outside, where rstd is zero
     partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
     stride = tl.num_programs(0).to(tl.int64) * num_columns
     tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
-    if not WIDE:
-        tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
-    if x_bias_ptr is not None and not WIDE:
+    tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
+    if x_bias_ptr is not None:
         tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
 
 
 @jit
+def _load_block(
+    x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, first_column, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z of a tile that begins at a column in its rows; what dropout keeps of it; its columns, offsets and masks."""
+    columns = first_column + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    mask = row_mask[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    keep = mask
+    if HAS_DROPOUT:
+        k0, k1, first_row = philox.load_seed(seed_ptr)
+        head = tl.program_id(0) * 0
+        keep = philox.dropout_keep(k0, k1, rows + first_row, head, first_column, threshold, ROWS, BLOCK)
+    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
+    return z, keep, columns, offsets, column_mask, mask
+
+
+@jit(do_not_specialize=["num_rows", "threshold"])
+def _looping_forward_kernel(
+    x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr,  # as above
+    num_rows, statistics_stride, num_columns, threshold, scale, eps,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program goes over its row three times, a block at a time: for the mean, for the variance, for y."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row_mask = rows < num_rows
+    total = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        z, _, _, _, _, mask = _load_block(
+            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
+            HAS_DROPOUT, 1, BLOCK,
+        )  # fmt: skip
+        total += tl.where(mask, z, 0.0)
+    mean = tl.sum(total, axis=1) / num_columns
+    total = tl.zeros((1, BLOCK), dtype=tl.float32)
+    squares = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        z, _, _, _, _, mask = _load_block(
+            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
+            HAS_DROPOUT, 1, BLOCK,
+        )  # fmt: skip
+        centred = tl.where(mask, z - mean[:, None], 0.0)
+        total += centred
+        squares += centred * centred
+    rest = tl.sum(total, axis=1) / num_columns
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / num_columns - rest * rest + eps)
+    for start in range(0, num_columns, BLOCK):
+        z, _, columns, offsets, column_mask, mask = _load_block(
+            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
+            HAS_DROPOUT, 1, BLOCK,
+        )  # fmt: skip
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        y = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(statistics_ptr + rows, mean, mask=row_mask)
+    tl.store(statistics_ptr + statistics_stride + rows, rest, mask=row_mask)
+    tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
+
+
+@jit
+def _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z):
+    """x_hat of a tile, whatever outside its rows, and rstd, zero there."""
+    mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
+    rest = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
+    rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
+    return ((z - mean[:, None]) - rest[:, None]) * rstd[:, None], rstd
+
+
+@jit(do_not_specialize=["num_rows", "threshold"])
+def _looping_means_kernel(
+    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
+    means_ptr,  # fp32 (2, rows): mean(g), mean(g * x_hat)
+    num_rows, statistics_stride, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program adds up its row, a block at a time."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row_mask = rows < num_rows
+    g_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
+    g_x_hat_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        z, _, columns, offsets, column_mask, mask = _load_block(
+            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
+            HAS_DROPOUT, 1, BLOCK,
+        )  # fmt: skip
+        x_hat, _ = _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z)
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
+        g_sum += g
+        g_x_hat_sum += g * x_hat
+    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / num_columns, mask=row_mask)
+    tl.store(means_ptr + statistics_stride + rows, tl.sum(g_x_hat_sum, axis=1) / num_columns, mask=row_mask)
+
+
+@jit(do_not_specialize=["num_rows", "threshold"])
+def _looping_backward_kernel(
+    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr, means_ptr,  # as above
+    dx_ptr, dresidual_ptr, partials_ptr,  # as in the other backward
+    num_rows, statistics_stride, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program has a block of columns and walks over rows, whose means are known: nothing of a row is kept."""
+    first_column = tl.program_id(1) * BLOCK
+    columns = first_column + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        row_mask = rows < num_rows
+        z, keep, _, offsets, _, mask = _load_block(
+            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, first_column, num_columns, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        x_hat, rstd = _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean_g = tl.load(means_ptr + rows, mask=row_mask, other=0.0)
+        mean_g_x_hat = tl.load(means_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
+        dweight += dy * x_hat
+        dbias += dy
+        dz = rstd[:, None] * (dy * weight[None, :] - mean_g[:, None] - x_hat * mean_g_x_hat[:, None])
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if HAS_DROPOUT:
+            dz = tl.where(keep, dz, 0.0) * scale
+        tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
+        if x_bias_ptr is not None:
+            dx_bias += dz  # zero in rows outside, where rstd is zero
+    partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
+    stride = tl.num_programs(0).to(tl.int64) * num_columns
+    tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
+    tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
+    if x_bias_ptr is not None:
+        tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
+
+
+@jit(do_not_specialize=["num_partials"])
 def _sum_partials_kernel(
     partials_ptr, out_0_ptr, out_1_ptr, out_2_ptr,  # fp32 (sums, partials, N); (N,) each, absent ones None
     num_partials, num_columns,
@@ -260,7 +411,7 @@ def sum_partials(partials: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> N
     launch(
         _sum_partials_kernel, (-(-num_columns // 32), len(outputs)),
         partials, *outputs, *absent, num_partials, num_columns,
-        ROWS=128, BLOCK=32, num_warps=4,
+        ROWS=128, BLOCK=32, num_warps=4, maxnreg=NO_SQUEEZE,
     )  # fmt: skip
 
 
@@ -268,6 +419,12 @@ def _tile(num_columns: int) -> dict[str, int]:
     """ROWS and BLOCK: whole rows, as many as make 2048 elements."""
     block = max(128, 1 << (num_columns - 1).bit_length())
     return {"ROWS": max(1, 2048 // block), "BLOCK": block}
+
+
+def _is_looping(num_columns: int) -> bool:
+    """Whether rows are taken a block at a time: long ones, and those that are not aligned to a vector load, whose
+    elements and addresses take so many registers that some spilled."""
+    return num_columns > LONGEST_ROW or num_columns % 16 != 0
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_forward", mutates_args=())
@@ -282,24 +439,27 @@ def _layer_norm_forward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, statistics = _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps)
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    x_bias = None if x_bias is None else x_bias.contiguous()
-    num_rows, num_columns = statistics.shape[1], x.shape[-1]
-    tile = _tile(num_columns)
-    launch(
-        _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),),
-        x, residual, x_bias, weight, bias, seed, y, statistics,
-        num_rows, num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
-        HAS_DROPOUT=p > 0, **tile, num_warps=16 if tile["BLOCK"] > 2048 else 4,
+    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    arguments = (
+        *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics,
+        num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
     )  # fmt: skip
+    if _is_looping(num_columns):
+        launch(_looping_forward_kernel, (num_rows,), *arguments, HAS_DROPOUT=p > 0, **LOOPING_FORWARD)
+    else:
+        tile = _tile(num_columns)
+        launch(
+            _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),), *arguments,
+            HAS_DROPOUT=p > 0, **tile, num_warps=16 if tile["BLOCK"] > 2048 else 4,
+            maxnreg=NO_SQUEEZE if tile["BLOCK"] == 2048 else None,
+        )  # fmt: skip
     return y, statistics
 
 
 @_layer_norm_forward.register_fake
 def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty((3, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
+    return y, torch.empty((3, -(-x.shape[:-1].numel() // 16) * 16), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
@@ -317,30 +477,31 @@ def _layer_norm_backward(
     """dx, dresidual, dx_bias, dweight, dbias; what is absent, or the same as dx, is empty."""
     gradients = _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p)
     dx, dresidual, dx_bias, dweight, dbias = gradients
-    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    has_own_dresidual = _has_own_dresidual(x, residual, p)
-    residual = None if residual is None else residual.contiguous()
-    x_bias = None if x_bias is None else x_bias.contiguous()
-    num_rows, num_columns = statistics.shape[1], x.shape[-1]
-    tile = _tile(num_columns)
-    num_programs = min(count_programs(x.device), -(-num_rows // tile["ROWS"]))
-    wide = tile["BLOCK"] > 4096
-    sums = (dweight, dbias, dx_bias)[: 1 if wide else 2 if x_bias is None else 3]
+    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    inputs = (*map(align, (dy, x, residual, x_bias, weight, seed)), statistics)
+    outputs = (dx, dresidual if _has_own_dresidual(x, residual, p) else None)
+    scalars = (num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p))
+    sums = (dweight, dbias, dx_bias)[: 2 if x_bias is None else 3]
+    is_looping = _is_looping(num_columns)
+    tile = LOOPING_TILE if is_looping else _tile(num_columns)
+    block = tile["BLOCK"]
+    num_blocks = -(-num_columns // block) if is_looping else 1
+    num_programs = min(max(1, count_programs(x.device) // num_blocks), -(-num_rows // tile["ROWS"]))
     partials = torch.empty((len(sums), num_programs, num_columns), dtype=torch.float32, device=x.device)
-    # Where there is room, the next one or two tiles are fetched while one is worked on.
-    stages = 1 if wide else 2 if tile["BLOCK"] > 1024 else 3
-    launch(
-        _layer_norm_backward_kernel, (num_programs,),
-        dy, x, residual, x_bias, weight, seed, statistics,
-        dx, dresidual if has_own_dresidual else None, partials,
-        num_rows, num_columns, philox.dropout_threshold(p), philox.dropout_scale(p),
-        HAS_DROPOUT=p > 0, WIDE=wide, **tile, STAGES=stages, num_warps=8,
-    )  # fmt: skip
+    if is_looping:
+        means = torch.empty_like(statistics[:2])
+        launch(_looping_means_kernel, (num_rows,), *inputs, means, *scalars, HAS_DROPOUT=p > 0, **LOOPING_FORWARD)
+        launch(
+            _looping_backward_kernel, (num_programs, num_blocks), *inputs, means, *outputs, partials, *scalars,
+            HAS_DROPOUT=p > 0, **tile, num_warps=8, maxnreg=NO_SQUEEZE,
+        )  # fmt: skip
+    else:
+        stages, registers = BACKWARD_STAGES_AND_REGISTERS[block]
+        launch(
+            _layer_norm_backward_kernel, (num_programs,), *inputs, *outputs, partials, *scalars,
+            HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
+        )  # fmt: skip
     sum_partials(partials, sums)
-    if wide:
-        dbias.copy_(dy.view(-1, num_columns).sum(0, dtype=torch.float32))
-        if x_bias is not None:
-            dx_bias.copy_(dx.view(-1, num_columns).sum(0, dtype=torch.float32))
     return gradients
 
 
@@ -392,11 +553,12 @@ def layer_norm(
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or N above 8192 for Triton.
+        ValueError: shapes, dtypes or devices that do not fit.
     """
     triton = use_triton("layer_norm", impl, x, weight, bias)
     _check("layer_norm", triton, x, {"weight": weight, "bias": bias})
     if triton:
+        weight, bias = unify_dtypes(x, weight, bias)
         return _layer_norm_forward(x, None, None, weight, bias, None, 0.0, eps)[0]
     return layer_norm_torch(x, weight, bias, eps)
 
@@ -422,8 +584,7 @@ def dropout_add_layer_norm(
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1], p > 0 without a seed, or N above 8192
-            for Triton.
+        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1], or p > 0 without a seed.
     """
     triton = use_triton("dropout_add_layer_norm", impl, x, residual, weight, bias, x_bias)
     _check("dropout_add_layer_norm", triton, x, {"weight": weight, "bias": bias, "x_bias": x_bias}, residual)
@@ -432,8 +593,19 @@ def dropout_add_layer_norm(
         raise ValueError("dropout_add_layer_norm: p > 0 needs a seed; pass seed=, an int or an int64 tensor")
     seed = philox.as_seed(seed, x.device) if p > 0 else None
     if triton:
+        weight, bias, x_bias = unify_dtypes(x, weight, bias, x_bias)
+        (residual,) = unify_dtypes(x, residual)
         return _layer_norm_forward(x, residual, x_bias, weight, bias, seed, p, eps)[0]
     return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
+
+
+def unify_dtypes(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The tensors in one dtype, that of x or fp32, so that Triton compiles few kernels. Other mixtures are cast to fp32,
+    as the kernel would do, and autograd rounds their gradients, as the kernel would do."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if dtypes == {x.dtype}:
+        return list(tensors)
+    return [None if tensor is None else tensor.float() for tensor in tensors]
 
 
 def _check(
@@ -455,10 +627,6 @@ def _check(
                              f"{name} must be {tuple(shape)}")  # fmt: skip
         if not tensor.dtype.is_floating_point or (triton and tensor.dtype not in KERNEL_DTYPES):
             raise ValueError(f"{operation}: {name} is {tensor.dtype}; use float32, bfloat16 or float16")
-    if triton and x.shape[-1] > MAX_COLUMNS:
-        raise ValueError(
-            f"{operation}: rows of {x.shape[-1]} columns exceed the kernel's {MAX_COLUMNS}; pass impl='torch'"
-        )
 
 
 class LayerNorm(torch.nn.Module):
@@ -498,7 +666,7 @@ class DropoutAddLayerNorm(torch.nn.Module):
 
 
 def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration that differs in code or resources."""
+    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
 
     def case(num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48):
         def run():
@@ -519,20 +687,20 @@ def launch_cases() -> Iterator[Callable[[], None]]:
 
         return run
 
-    fp32, bf16, fp16 = KERNEL_DTYPES
-    # Every width in the leanest and the fullest form, in the narrowest and the widest dtypes.
-    for num_columns in (64, 256, 512, 768, 1024, 2048, 4096, 8192):
-        for dtype in (bf16, fp32):
-            yield case(num_columns, dtype, fp32)
-            yield case(num_columns, dtype, fp32, dtype, has_x_bias=True, p=0.1)
-    yield case(1023, bf16, fp32, bf16, has_x_bias=True, p=0.1)  # rows that are not aligned
-    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.001, num_rows=1)  # Triton makes constants of ones
-    # Every set of flags, every mixture of dtypes.
-    for has_x_bias in (False, True):
-        for p in (0.0, 0.1):
-            yield case(768, bf16, fp32, bf16, has_x_bias, p)
-    for dtype in (bf16, fp16):
-        yield case(768, dtype, dtype)
-        for residual_dtype in (dtype, fp32):
-            yield case(768, dtype, dtype, residual_dtype, has_x_bias=True, p=0.0)
-            yield case(768, dtype, fp32, residual_dtype, has_x_bias=True, p=0.1)
+    fp32, bf16, _ = KERNEL_DTYPES
+    # Every width in the leanest and the fullest form, with the least and the most bytes; unaligned, long, both.
+    for num_columns in (128, 256, 512, 768, 2048, 4096, 1023, 8192):
+        for dtype, parameter_dtype, residual_dtype in ((bf16, bf16, bf16), (bf16, fp32, bf16), (fp32, fp32, fp32)):
+            yield case(num_columns, dtype, parameter_dtype)
+            yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
+    for num_columns in (768, 1023):
+        # Every mixture of dtypes in the leanest and the fullest form, then every set of flags.
+        for dtype in KERNEL_DTYPES:
+            for parameter_dtype in dict.fromkeys((dtype, fp32)):
+                yield case(num_columns, dtype, parameter_dtype)
+                for residual_dtype in dict.fromkeys((dtype, fp32)):
+                    yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
+        for has_x_bias in (False, True):
+            for p in (0.0, 0.1):
+                yield case(num_columns, bf16, fp32, bf16, has_x_bias, p)
+    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.1, num_rows=1)  # Triton makes a constant of the one column
