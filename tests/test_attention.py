@@ -566,3 +566,14 @@ def test_more_than_2_to_31_elements(device):
     for name in ("dq", "dk", "dv"):
         # Few heads are divided among more programs: sums in another order.
         torch.testing.assert_close(whole[name][-2:], last[name], rtol=2e-2, atol=2e-2)
+
+
+def test_more_documents_than_a_grid_is_deep(monkeypatch, device):
+    """CUDA's grids hold 65535 programs in their second and third dimension."""
+    grids = []
+    monkeypatch.setattr(attention, "launch", lambda kernel, grid, *arguments, **options: grids.append(grid))
+    q = torch.zeros(4, 2, 32, device=device, requires_grad=True)
+    bounds = torch.zeros(70_001, dtype=torch.int32, device=device)
+    bounds[-1] = 4
+    attention.varlen_attention(q, q, q, bounds, bounds, 4, 4, impl="triton").sum().backward()
+    assert [grid[0] for grid in grids] == [2 * 70_000] * 2 and all(max(grid[1:], default=1) < 65536 for grid in grids)

@@ -273,6 +273,17 @@ attention_torch_forward.register_autograd(backward_torch, setup_context=save_for
 
 
 @jit
+def locate_program(num_parts, num_heads):
+    """Part (int32), head and sequence (int64) of this program, the parts of a head next to each other.
+
+    All in one dimension of the grid: the others hold 65535 programs, and a batch may have more documents.
+    """
+    program = tl.program_id(0)
+    head = program // num_parts
+    return program % num_parts, (head % num_heads).to(tl.int64), (head // num_heads).to(tl.int64)
+
+
+@jit
 def locate_sequence(
     batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
 ):
@@ -294,26 +305,25 @@ def locate_sequence(
 
 # Of the sizes those are compiled in that save registers: strides, which `align_heads` makes multiples of 16, and the
 # number of keys, if every sequence has as many.
-@jit(do_not_specialize=["length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["num_heads", "length_q", "total_q", "threshold"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
     q_batch_stride, q_row_stride, q_head_stride,
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
-    length_q, length_k, total_q, qk_scale, keep_scale, threshold,
+    num_heads, length_q, length_k, total_q, qk_scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sequence against all its keys. Grid (blocks, heads, batch)."""
-    start_m = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    """One program: BLOCK_M queries of one head of one sequence against all its keys."""
+    block, head, batch = locate_program(tl.cdiv(length_q, BLOCK_M), num_heads)
+    start_m = block * BLOCK_M
     first_q, num_q, first_k, num_k = locate_sequence(
         batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
     )
     if start_m >= num_q:
         return
-    row_stride = tl.num_programs(1) * HEAD_DIM
+    row_stride = num_heads * HEAD_DIM
     first_q += start_m
     if VARLEN:
         q_ptr += first_q * q_row_stride + head * q_head_stride
@@ -367,7 +377,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=is_row)
 
 
-@jit(do_not_specialize=["length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["num_heads", "num_chunks", "length_q", "total_q", "threshold"])
 def attention_backward_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, partial_ptr,
     cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -375,15 +385,13 @@ def attention_backward_kernel(
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
     dq_row_stride, dk_row_stride,
-    length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
+    num_heads, num_chunks, length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: `chunk` keys of one head of one sequence against all its queries. Grid (chunks, heads, batch)."""
-    first_n = tl.program_id(0) * chunk
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    num_heads = tl.num_programs(1)
+    """One program: `chunk` keys of one head of one sequence against all its queries."""
+    index, head, batch = locate_program(num_chunks, num_heads)
+    first_n = index * chunk
     first_q, num_q, first_k, num_k = locate_sequence(
         batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
     )
@@ -402,7 +410,7 @@ def attention_backward_kernel(
     out_ptr += first_q * row_stride + head * HEAD_DIM
     grad_ptr += first_q * row_stride + head * HEAD_DIM
     lse_ptr += head * total_q + first_q
-    private = (tl.program_id(0) * num_heads + head) * total_q + first_q
+    private = (index * num_heads + head) * total_q + first_q
     delta_ptr += private
     partial_ptr += private * HEAD_DIM
     dims = tl.arange(0, HEAD_DIM)
@@ -468,7 +476,7 @@ def attention_backward_kernel(
         # What follows reads what other threads of this program wrote.
         tl.debug_barrier()
 
-    if tl.num_programs(0) == 1:
+    if num_chunks == 1:
         dq_ptr += first_q * dq_row_stride + head * HEAD_DIM
         for start_m in range(0, num_q, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
@@ -549,10 +557,10 @@ def attention_forward(
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     launch(
         attention_forward_kernel,
-        (-(-max_seqlen_q // block_m), num_heads, num_sequences),
+        (-(-max_seqlen_q // block_m) * num_heads * num_sequences,),
         q, k, v, out, lse, align(cu_seqlens_q) if is_varlen else q, q if lengths_k is None else align(lengths_k), seed_or_q,
         *strides_of(q), *strides_of(k), *strides_of(v),
-        max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
+        num_heads, max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
         VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
         HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
         maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
@@ -614,11 +622,11 @@ def launch_backward(
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     launch(
         attention_backward_kernel,
-        (num_chunks, num_heads, num_sequences),
+        (num_chunks * num_heads * num_sequences,),
         align(grad), q, k, v, out, lse, dq, dk, dv, delta, partial,
         align(cu_seqlens_q) if is_varlen else q, q if lengths_k is None else align(lengths_k), seed_or_q,
         *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
-        max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, blocks_in_chunk * block_n,
+        num_heads, num_chunks, max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, blocks_in_chunk * block_n,
         scale * LOG2_E, scale, keep_scale, threshold,
         VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
         HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
