@@ -576,4 +576,20 @@ def test_more_documents_than_a_grid_is_deep(monkeypatch, device):
     bounds = torch.zeros(70_001, dtype=torch.int32, device=device)
     bounds[-1] = 4
     attention.varlen_attention(q, q, q, bounds, bounds, 4, 4, impl="triton").sum().backward()
-    assert [grid[0] for grid in grids] == [2 * 70_000] * 2 and all(max(grid[1:], default=1) < 65536 for grid in grids)
+    assert [grid[2] for grid in grids] == [attention.MAX_SEQUENCES, 70_000 - attention.MAX_SEQUENCES] * 2
+    many = torch.zeros(attention.MAX_SEQUENCES + 1, 1, 1, 32, device=device)
+    with pytest.raises(ValueError, match="split the batch"):
+        attention.attention(many, many, many, impl="triton")
+
+
+def test_documents_of_several_launches(monkeypatch, device):
+    inputs, lengths = make_packed(torch.float32, device)
+
+    def attend(q, k, v):
+        return attention.varlen_attention(q, k, v, *lengths, dropout_p=0.1, seed=3, impl="triton")
+
+    whole = differentiate(attend, *inputs)
+    monkeypatch.setattr(attention, "MAX_SEQUENCES", 4)
+    assert len(LENGTHS_Q) > 4
+    parts = differentiate(attend, *inputs)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -273,17 +273,6 @@ attention_torch_forward.register_autograd(backward_torch, setup_context=save_for
 
 
 @jit
-def locate_program(num_parts, num_heads):
-    """Part (int32), head and sequence (int64) of this program, the parts of a head next to each other.
-
-    All in one dimension of the grid: the others hold 65535 programs, and a batch may have more documents.
-    """
-    program = tl.program_id(0)
-    head = program // num_parts
-    return program % num_parts, (head % num_heads).to(tl.int64), (head // num_heads).to(tl.int64)
-
-
-@jit
 def locate_sequence(
     batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
 ):
@@ -305,25 +294,26 @@ def locate_sequence(
 
 # Of the sizes those are compiled in that save registers: strides, which `align_heads` makes multiples of 16, and the
 # number of keys, if every sequence has as many.
-@jit(do_not_specialize=["num_heads", "length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "threshold"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
     q_batch_stride, q_row_stride, q_head_stride,
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
-    num_heads, length_q, length_k, total_q, qk_scale, keep_scale, threshold,
+    length_q, length_k, total_q, qk_scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sequence against all its keys."""
-    block, head, batch = locate_program(tl.cdiv(length_q, BLOCK_M), num_heads)
-    start_m = block * BLOCK_M
+    """One program: BLOCK_M queries of one head of one sequence against all its keys. Grid (blocks, heads, batch)."""
+    start_m = tl.program_id(0) * BLOCK_M
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
     first_q, num_q, first_k, num_k = locate_sequence(
         batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
     )
     if start_m >= num_q:
         return
-    row_stride = num_heads * HEAD_DIM
+    row_stride = tl.num_programs(1) * HEAD_DIM
     first_q += start_m
     if VARLEN:
         q_ptr += first_q * q_row_stride + head * q_head_stride
@@ -377,7 +367,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=is_row)
 
 
-@jit(do_not_specialize=["num_heads", "num_chunks", "length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "threshold"])
 def attention_backward_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, partial_ptr,
     cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -385,13 +375,15 @@ def attention_backward_kernel(
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
     dq_row_stride, dk_row_stride,
-    num_heads, num_chunks, length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
+    length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: `chunk` keys of one head of one sequence against all its queries."""
-    index, head, batch = locate_program(num_chunks, num_heads)
-    first_n = index * chunk
+    """One program: `chunk` keys of one head of one sequence against all its queries. Grid (chunks, heads, batch)."""
+    first_n = tl.program_id(0) * chunk
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1)
     first_q, num_q, first_k, num_k = locate_sequence(
         batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
     )
@@ -410,7 +402,7 @@ def attention_backward_kernel(
     out_ptr += first_q * row_stride + head * HEAD_DIM
     grad_ptr += first_q * row_stride + head * HEAD_DIM
     lse_ptr += head * total_q + first_q
-    private = (index * num_heads + head) * total_q + first_q
+    private = (tl.program_id(0) * num_heads + head) * total_q + first_q
     delta_ptr += private
     partial_ptr += private * HEAD_DIM
     dims = tl.arange(0, HEAD_DIM)
@@ -476,7 +468,7 @@ def attention_backward_kernel(
         # What follows reads what other threads of this program wrote.
         tl.debug_barrier()
 
-    if num_chunks == 1:
+    if tl.num_programs(0) == 1:
         dq_ptr += first_q * dq_row_stride + head * HEAD_DIM
         for start_m in range(0, num_q, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
@@ -491,7 +483,7 @@ def attention_backward_kernel(
 FORWARD_BLOCKS = {
     (2, 32): (128, 32, 4, 3),
     (2, 64): (128, 64, 8, 2),
-    (2, 128): (64, 64, 4, 3),
+    (2, 128): (128, 32, 8, 2),
     (4, 32): (64, 32, 4, 2),
     (4, 64): (32, 32, 8, 2),
     (4, 128): (32, 32, 8, 1),  # a second stage's addresses spill with Triton 3.9.0
@@ -505,10 +497,12 @@ BACKWARD_BLOCKS = {
     (4, 128): (16, 16, 8, 1),
 }
 # Registers that a thread may take, where ptxas, left to itself, spills some of them so that one more block can run.
-FORWARD_REGISTERS = {(4, 64): 128}
+FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
 # With fewer programs than this the keys of a head are divided among up to MAX_CHUNKS programs.
 MIN_PROGRAMS, MAX_CHUNKS = 256, 8
+# The third dimension of a grid holds 65535 programs. A multiple of four, so that parts of int32 tensors stay aligned.
+MAX_SEQUENCES = 65_532
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -523,6 +517,23 @@ def align_heads(tensor: torch.Tensor) -> torch.Tensor:
     if all(stride % 16 == 0 for stride in strides_of(tensor)) and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def split_documents(
+    q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Number of sequences of each launch, and its part of the lengths; any tensor stands for those that are not read.
+
+    Everything else is counted from the start of the whole, by the bounds of the documents.
+    """
+    lengths_k = align(lengths_k)
+    if cu_seqlens_q is None:
+        yield q.shape[0], q, q if lengths_k is None else lengths_k
+        return
+    cu_seqlens_q, count = align(cu_seqlens_q), cu_seqlens_q.numel() - 1
+    for first in range(0, count, MAX_SEQUENCES):
+        part = slice(first, min(first + MAX_SEQUENCES, count) + 1)
+        yield part.stop - part.start - 1, cu_seqlens_q[part], lengths_k[part]
 
 
 def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
@@ -550,21 +561,21 @@ def attention_forward(
     new = torch.zeros if is_varlen else torch.empty
     out = new(q.shape, dtype=q.dtype, device=q.device)
     num_heads, head_dim = q.shape[-2:]
-    num_sequences = cu_seqlens_q.numel() - 1 if is_varlen else q.shape[0]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
     lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
     block_m, block_n, num_warps, num_stages = FORWARD_BLOCKS[q.element_size(), head_dim]
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
-    launch(
-        attention_forward_kernel,
-        (-(-max_seqlen_q // block_m) * num_heads * num_sequences,),
-        q, k, v, out, lse, align(cu_seqlens_q) if is_varlen else q, q if lengths_k is None else align(lengths_k), seed_or_q,
-        *strides_of(q), *strides_of(k), *strides_of(v),
-        num_heads, max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
-        VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
-        HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
-        maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
-    )  # fmt: skip
+    for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
+        launch(
+            attention_forward_kernel,
+            (-(-max_seqlen_q // block_m), num_heads, count),
+            q, k, v, out, lse, part_q, part_k, seed_or_q,
+            *strides_of(q), *strides_of(k), *strides_of(v),
+            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
+            VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
+            HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+            maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
+        )  # fmt: skip
     return out, lse
 
 
@@ -620,18 +631,19 @@ def launch_backward(
     if is_varlen and num_chunks > 1:
         partial.zero_()
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
-    launch(
-        attention_backward_kernel,
-        (num_chunks * num_heads * num_sequences,),
-        align(grad), q, k, v, out, lse, dq, dk, dv, delta, partial,
-        align(cu_seqlens_q) if is_varlen else q, q if lengths_k is None else align(lengths_k), seed_or_q,
-        *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
-        num_heads, num_chunks, max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, blocks_in_chunk * block_n,
-        scale * LOG2_E, scale, keep_scale, threshold,
-        VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
-        HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
-        maxnreg=BACKWARD_REGISTERS.get((q.element_size(), head_dim)),
-    )  # fmt: skip
+    grad = align(grad)
+    for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
+        launch(
+            attention_backward_kernel,
+            (num_chunks, num_heads, count),
+            grad, q, k, v, out, lse, dq, dk, dv, delta, partial, part_q, part_k, seed_or_q,
+            *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
+            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, blocks_in_chunk * block_n,
+            scale * LOG2_E, scale, keep_scale, threshold,
+            VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
+            HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
+            maxnreg=BACKWARD_REGISTERS.get((q.element_size(), head_dim)),
+        )  # fmt: skip
     if num_chunks > 1:
         dq.copy_((partial.sum(0) * scale).transpose(0, 1).view(dq.shape))
 
@@ -774,6 +786,10 @@ def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"attention: the kernel takes float32, bfloat16 and float16, got {q.dtype}; cast, or impl='torch'"
+        )
+    if cu_seqlens_q is None and q.shape[0] > MAX_SEQUENCES:
+        raise ValueError(
+            f"attention: the kernel takes {MAX_SEQUENCES} sequences at once, got {q.shape[0]}; split the batch"
         )
     if head_dim > HEAD_DIMS[-1]:
         raise ValueError(f"attention: the kernel takes head_dim <= {HEAD_DIMS[-1]}, got {head_dim}; pass impl='torch'")
