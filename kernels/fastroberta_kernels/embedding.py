@@ -385,8 +385,9 @@ def _forward_op(
     y = word_weight.new_empty((batch, length, num_columns), dtype=dtype)
     positions = input_ids.new_empty((batch, length), dtype=torch.int32)
     tile = _tile(num_columns, 2048, 512)
-    # Left to itself, ptxas takes 40 registers for one more block, and spills where the output is wide.
-    registers = NO_SQUEEZE if tile["BLOCK"] == 1024 and dtype == torch.float32 else None
+    # Left to itself, ptxas takes few registers for one more block, and spills where the output or the row is wide.
+    is_squeezed = tile["BLOCK"] == 4096 or (tile["BLOCK"] == 1024 and dtype == torch.float32)
+    registers = NO_SQUEEZE if is_squeezed else None
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),

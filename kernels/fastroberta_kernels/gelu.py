@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
-from .layer_norm import KERNEL_DTYPES, count_programs, sum_partials, unify_dtypes
+from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, count_programs, sum_partials, unify_dtypes
 
 TILE = {"ROWS": 8, "BLOCK": 256}  # 256 columns are 512 bytes of a bf16 row; both kernels run it with eight warps
 
@@ -134,7 +134,7 @@ def _bias_gelu_backward(
     launch(
         _bias_gelu_backward_kernel, (num_programs, num_blocks),
         align(dy), align(x), align(bias), dx, partials, num_rows, num_columns,
-        TANH=tanh, **TILE, num_warps=8,
+        TANH=tanh, **TILE, num_warps=8, maxnreg=NO_SQUEEZE if x.dtype == torch.float32 else None,
     )  # fmt: skip
     if partials is not None:
         sum_partials(partials, (dbias,))

@@ -63,7 +63,7 @@ BACKWARD_STAGES_AND_REGISTERS = {
     256: (1, NO_SQUEEZE),
     512: (3, None),
     1024: (3, NO_SQUEEZE),
-    2048: (2, None),
+    2048: (2, 255),
     4096: (2, 255),
 }
 LOOPING_FORWARD = {"BLOCK": 512, "num_warps": 4, "maxnreg": NO_SQUEEZE}  # of kernels that take a row a block at a time
