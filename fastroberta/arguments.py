@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import signal
 import sys
 import time
 import typing
@@ -195,6 +196,7 @@ def run(program: Callable[[], int | None]) -> int:
     Of the processes that torchrun started, the first speaks; the others only of what did not befall the first as well.
     """
     rank = int(os.environ.get("RANK", "0"))
+    before = signal.signal(signal.SIGTERM, _stop_early)
     try:
         return program() or 0
     except FastRobertaError as error:
@@ -208,6 +210,13 @@ def run(program: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Stopped.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop_early(number: int, _: Any) -> None:
+    """SIGTERM outside of what programs do about it themselves, as SIGINT does: nothing is there yet that could be lost."""
+    raise Stopped(f"{signal.Signals(number).name} before the work began, or after; the same command starts again")
 
 
 def _list_settings(config_class: type, prefix: str = "", section: str = "") -> dict[str, _Setting]:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,10 +85,10 @@ def save_checkpoint(
             shutil.rmtree(final)
         partial.rename(final)
         _sync(output_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be written ({error}); make room or choose another output_dir"
+            f"{final}: cannot be written ({error}); make room, and the same command continues from the checkpoint before"
         ) from error
     return final
 
@@ -127,6 +128,18 @@ def verify_checkpoint(checkpoint: Path) -> None:
             raise CheckpointError(f"{file}: missing; {_way_out(checkpoint)}")
         if _describe(file) != expected:
             raise CheckpointError(f"{file}: differs from its checksum in {MANIFEST}; {_way_out(checkpoint)}")
+
+
+def verify_directory(directory: Path) -> None:
+    """`verify_checkpoint` for a checkpoint of this trainer; other Hugging Face directories have no manifest.
+
+    Raises:
+        CheckpointError: also where it is a run's directory, which holds checkpoints.
+    """
+    if inside := list_checkpoints(directory):
+        raise CheckpointError(f"{directory}: holds checkpoints, and is none itself; give {inside[-1]}")
+    if (directory / MANIFEST).exists():
+        verify_checkpoint(directory)
 
 
 def load_optimizer_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .distributed import Processes
     from .model import RobertaForMaskedLM
 
+# What a checkpoint was trained with is what it is scored with, unless asked for otherwise; these, where it does not say.
+USUAL = {"max_seq_length": 512, "packing": "full-sentences", "attention_scope": "block", "mlm_probability": 0.15}
 MASK_SEED = 0  # held-out masks are the same for every run, so that runs compare
 
 
@@ -30,11 +32,18 @@ class EvaluateConfig:
 
     checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
     data: str = setting(help="directory written by fastroberta.prepare; its held-out documents are used")
-    max_seq_length: int = setting(512, "tokens a sequence", valid="[8, inf)")
-    packing: Literal["full-sentences", "doc-sentences", "contiguous"] = setting(
-        "full-sentences", "how sequences are cut, as in training"
+    max_seq_length: int | None = setting(
+        None, "tokens a sequence; null: as the checkpoint was trained, else 512", valid="[8, inf)"
     )
-    mlm_probability: float = setting(0.15, "share of tokens to predict", valid="(0, 1)")
+    packing: Literal["full-sentences", "doc-sentences", "contiguous"] | None = setting(
+        None, "how sequences are cut; null: as the checkpoint was trained, else full-sentences"
+    )
+    attention_scope: Literal["block", "document"] | None = setting(
+        None, "what tokens attend to; null: as the checkpoint was trained, else block"
+    )
+    mlm_probability: float | None = setting(
+        None, "share of tokens to predict; null: as the checkpoint was trained, else 0.15", valid="(0, 1)"
+    )
     eval_sequences: int = setting(
         1024, "held-out sequences, spread evenly; more than there are means all", valid="[1, inf)"
     )
@@ -91,6 +100,7 @@ def evaluate_model(
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EvaluateConfig, description=__doc__)
     # After the arguments: importing torch takes a second that --help should not.
+    from .checkpoint import STATE, read_state, verify_directory
     from .data import heldout_batches, masking_arguments, move_ahead, open_split
     from .distributed import select_device
     from .errors import ConfigurationError
@@ -100,6 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .tokenizer import load_tokenizer, tokenizer_hash
 
     checkpoint = Path(config.checkpoint)
+    verify_directory(checkpoint)
+    trained = read_state(checkpoint)["config"] if (checkpoint / STATE).exists() else {}
+    settings: dict[str, Any] = {}
+    for name, usual in USUAL.items():
+        given = getattr(config, name)
+        settings[name] = trained.get(name, usual) if given is None else given
     model = load_huggingface(checkpoint)
     manifest = load_manifest(config.data)
     has_tokenizer = (checkpoint / "tokenizer.json").is_file() or (checkpoint / "vocab.json").is_file()
@@ -115,18 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "with the model's tokenizer"
         )
     longest = model.config.max_position_embeddings - 2
-    if config.max_seq_length > longest:
+    if settings["max_seq_length"] > longest:
         raise ConfigurationError(
-            f"max_seq_length: {config.max_seq_length} tokens, the model has positions for {longest}; give at most that"
+            f"max_seq_length: {settings['max_seq_length']} tokens, the model has positions for {longest}; give at most that"
         )
     device = select_device(config.device)
     model.to(device)
     model.compute_dtype = COMPUTE_DTYPES[config.precision]
-    blocks = open_split(
-        manifest, "heldout", max_seq_length=config.max_seq_length, packing=config.packing, attention_scope="block"
-    )
+    cut = {name: value for name, value in settings.items() if name != "mlm_probability"}
+    blocks = open_split(manifest, "heldout", **cut)
     batches = move_ahead(heldout_batches(blocks, config.eval_sequences, config.micro_batch_size), device)
-    scores = evaluate_model(model, batches, masking_arguments(manifest, config.mlm_probability))
+    scores = evaluate_model(model, batches, masking_arguments(manifest, settings["mlm_probability"]))
     print(
         json.dumps(
             {
@@ -134,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "eval/perplexity": scores.perplexity,
                 "eval/accuracy": scores.accuracy,
                 "masked_tokens": scores.num_masked,
+                **settings,
             }
         )
     )

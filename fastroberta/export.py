@@ -5,6 +5,8 @@ OUT gets what `AutoModelForMaskedLM`, `AutoTokenizer` and `pipeline("fill-mask")
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +26,26 @@ class ExportConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, ExportConfig, description=__doc__)
-    from .checkpoint import MANIFEST, verify_checkpoint
-    from .errors import ConfigurationError
+    from safetensors import SafetensorError
+
+    from .checkpoint import verify_directory
+    from .errors import CheckpointError, ConfigurationError
     from .hf import load_huggingface, save_huggingface
     from .tokenizer import load_tokenizer
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"out: {out} exists and is not an empty directory; give another")
-    if (checkpoint / MANIFEST).exists():
-        verify_checkpoint(checkpoint)
-    save_huggingface(load_huggingface(checkpoint), load_tokenizer(checkpoint), out)
+    verify_directory(checkpoint)
+    model, tokenizer = load_huggingface(checkpoint), load_tokenizer(checkpoint)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        save_huggingface(model, tokenizer, partial)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out}: cannot be written ({error}); make room, or give another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: ready for transformers' AutoModelForMaskedLM and AutoTokenizer")
     return 0
 

@@ -40,6 +40,7 @@ from tokenizers import Tokenizer
 from .arguments import parse_arguments, run
 from .assemble import assemble, find_duplicates, join
 from .config import setting
+from .directories import own_directory
 from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
 from .pieces import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
 from .shards import (
@@ -135,7 +136,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     options = _identify(config, tokenizer)
     if finished := _find_finished(out, options):
         return finished
-    with _own_directory(out), _StopRequest() as stop:
+    with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
         _resume(work, options, files)
         if tokenizer is None:
             tokenizer = _obtain_tokenizer(config, files, work, stop)
@@ -176,20 +177,6 @@ def _refuse_other_options(found: dict[str, Any], wanted: dict[str, Any], what: s
                 f"{what} with {name} = {found.get(name)}, this run has {wanted[name]}; give the same options, or "
                 "another --out, or remove the directory"
             )
-
-
-@contextlib.contextmanager
-def _own_directory(out: Path) -> Iterator[None]:
-    """Make the directory, and keep a second run out of it; the system takes the lock from a process that is killed."""
-    import fcntl
-
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    with open(out / "work" / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(f"{out}: another run writes there; wait, or give another --out") from error
-        yield
 
 
 class _StopRequest:
@@ -443,7 +430,7 @@ def merge(config: PrepareConfig) -> Manifest:
     options = {"merge": config.inputs, "parts": [manifest.contents["options"] for manifest in manifests]}
     if finished := _find_finished(out, options):
         return finished
-    with _own_directory(out):
+    with own_directory(out, "work/lock", "--out"):
         merged = join(manifests, out, options)
         shutil.rmtree(out / "work")
     return merged

@@ -43,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return plan(argv)
     config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
+    from .directories import own_directory
     from .distributed import join_processes
 
     processes = join_processes(config.device, config.hang_timeout)
     with contextlib.ExitStack() as stack:
         if config.dry_run:  # whatever is written goes to a place that disappears
             config.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-"))
+        elif processes.is_first:
+            stack.enter_context(own_directory(Path(config.output_dir), ".lock", "--output_dir"))
         if config.data is None:
             config.data = str(Path(config.output_dir) / "data")
             if processes.is_first or config.dry_run:
@@ -489,10 +492,12 @@ class Trainer:
         self.config.model.vocab_size = self.manifest.vocab_size
 
     def _load_initial_model(self) -> Any:
+        from .checkpoint import verify_directory
         from .hf import load_huggingface
         from .tokenizer import load_tokenizer, tokenizer_hash
 
         directory = Path(str(self.config.init_from))
+        verify_directory(directory)
         model = load_huggingface(directory)
         if tokenizer_hash(load_tokenizer(directory)) != self.manifest.tokenizer_sha256:
             raise ConfigurationError(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Each floor may import from the floors before it; programs also from programs before them.
 FLOORS = [
     ["errors"],
-    ["config", "tokenizer", "shards", "text", "deduplicate", "quickstart"],
+    ["config", "tokenizer", "shards", "text", "deduplicate", "quickstart", "directories"],
     ["arguments", "data", "model", "optim", "distributed", "metrics", "sentences"],
     ["checkpoint", "hf", "sharding"],
     ["pieces", "assemble"],

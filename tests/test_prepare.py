@@ -25,6 +25,7 @@ import fastroberta.pieces
 import fastroberta.prepare
 import fastroberta.text
 from fastroberta.arguments import run
+from fastroberta.directories import own_directory
 from fastroberta.errors import ConfigurationError, DataError, Stopped
 from fastroberta.prepare import PrepareConfig, main, merge, prepare
 from fastroberta.shards import ShardReader, load_manifest
@@ -594,7 +595,7 @@ def test_a_finished_run_says_so_and_changes_nothing(go, tmp_path, capsys):
 def test_two_runs_do_not_write_one_directory(go, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     with (
-        fastroberta.prepare._own_directory(tmp_path / "out"),
+        own_directory(tmp_path / "out", "work/lock", "--out"),
         pytest.raises(ConfigurationError, match="another run"),
     ):
         go(source)
@@ -713,7 +714,7 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--heldout", "0.1"], 2, "heldout_fraction"),
         (["a.txt", "--out", "o", "--merge", "--train-tokenizer", "300"], 2, "merge"),
         (["a.txt", "--out", "o", "--merge"], 3, "manifest.json: "),
-        (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 3, "a.txt"),
+        (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 2, "--out a.txt: cannot be written to"),
         (["bad.txt", "--out", "o", "--train-tokenizer", "300"], 3, "bad.txt, line 1: NUL"),
     ],
 )

@@ -80,3 +80,15 @@ def test_export_is_what_transformers_loads(checkpoint, tmp_path, capsys):
     assert len(fill("Document 3 says that <mask> and 4 are numbers.")) == 5
     assert run(lambda: export([str(checkpoint), str(out)])) == 2
     assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_an_export_that_fails_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch):
+    def fill_the_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr("fastroberta.hf.save_tokenizer", fill_the_disk)
+        assert run(lambda: export([str(checkpoint), str(tmp_path / "out")])) == 6
+    assert "out: cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert export([str(checkpoint), str(tmp_path / "out")]) == 0

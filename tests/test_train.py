@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from fastroberta.arguments import from_dict
 from fastroberta.config import TrainConfig
+from fastroberta.directories import own_directory
 from fastroberta.errors import CheckpointError, ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
+from fastroberta.evaluate import main as evaluate
 from fastroberta.prepare import main as prepare
 from fastroberta.train import Trainer, main
 
@@ -49,6 +51,14 @@ def data(tmp_path_factory):
 def configure(data, output_dir, **changes):
     settings = {**SETTINGS, "data": str(data), "output_dir": str(output_dir), **changes}
     return from_dict(TrainConfig, settings)
+
+
+def list_arguments(data, output_dir):
+    """The settings as a user types them."""
+    arguments = [f"--{key}={value}" for key, value in SETTINGS.items() if not isinstance(value, dict)]
+    nested = {k: v for k, v in SETTINGS.items() if isinstance(v, dict)}
+    arguments += [f"--{k}.{key}={value}" for k, settings in nested.items() for key, value in settings.items()]
+    return [*arguments, f"--data={data}", f"--output_dir={output_dir}"]
 
 
 def read_weights(output_dir, step):
@@ -243,10 +253,7 @@ def test_init_from_a_checkpoint(data, finished, tmp_path):
 
 def test_sigterm_from_outside_leads_to_a_checkpoint_and_75(data, tmp_path):
     """The program as a process, stopped by the signal that a scheduler sends."""
-    arguments = [f"--{key}={value}" for key, value in SETTINGS.items() if not isinstance(value, dict)]
-    nested = {k: v for k, v in SETTINGS.items() if isinstance(v, dict)}
-    arguments += [f"--{k}.{key}={value}" for k, settings in nested.items() for key, value in settings.items()]
-    arguments += [f"--data={data}", f"--output_dir={tmp_path}", "--max_steps=100000", "--logging_steps=1"]
+    arguments = [*list_arguments(data, tmp_path), "--max_steps=100000", "--logging_steps=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastroberta.train", *arguments], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -259,3 +266,54 @@ def test_sigterm_from_outside_leads_to_a_checkpoint_and_75(data, tmp_path):
     assert process.wait(timeout=60) == 75
     assert "SIGTERM at step" in message and "Traceback" not in message
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+
+
+def test_two_runs_do_not_share_a_directory(data, tmp_path):
+    arguments = [*list_arguments(data, tmp_path / "run"), "--max_steps", "2"]
+    with (
+        own_directory(tmp_path / "run", ".lock", "--output_dir"),
+        pytest.raises(
+            ConfigurationError, match=r"another run writes there \(process \d+ on .*give another --output_dir"
+        ),
+    ):
+        main(arguments)
+    assert main(arguments) == 0
+    assert main(arguments) == 0  # says that it is finished; the lock went with the run
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_directory_that_cannot_be_made_is_one_line(data, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"--output_dir .* cannot be written to"):
+        main(list_arguments(data, tmp_path / place))
+
+
+def test_sigterm_before_the_first_step_ends_with_75(data, tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "import fastroberta.arguments as a\n"
+        "sys.exit(a.run(lambda: os.kill(os.getpid(), signal.SIGTERM)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 75 and done.stderr.startswith("SIGTERM before the work began"), done
+
+
+def test_a_checkpoint_is_scored_as_it_was_trained(data, tmp_path, capsys):
+    main([*list_arguments(data, tmp_path / "run"), "--max_steps", "4"])
+    checkpoint = tmp_path / "run" / "checkpoint-00000004"
+    scored = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    evaluate([str(checkpoint), "--data", str(data), "--device", "cpu", "--eval_sequences", "16"])
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["max_seq_length"], scores["packing"]) == (32, "contiguous")
+    assert scores["eval/loss"] == pytest.approx(scored["eval/loss"], abs=1e-5)
+    with pytest.raises(CheckpointError, match=r"holds checkpoints, and is none itself; give .*checkpoint-00000004"):
+        evaluate([str(tmp_path / "run"), "--data", str(data)])
+    weights = checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="differs from its checksum"):
+        evaluate([str(checkpoint), "--data", str(data)])
+    with pytest.raises(CheckpointError, match="differs from its checksum"):
+        Trainer(configure(data, tmp_path / "next", init_from=str(checkpoint)))

@@ -51,7 +51,8 @@ from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)
-# The twin works on so many scores at once: they and what is made of them stay in a core's cache.
+# The twin works on so many scores a thread at once: they and what is made of them stay in a core's cache, and each thread
+# has a head of its own in the matrix products.
 SCORES_AT_ONCE = 262_144
 
 
@@ -118,9 +119,10 @@ def list_pieces(
         (sequences, heads, queries, keys).
     """
     num_heads = q.shape[-2]
+    scores_at_once = SCORES_AT_ONCE * torch.get_num_threads()
     if cu_seqlens_q is None and lengths_k is None:
         batch, num_q, num_k = q.shape[0], q.shape[1], k.shape[1]
-        at_once = max(1, SCORES_AT_ONCE // max(1, num_heads * num_q * num_k))
+        at_once = max(1, scores_at_once // max(1, num_heads * num_q * num_k))
         bounds = [(b, min(b + at_once, batch)) for b in range(0, batch, at_once)]
         sequences = [(b0 * num_q, b1 * num_q, b0 * num_k, b1 * num_k, b1 - b0) for b0, b1 in bounds]
     elif cu_seqlens_q is None:
@@ -134,7 +136,7 @@ def list_pieces(
         num_q, num_k = (q1 - q0) // count, (k1 - k0) // count
         if num_q <= 0 or num_k <= 0:
             continue
-        step = num_heads if count > 1 else max(1, SCORES_AT_ONCE // (num_q * num_k))
+        step = num_heads if count > 1 else max(1, scores_at_once // (num_q * num_k))
         for first in range(0, num_heads, step):
             last = min(first + step, num_heads)
             yield slice(q0, q1), slice(k0, k1), slice(first, last), (count, last - first, num_q, num_k)
