@@ -27,7 +27,9 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise ConfigurationError(f"{option} {directory}: cannot be written to ({error}); give another directory") from error
+        raise ConfigurationError(
+            f"{option} {directory}: cannot be written to ({error}); give another directory"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
