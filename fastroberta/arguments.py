@@ -196,7 +196,11 @@ def run(program: Callable[[], int | None]) -> int:
     Of the processes that torchrun started, the first speaks; the others only of what did not befall the first as well.
     """
     rank = int(os.environ.get("RANK", "0"))
-    before = signal.signal(signal.SIGTERM, _stop_early)
+    before = signal.getsignal(signal.SIGTERM)
+    if (
+        "RANK" not in os.environ
+    ):  # torchrun's processes may wait inside a library, where only the signal itself ends them
+        signal.signal(signal.SIGTERM, _stop_early)
     try:
         return program() or 0
     except FastRobertaError as error:

@@ -38,6 +38,8 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
             raise ConfigurationError(
                 f"{directory}: another run writes there ({file.read().strip()}); wait for it, or give another {option}"
             ) from error
+        except OSError:
+            pass  # a file system without locks: a run without one is better than none
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
