@@ -591,6 +591,39 @@ def test_a_finished_run_says_so_and_changes_nothing(go, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_a_finished_run_over_changed_inputs_is_refused(go, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    source = write_jsonl(folder / "a.jsonl", DOCUMENTS)
+    before = source.stat()
+    out = go(folder).directory
+
+    def is_refused(path):
+        with pytest.raises(ConfigurationError) as error:
+            go(folder)
+        return f"{path.name} was changed, added or removed since; give another --out" in str(error.value)
+
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert is_refused(source)
+    write_jsonl(source, DOCUMENTS[:2])
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert is_refused(source)  # by its size
+    write_jsonl(source, DOCUMENTS)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    go(folder)
+    added = write_jsonl(folder / "b.jsonl", DOCUMENTS)
+    assert is_refused(added)
+    added.unlink()
+    source.rename(folder / "c.jsonl")
+    assert is_refused(folder / "c.jsonl")
+
+    # What was prepared before the manifest held the inputs stays of use.
+    contents = json.loads((out / "manifest.json").read_text())
+    del contents["files"]
+    (out / "manifest.json").write_text(json.dumps(contents))
+    assert texts(go(folder)) == joined(DOCUMENTS)
+
+
 def test_two_runs_do_not_write_one_directory(go, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     with (
