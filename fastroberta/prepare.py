@@ -232,10 +232,12 @@ class _StopRequest:
 def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None:
     """Hold an unfinished run's plan against this one's, and forget what came from files that changed since."""
     for leftover in [*work.glob("*.tmp"), *work.parent.glob("*.tmp")]:
-        leftover.unlink()
+        if leftover.is_file():  # tokenizer.tmp is a directory, and is taken away before the next one is written
+            leftover.unlink()
     plan = {"options": options, "files": _describe(files)}
     path = work / "plan.json"
-    if path.exists():
+    # A plan from which nothing was made yet, because its first try failed, binds nobody.
+    if path.exists() and (any(work.glob("*.npz")) or (work / "tokenizer").exists()):
         try:
             found = json.loads(path.read_bytes())
         except ValueError as error:

@@ -582,6 +582,29 @@ def test_other_options_are_not_mixed_into_an_unfinished_run(go, tmp_path, monkey
         go(source, nfc=True)
 
 
+def test_a_first_try_that_made_nothing_binds_nobody(go, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    training = {"tokenizer": None, "train_tokenizer": 300}
+    for wrong in ({"text_field": "body"}, {"text_field": "body", **training}, {"nfc": True, "text_field": "body"}):
+        with pytest.raises(DataError, match="no text in 'body'"):
+            go(source, **wrong)
+    assert texts(go(source)) == joined(DOCUMENTS)
+
+
+def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatch):
+    """It is of the text that they chose, though no piece may be there yet."""
+    source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
+    training = {"tokenizer": None, "train_tokenizer": 300}
+    with monkeypatch.context() as context:
+        context.setattr(fastroberta.prepare, "_tokenize", stop_here)
+        with pytest.raises(Stopped):
+            go(source, **training)
+    with pytest.raises(ConfigurationError, match="unfinished run with nfc = False"):
+        go(source, nfc=True, **training)
+    (tmp_path / "out" / "work" / "tokenizer.tmp").mkdir()  # as an interruption can leave it
+    assert go(source, **training).vocab_size == 300
+
+
 def test_a_finished_run_says_so_and_changes_nothing(go, tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     go(source)
