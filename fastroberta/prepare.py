@@ -131,6 +131,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     out = Path(config.out)
     work = out / "work"
     files = find_files(config.inputs, config.format)
+    _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     options = _identify(config, tokenizer)
     if finished := _find_finished(out, options, files):
@@ -158,6 +159,15 @@ def _identify(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, A
     for name in ("out", "workers", "merge", "on_bad_input", "tokenizer"):
         del options[name]
     return {**options, "tokenizer_sha256": tokenizer_hash(tokenizer) if tokenizer else None}
+
+
+def _refuse_out_among_inputs(out: Path, inputs: list[str], files: list[InputFile]) -> None:
+    """What is written must not lie beside the text: the next run would read it, and cleaning up could remove text."""
+    place = out.resolve()
+    for path in [*filter(os.path.isdir, inputs), *(file.path for file in files)]:
+        source = Path(path).resolve()
+        if (place != source and source.is_relative_to(place)) or (source.is_dir() and place.is_relative_to(source)):
+            raise ConfigurationError(f"--out {out}: holds or lies in the input {path}; give a directory of its own")
 
 
 def _describe(files: list[InputFile]) -> list[dict[str, Any]]:
@@ -196,6 +206,8 @@ def _own_directory(out: Path) -> Iterator[None]:
     """Make the directory, and keep a second run out of it; the system takes the lock from a process that is killed."""
     import fcntl
 
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"--out {out}: is a file; give a directory")
     (out / "work").mkdir(parents=True, exist_ok=True)
     with open(out / "work" / "lock", "w") as lock:
         try:

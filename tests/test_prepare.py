@@ -769,7 +769,12 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--heldout", "0.1"], 2, "heldout_fraction"),
         (["a.txt", "--out", "o", "--merge", "--train-tokenizer", "300"], 2, "merge"),
         (["a.txt", "--out", "o", "--merge"], 3, "manifest.json: "),
-        (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 3, "a.txt"),
+        (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 2, "--out a.txt: is a file"),
+        (["a.txt", "--out", "bad.txt", "--train-tokenizer", "300"], 2, "--out bad.txt: is a file"),
+        (["a.txt", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input a.txt"),
+        (["*.txt", "--out", "../{here}", "--train-tokenizer", "300"], 2, "holds or lies in the input a.txt"),
+        ([".", "--out", "o", "--train-tokenizer", "300"], 2, "--out o: holds or lies in the input .;"),
+        ([".", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input .;"),
         (["bad.txt", "--out", "o", "--train-tokenizer", "300"], 3, "bad.txt, line 1: NUL"),
     ],
 )
@@ -777,7 +782,10 @@ def test_mistakes_end_in_one_line_and_their_exit_code(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some text")
     Path("bad.txt").write_bytes(b"\0")
+    arguments = [argument.format(here=tmp_path.name) for argument in arguments]
+    before = sorted(os.listdir(tmp_path))
     assert run(lambda: main(arguments)) == code
+    assert code == 3 or sorted(os.listdir(tmp_path)) == before
     errors = capsys.readouterr().err
     *notes, error = errors.splitlines()
     assert error.startswith("error: ") and message in error and not any("error" in note for note in notes)
