@@ -78,6 +78,7 @@ def assemble(
     tokenizer: Tokenizer,
     out: Path,
     options: dict[str, Any],
+    files: list[dict[str, Any]],
     check: Callable[[], None],
 ) -> Manifest:
     """Piece files, in order -> shards and manifest.
@@ -85,6 +86,7 @@ def assemble(
     Args:
         dropped: what `find_duplicates` found.
         options: prepare's, for the manifest; heldout_fraction and shard_tokens are obeyed.
+        files: the inputs with what tells whether they changed, for the manifest.
         check: called between pieces; it raises to stop.
     Raises:
         DataError: a damaged piece, or no document at all.
@@ -122,7 +124,7 @@ def assemble(
     shards = [entry for writer in writers for entry in writer.files]
     if not shards:
         raise DataError(f"{', '.join(options['inputs'])}: no document is left; give more text, or clean less")
-    return finish(out, shards, tokenizer, sha256, {"counts": counts, "problems": problems}, options)
+    return finish(out, shards, tokenizer, sha256, {"counts": counts, "problems": problems}, options, files)
 
 
 def finish(
@@ -132,6 +134,7 @@ def finish(
     sha256: str,
     report: dict[str, Any],
     options: dict[str, Any],
+    files: list[dict[str, Any]],
 ) -> Manifest:
     """Write the tokenizer's files and the manifest."""
     names = save_tokenizer(tokenizer, out)
@@ -145,6 +148,7 @@ def finish(
         ],
         "report": report,
         "options": options,
+        "files": files,
     }
     write_manifest(out, contents)
     return load_manifest(out)
@@ -173,7 +177,7 @@ def join(manifests: list[Manifest], out: Path, options: dict[str, Any]) -> Manif
         part: sum((Counter(manifest.contents["report"][part]) for manifest in manifests), Counter())
         for part in ("counts", "problems")
     }
-    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options)
+    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, [])
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

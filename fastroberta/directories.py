@@ -23,6 +23,8 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
     import fcntl
 
     path = directory / lock
+    if directory.exists() and not directory.is_dir():
+        raise ConfigurationError(f"{option} {directory}: is a file; give a directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")

@@ -2,7 +2,7 @@
 
 Reads txt, jsonl and parquet, plain or in gzip or zstd; files, folders and globs. Cleans as asked, tokenizes on all
 cores, and writes shards, a held-out split and a manifest. Interrupted in any way, the same command continues; the
-bytes depend on the text and the options alone, not on the number of workers or on interruptions.
+shards depend on the text and the options alone, not on the number of workers or on interruptions.
 
     tokenize     pieces of about 8 MB of text -> one file each in DIR/work (parallel)
     deduplicate  the hashes of all pieces -> which documents to drop
@@ -132,9 +132,10 @@ def prepare(config: PrepareConfig) -> Manifest:
     out = Path(config.out)
     work = out / "work"
     files = find_files(config.inputs, config.format)
+    _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     options = _identify(config, tokenizer)
-    if finished := _find_finished(out, options):
+    if finished := _find_finished(out, options, files):
         return finished
     with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
         _resume(work, options, files)
@@ -142,7 +143,7 @@ def prepare(config: PrepareConfig) -> Manifest:
             tokenizer = _obtain_tokenizer(config, files, work, stop)
         pieces = _tokenize(config, files, tokenizer, work, stop)
         dropped = find_duplicates(pieces, work, config.exact_duplicates, config.near_duplicates, stop.check)
-        manifest = assemble(pieces, dropped, tokenizer, out, options, stop.check)
+        manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
         shutil.rmtree(work)
     return manifest
 
@@ -161,11 +162,33 @@ def _identify(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, A
     return {**options, "tokenizer_sha256": tokenizer_hash(tokenizer) if tokenizer else None}
 
 
-def _find_finished(out: Path, options: dict[str, Any]) -> Manifest | None:
+def _refuse_out_among_inputs(out: Path, inputs: list[str], files: list[InputFile]) -> None:
+    """What is written must not lie beside the text: the next run would read it, and cleaning up could remove text."""
+    place = out.resolve()
+    for path in [*filter(os.path.isdir, inputs), *(file.path for file in files)]:
+        source = Path(path).resolve()
+        if (place != source and source.is_relative_to(place)) or (source.is_dir() and place.is_relative_to(source)):
+            raise ConfigurationError(f"--out {out}: holds or lies in the input {path}; give a directory of its own")
+
+
+def _describe(files: list[InputFile]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(file) for file in files]
+
+
+def _find_finished(out: Path, options: dict[str, Any], files: list[InputFile]) -> Manifest | None:
     if not (out / "manifest.json").exists():
         return None
     manifest = load_manifest(out)
     _refuse_other_options(manifest.contents["options"], options, f"{out}: holds a finished corpus")
+    now = {one["path"]: one for one in _describe(files)}
+    # Manifests of versions before this check have no "files".
+    then = {one["path"]: one for one in manifest.contents["files"]} if "files" in manifest.contents else now
+    changed = [path for path in {**now, **then} if now.get(path) != then.get(path)]
+    if changed:
+        raise ConfigurationError(
+            f"{out}: holds a finished corpus, but {changed[0]} was changed, added or removed since; give another --out, "
+            "or remove the directory to prepare it anew"
+        )
     print(f"{out}: already prepared, nothing to do")
     return manifest
 
@@ -206,10 +229,12 @@ class _StopRequest:
 def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None:
     """Hold an unfinished run's plan against this one's, and forget what came from files that changed since."""
     for leftover in [*work.glob("*.tmp"), *work.parent.glob("*.tmp")]:
-        leftover.unlink()
-    plan = {"options": options, "files": [dataclasses.asdict(file) for file in files]}
+        if leftover.is_file():  # tokenizer.tmp is a directory, and is taken away before the next one is written
+            leftover.unlink()
+    plan = {"options": options, "files": _describe(files)}
     path = work / "plan.json"
-    if path.exists():
+    # A plan from which nothing was made yet, because its first try failed, binds nobody.
+    if path.exists() and (any(work.glob("*.npz")) or (work / "tokenizer").exists()):
         try:
             found = json.loads(path.read_bytes())
         except ValueError as error:
@@ -428,7 +453,7 @@ def merge(config: PrepareConfig) -> Manifest:
     out = Path(config.out)
     manifests = [load_manifest(directory, verify=True) for directory in config.inputs]
     options = {"merge": config.inputs, "parts": [manifest.contents["options"] for manifest in manifests]}
-    if finished := _find_finished(out, options):
+    if finished := _find_finished(out, options, []):
         return finished
     with own_directory(out, "work/lock", "--out"):
         merged = join(manifests, out, options)

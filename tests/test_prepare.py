@@ -583,6 +583,29 @@ def test_other_options_are_not_mixed_into_an_unfinished_run(go, tmp_path, monkey
         go(source, nfc=True)
 
 
+def test_a_first_try_that_made_nothing_binds_nobody(go, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    training = {"tokenizer": None, "train_tokenizer": 300}
+    for wrong in ({"text_field": "body"}, {"text_field": "body", **training}, {"nfc": True, "text_field": "body"}):
+        with pytest.raises(DataError, match="no text in 'body'"):
+            go(source, **wrong)
+    assert texts(go(source)) == joined(DOCUMENTS)
+
+
+def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatch):
+    """It is of the text that they chose, though no piece may be there yet."""
+    source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
+    training = {"tokenizer": None, "train_tokenizer": 300}
+    with monkeypatch.context() as context:
+        context.setattr(fastroberta.prepare, "_tokenize", stop_here)
+        with pytest.raises(Stopped):
+            go(source, **training)
+    with pytest.raises(ConfigurationError, match="unfinished run with nfc = False"):
+        go(source, nfc=True, **training)
+    (tmp_path / "out" / "work" / "tokenizer.tmp").mkdir()  # as an interruption can leave it
+    assert go(source, **training).vocab_size == 300
+
+
 def test_a_finished_run_says_so_and_changes_nothing(go, tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     go(source)
@@ -590,6 +613,39 @@ def test_a_finished_run_says_so_and_changes_nothing(go, tmp_path, capsys):
     go(source)
     assert "already prepared" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_run_over_changed_inputs_is_refused(go, tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    source = write_jsonl(folder / "a.jsonl", DOCUMENTS)
+    before = source.stat()
+    out = go(folder).directory
+
+    def is_refused(path):
+        with pytest.raises(ConfigurationError) as error:
+            go(folder)
+        return f"{path.name} was changed, added or removed since; give another --out" in str(error.value)
+
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert is_refused(source)
+    write_jsonl(source, DOCUMENTS[:2])
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert is_refused(source)  # by its size
+    write_jsonl(source, DOCUMENTS)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    go(folder)
+    added = write_jsonl(folder / "b.jsonl", DOCUMENTS)
+    assert is_refused(added)
+    added.unlink()
+    source.rename(folder / "c.jsonl")
+    assert is_refused(folder / "c.jsonl")
+
+    # What was prepared before the manifest held the inputs stays of use.
+    contents = json.loads((out / "manifest.json").read_text())
+    del contents["files"]
+    (out / "manifest.json").write_text(json.dumps(contents))
+    assert texts(go(folder)) == joined(DOCUMENTS)
 
 
 def test_two_runs_do_not_write_one_directory(go, tmp_path):
@@ -714,7 +770,12 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--heldout", "0.1"], 2, "heldout_fraction"),
         (["a.txt", "--out", "o", "--merge", "--train-tokenizer", "300"], 2, "merge"),
         (["a.txt", "--out", "o", "--merge"], 3, "manifest.json: "),
-        (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 2, "--out a.txt: cannot be written to"),
+        (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 2, "--out a.txt: is a file"),
+        (["a.txt", "--out", "bad.txt", "--train-tokenizer", "300"], 2, "--out bad.txt: is a file"),
+        (["a.txt", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input a.txt"),
+        (["*.txt", "--out", "../{here}", "--train-tokenizer", "300"], 2, "holds or lies in the input a.txt"),
+        ([".", "--out", "o", "--train-tokenizer", "300"], 2, "--out o: holds or lies in the input .;"),
+        ([".", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input .;"),
         (["bad.txt", "--out", "o", "--train-tokenizer", "300"], 3, "bad.txt, line 1: NUL"),
     ],
 )
@@ -722,7 +783,10 @@ def test_mistakes_end_in_one_line_and_their_exit_code(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some text")
     Path("bad.txt").write_bytes(b"\0")
+    arguments = [argument.format(here=tmp_path.name) for argument in arguments]
+    before = sorted(os.listdir(tmp_path))
     assert run(lambda: main(arguments)) == code
+    assert code == 3 or sorted(os.listdir(tmp_path)) == before
     errors = capsys.readouterr().err
     *notes, error = errors.splitlines()
     assert error.startswith("error: ") and message in error and not any("error" in note for note in notes)

@@ -281,10 +281,10 @@ def test_two_runs_do_not_share_a_directory(data, tmp_path):
     assert main(arguments) == 0  # says that it is finished; the lock went with the run
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_directory_that_cannot_be_made_is_one_line(data, tmp_path, place):
+@pytest.mark.parametrize("place, message", [("file", "is a file"), ("file/below", "cannot be written to")])
+def test_a_directory_that_cannot_be_made_is_one_line(data, tmp_path, place, message):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match=r"--output_dir .* cannot be written to"):
+    with pytest.raises(ConfigurationError, match=f"--output_dir .* {message}"):
         main(list_arguments(data, tmp_path / place))
 
 
