@@ -497,8 +497,11 @@ def print_report(manifest: Manifest) -> None:
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
     if not manifest.shard_paths("heldout"):
-        print("nothing is held out: to evaluate, prepare with a larger --heldout-fraction")
-    print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
+        print("nothing is held out, but training needs it: prepare more text, or with a larger --heldout-fraction")
+    elif not manifest.shard_paths("train"):
+        print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
+    else:
+        print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
 
 
 if __name__ == "__main__":

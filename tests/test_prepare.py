@@ -25,6 +25,7 @@ import fastroberta.pieces
 import fastroberta.prepare
 import fastroberta.text
 from fastroberta.arguments import run
+from fastroberta.data import open_split
 from fastroberta.errors import ConfigurationError, DataError, Stopped
 from fastroberta.prepare import PrepareConfig, main, merge, prepare
 from fastroberta.shards import ShardReader, load_manifest
@@ -745,7 +746,7 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert {"documents read 4", "left out: empty 1"} <= set(lines)
     assert any(line.startswith("train 3 documents, 5 sentences, ") for line in lines)
-    assert "nothing is held out" in output and f"--data {out}" in output
+    assert "nothing is held out, but training needs it" in output and "ready" not in output
     manifest = load_manifest(out)
     assert sorted(os.listdir(out)) == sorted(
         [
@@ -753,6 +754,22 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
             "manifest.json",
         ]
     )
+
+
+@pytest.mark.parametrize("documents, share, missing", [(1, 0.005, "heldout"), (1, 0.9999, "train"), (200, 0.1, None)])
+def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, capsys, documents, share, missing):
+    source = write_jsonl(tmp_path / "a.jsonl", corpus(count=documents))
+    out = str(tmp_path / "out")
+    options = ["--tokenizer", tokenizer_directory, "--heldout-fraction", str(share), "--workers", "1"]
+    assert main([str(source), "--out", out, *options]) == 0
+    output = capsys.readouterr().out
+    assert (f"ready for python -m fastroberta.train --data {out}" in output) == (missing is None)
+    assert ("nothing is held out" in output) == (missing == "heldout")
+    assert ("all is held out" in output) == (missing == "train")
+    for split in ("train", "heldout"):  # as the trainer opens them
+        cut = {"max_seq_length": 32, "packing": "full-sentences", "attention_scope": "block"}
+        with pytest.raises(DataError, match=f"no {split} documents") if split == missing else contextlib.nullcontext():
+            open_split(load_manifest(out), split, **cut)
 
 
 @pytest.mark.parametrize(
