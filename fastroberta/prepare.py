@@ -56,6 +56,7 @@ from .tokenizer import (
     save_tokenizer,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 
 TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tokenizer is trained on at most
@@ -299,6 +300,12 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
                     yield from filter(None, map(str.strip, text.split("\n")))
 
         trained = train_tokenizer(read_lines(), config.train_tokenizer)
+        if (found := vocabulary_size(trained)) < config.train_tokenizer:
+            print(
+                f"train_tokenizer = {config.train_tokenizer}: the text is too little for that, the tokenizer has {found} "
+                "tokens; give more text for more",
+                file=sys.stderr,
+            )
         partial = work / "tokenizer.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(trained, partial)

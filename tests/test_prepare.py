@@ -724,6 +724,14 @@ def test_a_trained_tokenizer_is_the_same_for_every_share(go, tmp_path, monkeypat
     assert sorted(texts(one) + texts(other)) == sorted(corpus())
 
 
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(go, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", corpus())
+    for asked in (300, 50265):
+        found = go(source, tokenizer=None, train_tokenizer=asked, out=str(asked)).vocab_size
+        told = f"train_tokenizer = {asked}: the text is too little for that, the tokenizer has {found} tokens"
+        assert (told in capsys.readouterr().err) == (found < asked) == (asked == 50265)
+
+
 def test_a_vocabulary_beyond_16_bits_gets_wide_tokens(go, tmp_path, tokenizer_directory):
     content = json.loads((Path(tokenizer_directory) / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {f"filler{n}": n for n in range(600, 70_000)}
