@@ -10,8 +10,10 @@ PIECES = ("kernels", "train", "prepare", "resources", "report", "all", "gpu")
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in PIECES:
-        print(f"{__doc__}\nusage: python -m bench {{{','.join(PIECES)}}} [--help] ...", file=sys.stderr)
-        return 2
+        is_asked = sys.argv[1:2] in (["--help"], ["-h"])
+        usage = f"{__doc__}\nusage: python -m bench {{{','.join(PIECES)}}} [--help] ..."
+        print(usage, file=sys.stdout if is_asked else sys.stderr)
+        return 0 if is_asked else 2
     return importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])
 
 

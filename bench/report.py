@@ -8,6 +8,8 @@ each thing counts.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not files:
         print("no results yet: python -m bench all")
         return 1
+    if importlib.util.find_spec("matplotlib") is None:
+        print("the charts need matplotlib: pip install 'fastroberta[bench]'", file=sys.stderr)
+        return 1
+    for path in files:
+        if not path.is_file():
+            print(f"{path}: no such file; give results that python -m bench wrote", file=sys.stderr)
+            return 1
     texts = []
     for path in files:
         results = read_results(path)

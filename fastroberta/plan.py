@@ -19,6 +19,7 @@ rings (which NCCL may choose for all-reduces over many nodes, and which are fast
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -42,6 +43,23 @@ BUCKET_BYTES = 25 * 2**20  # as in sharding.py, which needs torch
 # Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
 NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
+# Of GPUs that have one size only: GiB, TB/s of the memory, GB/s one way to the next GPU by NVLink or else PCIe, from the
+# datasheets; their GB of memory are GiB here, of which a tenth stays free, but for the H200, where PyTorch finds 139. A GPU
+# sold with several sizes is in it by PyTorch's name for each, or not at all.
+_MACHINES = {
+    r"\bH200\b": (139.0, 4.8, 450.0),
+    r"\bH100\b(?! NVL| PCIe)": (80.0, 3.35, 450.0),
+    r"\bA100-SXM4-80GB\b": (80.0, 2.04, 300.0),
+    r"\bA100-SXM4-40GB\b": (40.0, 1.555, 300.0),
+    r"\bL40S?\b": (48.0, 0.864, 32.0),
+    r"\bL4\b": (24.0, 0.3, 32.0),
+    r"\bA10\b": (24.0, 0.6, 32.0),
+    r"\bRTX 6000 Ada\b": (48.0, 0.96, 32.0),
+    r"\bRTX 5090$": (32.0, 1.79, 64.0),
+    r"\bRTX 4090$": (24.0, 1.01, 32.0),
+    r"\bRTX 3090$": (24.0, 0.936, 32.0),
+    r"\bT4\b": (16.0, 0.32, 16.0),
+}
 UPDATE_BYTES = 44  # read and written a parameter by AdamW and LAMB, with the gradient's norm, scaling and clearing
 
 
@@ -52,17 +70,28 @@ class PlanConfig(TrainConfig):
     nodes: int = setting(1, "machines", valid="[1, inf)")
     gpus: int = setting(8, "GPUs a machine", valid="[1, inf)")
     gpu_name: str = setting("H200", "whose peak counts, named as PyTorch does")
-    gpu_memory: float = setting(139.0, "GiB of a GPU, of which nine tenths are used", valid="(0, inf)")
-    gpu_bandwidth: float = setting(4.0, "TB/s that a GPU reaches in its memory", valid="(0, inf)")
+    gpu_memory: float | None = setting(
+        None, "GiB of a GPU, of which nine tenths are used; null goes by gpu_name", valid="(0, inf)"
+    )
+    gpu_bandwidth: float | None = setting(
+        None, "TB/s that a GPU reaches in its memory; null takes 5/6 of gpu_name's", valid="(0, inf)"
+    )
     mfu: float = setting(
         0.4, "share of the peak that forward and backward reach; an assumption, until a run says it", valid="(0, 1]"
     )
-    node_bandwidth: float = setting(
-        360.0, "GB/s that a GPU reaches to the next one in its node: 80% of NVLink's 450", valid="(0, inf)"
+    node_bandwidth: float | None = setting(
+        None, "GB/s that a GPU reaches to the next one in its node; null takes 80% of gpu_name's link", valid="(0, inf)"
     )
     network_bandwidth: float = setting(
         40.0, "GB/s to another node for each GPU: 80% of a card of 400 Gbit/s a GPU", valid="(0, inf)"
     )
+
+    def __post_init__(self) -> None:
+        for pattern, (memory, bandwidth, link) in _MACHINES.items():
+            if re.search(pattern, self.gpu_name or ""):
+                self.gpu_memory = memory if self.gpu_memory is None else self.gpu_memory
+                self.gpu_bandwidth = bandwidth * 5 / 6 if self.gpu_bandwidth is None else self.gpu_bandwidth
+                self.node_bandwidth = link * 0.8 if self.node_bandwidth is None else self.node_bandwidth
 
     def check(self) -> None:
         """Refuse what no single field shows."""
@@ -71,6 +100,11 @@ class PlanConfig(TrainConfig):
         if peak_flops(self.gpu_name) is None:
             raise ConfigurationError(
                 f"gpu_name = {self.gpu_name}: its peak is not known here; A100, H100, H200, B200 and L40S are, among others"
+            )
+        names = ("gpu_memory", "gpu_bandwidth", "node_bandwidth")
+        if missing := [f"--{name}" for name in names if getattr(self, name) is None]:
+            raise ConfigurationError(
+                f"gpu_name = {self.gpu_name}: its memory and links are not known here; give {', '.join(missing)}"
             )
 
 
@@ -153,7 +187,7 @@ def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
     num_micro_batches = config.train_batch_size // (size * micro_batch_size)
 
     peak = peak_flops(config.gpu_name)
-    assert peak is not None  # by check
+    assert peak is not None and config.gpu_bandwidth is not None  # by check
     recomputed = config.gradient_checkpointing
     compute = flops_per_step(config) / (size * config.mfu * peak) * (4 / 3 if recomputed else 1)
     updated = num_parameters(config.model) / (1 if config.sharding == "none" else size)
@@ -178,6 +212,7 @@ def time_messages(
         return 0.0, 0.0
     model = config.model
     count, layers = num_parameters(model), model.num_hidden_layers
+    assert config.node_bandwidth is not None  # by check
     rates = [config.node_bandwidth] if gpus > 1 else []
     rates += [config.network_bandwidth * gpus] if nodes > 1 else []
     around = (nodes * gpus - nodes) * NODE_HOP + (nodes - 1) * NETWORK_HOP
@@ -254,6 +289,7 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
 
 
 def _usable_memory(config: PlanConfig) -> float:
+    assert config.gpu_memory is not None  # by check
     return 0.9 * config.gpu_memory * 2**30  # as the trainer takes it
 
 

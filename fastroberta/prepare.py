@@ -57,6 +57,7 @@ from .tokenizer import (
     save_tokenizer,
     tokenizer_hash,
     train_tokenizer,
+    vocabulary_size,
 )
 
 TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tokenizer is trained on at most
@@ -284,6 +285,12 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
                     yield from filter(None, map(str.strip, text.split("\n")))
 
         trained = train_tokenizer(read_lines(), config.train_tokenizer)
+        if (found := vocabulary_size(trained)) < config.train_tokenizer:
+            print(
+                f"train_tokenizer = {config.train_tokenizer}: the text is too little for that, the tokenizer has {found} "
+                "tokens; give more text for more",
+                file=sys.stderr,
+            )
         partial = work / "tokenizer.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(trained, partial)
@@ -482,8 +489,11 @@ def print_report(manifest: Manifest) -> None:
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
     if not manifest.shard_paths("heldout"):
-        print("nothing is held out: to evaluate, prepare with a larger --heldout-fraction")
-    print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
+        print("nothing is held out, but training needs it: prepare more text, or with a larger --heldout-fraction")
+    elif not manifest.shard_paths("train"):
+        print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
+    else:
+        print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
 
 
 if __name__ == "__main__":

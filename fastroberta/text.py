@@ -442,7 +442,11 @@ def _parse_json(line: str, text_field: str, place: str, problems: Problems) -> s
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         names = ", ".join(map(str, list(record)[:10])) if isinstance(record, dict) else "not an object"
-        problems.report(f"no text in {text_field!r}", place, f"name the field with --text-field (there: {names})")
+        if isinstance(record, dict) and text_field in record:
+            fault, advice = f"field {text_field!r} is not a string", "make it one, or name another field"
+        else:
+            fault, advice = f"no text in {text_field!r}", "name the field"
+        problems.report(fault, place, f"{advice} with --text-field (there: {names})")
         return None
     try:
         text.encode()

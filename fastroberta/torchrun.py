@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(error.failures)
     except SignalException as error:
         raise Stopped(f"{error.sigval.name} before any process was started; the same command starts again") from None
-    except (RendezvousError, ValueError, OSError) as error:
-        raise ConfigurationError(f"torchrun: {error}; see its options for machines, processes and --rdzv") from error
+    except (RendezvousError, ValueError, OSError, AssertionError) as error:
+        fault = str(error) or "nproc_per_node must be > 0"  # the one that it asserts without a word
+        raise ConfigurationError(f"torchrun: {fault}; see its options for machines, processes and --rdzv") from error
     return 0
 
 

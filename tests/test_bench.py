@@ -250,6 +250,21 @@ def test_report_shows_the_newest_lines_and_draws_charts(tmp_path, monkeypatch):
     )
 
 
+def test_report_says_in_one_line_what_it_lacks(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "cpu-2026-01-02.jsonl"
+    write_results(path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert report.main([str(path), str(tmp_path / "nope.jsonl")]) == 1
+    assert capsys.readouterr() == (
+        "",
+        f"{tmp_path / 'nope.jsonl'}: no such file; give results that python -m bench wrote\n",
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert report.main([str(path)]) == 1
+    assert capsys.readouterr() == ("", "the charts need matplotlib: pip install 'fastroberta[bench]'\n")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
 def test_newest_file_of_each_device(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DIRECTORY", tmp_path)
     for name in ("cpu-2026-01-02", "cpu-2026-01-10", "nvidia-h200-2025-12-31"):
@@ -287,6 +302,8 @@ def test_a_piece_that_takes_too_long_is_ended_with_its_children(tmp_path):
 def test_command_line_names_the_pieces():
     done = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True)
     assert done.returncode == 2 and "kernels,train,prepare,resources,report,all,gpu" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "kernels,train,prepare,resources,report,all,gpu" in done.stdout and not done.stderr
 
 
 def test_tables_print(capsys):

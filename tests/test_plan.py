@@ -281,12 +281,39 @@ def test_program_says_what_does_not_fit(capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "assumed"),
+    [
+        (["--gpu_name", "RTX 4090"], "RTX 4090 of 24 GiB at 40% of 165.2 TFLOP/s, 25.6 GB/s a GPU inside a node"),
+        (["--gpu_name", "NVIDIA H100 80GB HBM3"], "HBM3 of 80 GiB at 40% of 989 TFLOP/s, 360 GB/s"),
+        (["--gpu_name", "RTX 4090", "--gpu_memory", "20"], "of 20 GiB at 40% of 165.2 TFLOP/s, 25.6 GB/s"),
+        (
+            ["--gpu_name=A100", "--gpu_memory=70", "--gpu_bandwidth=2", "--node_bandwidth=9"],
+            "A100 of 70 GiB at 40% of 312 TFLOP/s, 9 GB/s",
+        ),
+        ([], "H200 of 139 GiB at 40% of 989 TFLOP/s, 360 GB/s"),
+    ],
+)
+def test_memory_and_links_follow_the_name(arguments, assumed, capsys):
+    assert train(["--plan", *arguments]) == 0
+    assert assumed in capsys.readouterr().out.splitlines()[1]
+
+
+def test_memory_of_each_size_is_by_its_name():
+    found = [PlanConfig(gpu_name=f"NVIDIA {name}") for name in ("A100-SXM4-40GB", "A100-SXM4-80GB", "H100 NVL")]
+    assert [one.gpu_memory for one in found] == [40, 80, None]
+    assert [one.gpu_bandwidth for one in found] == [pytest.approx(1.555 * 5 / 6), pytest.approx(2.04 * 5 / 6), None]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--nodes", "3"], "train_batch_size = 8192 must be a multiple of the 24 processes, which share it"),
         (["--nodes", "2", "--micro_batch_size", "1024"], "micro_batch_size = 1024 on 16 processes must divide"),
         (["--batch_ramp.start", "4", "--batch_ramp.tokens", "9"], "batch_ramp.start = 4 must be a multiple of the 8"),
         (["--gpu_name", "H900"], "gpu_name = H900: its peak is not known"),
+        (["--gpu_name", "A100"], "not known here; give --gpu_memory, --gpu_bandwidth, --node_bandwidth\n"),
+        (["--gpu_name=B200", "--gpu_memory=180", "--gpu_bandwidth=6"], "not known here; give --node_bandwidth\n"),
+        (["--gpu_memory", "0"], "gpu_memory = 0.0: must lie in (0, inf)"),
         (["--mfu", "40"], "mfu = 40.0: must lie in (0, 1]"),
     ],
 )  # fmt: skip

@@ -25,6 +25,7 @@ import fastroberta.pieces
 import fastroberta.prepare
 import fastroberta.text
 from fastroberta.arguments import run
+from fastroberta.data import open_split
 from fastroberta.directories import own_directory
 from fastroberta.errors import ConfigurationError, DataError, Stopped
 from fastroberta.prepare import PrepareConfig, main, merge, prepare
@@ -322,7 +323,8 @@ BAD = [
     ("json.jsonl", LINE + b'{"text": \n' + LINE, "line 2: not a JSON record", ["good", "good"], {}),
     ("array.jsonl", b'["text"]\n' + LINE, "line 1: no text in 'text'", ["good"], {}),
     ("field.jsonl", b'{"body": "x", "n": 1}\n' + LINE, "there: body, n", ["good"], {}),
-    ("null.jsonl", b'{"text": null}\n' + LINE, "line 1: no text in 'text'", ["good"], {}),
+    ("null.jsonl", b'{"text": null}\n' + LINE, "line 1: field 'text' is not a string; make it one", ["good"], {}),
+    ("number.jsonl", LINE + b'{"text": 5}\n', "line 2: field 'text' is not a string; make it one", ["good"], {}),
     ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n" + LINE, "line 1: JSON nested too deep", ["good"], {}),
     ("cut.txt.gz", gzip.compress(b"good\n\nbad")[:-9], "truncated gzip archive", None, {"truncated gzip archive": 1}),
     ("flipped.txt.gz", gzip.compress(b"good")[:-8] + bytes(8), "damaged archive", None, {}),
@@ -723,6 +725,14 @@ def test_a_trained_tokenizer_is_the_same_for_every_share(go, tmp_path, monkeypat
     assert sorted(texts(one) + texts(other)) == sorted(corpus())
 
 
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(go, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", corpus())
+    for asked in (300, 50265):
+        found = go(source, tokenizer=None, train_tokenizer=asked, out=str(asked)).vocab_size
+        told = f"train_tokenizer = {asked}: the text is too little for that, the tokenizer has {found} tokens"
+        assert (told in capsys.readouterr().err) == (found < asked) == (asked == 50265)
+
+
 def test_a_vocabulary_beyond_16_bits_gets_wide_tokens(go, tmp_path, tokenizer_directory):
     content = json.loads((Path(tokenizer_directory) / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {f"filler{n}": n for n in range(600, 70_000)}
@@ -745,7 +755,7 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert {"documents read 4", "left out: empty 1"} <= set(lines)
     assert any(line.startswith("train 3 documents, 5 sentences, ") for line in lines)
-    assert "nothing is held out" in output and f"--data {out}" in output
+    assert "nothing is held out, but training needs it" in output and "ready" not in output
     manifest = load_manifest(out)
     assert sorted(os.listdir(out)) == sorted(
         [
@@ -753,6 +763,22 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
             "manifest.json",
         ]
     )
+
+
+@pytest.mark.parametrize("documents, share, missing", [(1, 0.005, "heldout"), (1, 0.9999, "train"), (200, 0.1, None)])
+def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, capsys, documents, share, missing):
+    source = write_jsonl(tmp_path / "a.jsonl", corpus(count=documents))
+    out = str(tmp_path / "out")
+    options = ["--tokenizer", tokenizer_directory, "--heldout-fraction", str(share), "--workers", "1"]
+    assert main([str(source), "--out", out, *options]) == 0
+    output = capsys.readouterr().out
+    assert (f"ready for python -m fastroberta.train --data {out}" in output) == (missing is None)
+    assert ("nothing is held out" in output) == (missing == "heldout")
+    assert ("all is held out" in output) == (missing == "train")
+    for split in ("train", "heldout"):  # as the trainer opens them
+        cut = {"max_seq_length": 32, "packing": "full-sentences", "attention_scope": "block"}
+        with pytest.raises(DataError, match=f"no {split} documents") if split == missing else contextlib.nullcontext():
+            open_split(load_manifest(out), split, **cut)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ def test_bad_arguments_are_one_line():
     for arguments, message in (
         (["--signals-to-handle=SIGFOO", "x.py"], "error: --signals-to-handle: 'SIGFOO' is no signal"),
         (["--nproc_per_node=many", "x.py"], "error: torchrun: Unsupported nproc_per_node value: many"),
+        (["--nproc_per_node=0", "x.py"], "error: torchrun: nproc_per_node must be > 0; see its options"),
+        (["--nnodes=0", "x.py"], "error: torchrun: min_nodes must be > 0"),
     ):
         code, errors = finish(start(*arguments))
         assert code == 2 and errors.startswith(message) and errors.count("\n") == 1
