@@ -36,7 +36,9 @@ STOPPED = {Stopped.exit_code, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = torchrun.parse_args(argv)
+    parser = torchrun.get_args_parser()
+    parser.epilog = "Here no time limit follows a signal: --shutdown-timeout holds only where a process has failed."
+    arguments = parser.parse_args(argv)
     names = [name.strip() for name in arguments.signals_to_handle.split(",")]
     unknown = set(names) - set(signal.Signals.__members__)
     if unknown:
