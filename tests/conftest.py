@@ -1,6 +1,7 @@
 """Settings that must stand before the first import of the kernels."""
 
 import os
+import signal
 
 import torch
 
@@ -10,6 +11,9 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+
+# Whoever started the tests in the background had SIGINT ignored, in all programs that the tests start and interrupt too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def mend_interpreter() -> None:
