@@ -459,7 +459,7 @@ def _layer_norm_forward(
 @_layer_norm_forward.register_fake
 def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty((3, -(-x.shape[:-1].numel() // 16) * 16), dtype=torch.float32, device=x.device)
+    return y, torch.zeros((3, -(-x.shape[:-1].numel() // 16) * 16), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
