@@ -175,6 +175,7 @@ def attention_torch_forward(
     saved = q.new_empty(num_heads * q_thd.shape[0] * max_seqlen_k)
     statistics_dtype = torch.promote_types(q.dtype, torch.float32)
     nothing = q.new_empty((), dtype=statistics_dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]
     keep_scale = philox.dropout_scale(dropout_p)
     used = 0
     for rows, columns, heads, shape in list_pieces(q, k, cu_seqlens_q, lengths_k):
@@ -187,8 +188,7 @@ def attention_torch_forward(
         if seed is not None and heads.start == 0:  # for all heads of these sequences
             rows_seed = torch.stack((seed[0], seed[1] + rows.start))
             keep = philox.dropout_keep_torch(rows_seed, dropout_p, count * num_q, num_k, num_heads)
-            # As bytes: PyTorch's arithmetic with booleans is several times slower. 1 where kept, -1 where dropped.
-            sign = keep.view(torch.int8).mul_(2).sub_(1).unflatten(0, (count, num_q)).transpose(1, 2)
+            keep = keep.view(torch.int8).unflatten(0, (count, num_q)).transpose(1, 2)
         q_hqd = take_piece(q_thd, rows, heads, count).to(statistics_dtype)
         k_hkd = take_piece(k_thd, columns, heads, count).to(statistics_dtype)
         v_hkd = take_piece(v_thd, columns, heads, count)
@@ -196,11 +196,13 @@ def attention_torch_forward(
         torch.softmax(scores, -1, out=scores)
         kept = saved[used : used + scores.numel()].view(scores.shape)
         used += scores.numel()
+        kept.copy_(scores)
         if seed is None:
-            kept.copy_(scores)
             out_hqd = torch.bmm(kept, v_hkd)
         else:
-            torch.mul(scores.view(shape), sign[:, heads], out=kept.view(shape))
+            # The sign bit where dropped. Arithmetic that mixes integers and floats would be several times slower.
+            dropped = keep[:, heads].to(bits).sub_(1).bitwise_and_(torch.iinfo(bits).min)
+            kept.view(bits).view(shape).bitwise_or_(dropped)
             out_hqd = torch.bmm(kept.relu(), v_hkd).mul_(keep_scale)
         put_piece(out_thd, rows, heads, count, out_hqd)
     return out, saved

@@ -35,6 +35,8 @@ ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57  # M0, M1
 WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85  # W0, W1: golden ratio and sqrt(3) - 1
 DROPOUT_ROUNDS = 7
 BYTE_ONES = 0x0101010101010101
+# The PyTorch twin makes so many Philox calls at a time.
+CALLS_AT_ONCE = 65_536
 
 
 def philox_torch(
@@ -44,14 +46,15 @@ def philox_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32 on int64 tensors that hold 32-bit words; counters and keys broadcast against each other."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
+    steps = torch.arange(rounds, device=key[0].device)
+    keys_a = ((key[0] + steps.view(-1, *[1] * key[0].dim()) * WEYL_A) & WORD).unbind()
+    keys_b = ((key[1] + steps.view(-1, *[1] * key[1].dim()) * WEYL_B) & WORD).unbind()
+    for k0, k1 in zip(keys_a, keys_b):
         # A product of two 32-bit words overflows int64 only into its sign: all 64 bits are right. Low words are taken
         # out of it only where they are multiplied or returned, by the mask of what they were xored into.
         product_a, product_b = c0 * ROUND_A, c2 * ROUND_B
-        c0, c1 = ((product_b >> 32) ^ (c1 ^ k0)) & WORD, product_b
-        c2, c3 = ((product_a >> 32) ^ (c3 ^ k1)) & WORD, product_a
-        k0, k1 = (k0 + WEYL_A) & WORD, (k1 + WEYL_B) & WORD
+        c0, c1 = ((product_b >> 32) ^ (c1 ^ k0)).bitwise_and_(WORD), product_b
+        c2, c3 = ((product_a >> 32) ^ (c3 ^ k1)).bitwise_and_(WORD), product_a
     return c0, c1 & WORD, c2, c3 & WORD
 
 
@@ -133,8 +136,9 @@ def dropout_keep_torch(
     if threshold in (0, 256):
         num_rows = 0
         keep.fill_(0 if threshold else BYTE_ONES)
-    # The intermediate tensors of a piece stay in the processor's cache.
-    rows_at_once = max(1, 65_536 // max(1, num_groups * (num_heads or 1)))
+    # The intermediate tensors of a piece stay in the processor's cache; pieces are of a size.
+    pieces = max(1, round(num_rows * num_groups * (num_heads or 1) / CALLS_AT_ONCE))
+    rows_at_once = max(1, -(-num_rows // pieces))
     for start in range(0, num_rows, rows_at_once):
         words = philox_torch((groups, heads, *split_words(rows[start : start + rows_at_once])), key, DROPOUT_ROUNDS)
         for half in (0, 1):
