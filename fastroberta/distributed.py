@@ -8,6 +8,7 @@ torchrun's store.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import json
@@ -52,6 +53,19 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
             f"--nproc_per_node {count}"
         )
     return torch.device("cuda", local_rank)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next tensors of a CPU, for the rest of the process.
+
+    It gives large blocks back to the system otherwise, which clears every page of them anew at each step: 100,000 pages
+    of roberta-base's, 4 to 10% of the time. Another C library is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # their numbers in malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 class Processes:

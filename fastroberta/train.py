@@ -93,7 +93,7 @@ class Trainer:
 
         from .checkpoint import list_checkpoints, remove_partial_checkpoints
         from .data import masking_arguments, open_split
-        from .distributed import Processes, select_device
+        from .distributed import Processes, keep_freed_memory, select_device
         from .model import COMPUTE_DTYPES, RobertaForMaskedLM
         from .optim import BatchSchedule, LossScaler
         from .shards import load_manifest
@@ -103,6 +103,8 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.processes = processes or Processes(select_device(config.device))
         self.device = self.processes.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         assert config.data is not None
         self.manifest = load_manifest(config.data)
         self.tokenizer = load_tokenizer(self.manifest.directory)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -317,3 +318,26 @@ def test_a_checkpoint_is_scored_as_it_was_trained(data, tmp_path, capsys):
         evaluate([str(checkpoint), "--data", str(data)])
     with pytest.raises(CheckpointError, match="differs from its checksum"):
         Trainer(configure(data, tmp_path / "next", init_from=str(checkpoint)))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps memory of glibc only")
+def test_freed_memory_is_kept():
+    """A tensor takes the pages of a larger one before it; by default glibc has given them back."""
+    script = """
+import resource
+import torch
+from fastroberta.distributed import keep_freed_memory
+
+def count_new_pages():
+    torch.ones(17_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+by_default = count_new_pages()
+keep_freed_memory()
+print(by_default, count_new_pages())
+"""
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    by_default, kept = map(int, printed.split())
+    assert kept * 10 < by_default
