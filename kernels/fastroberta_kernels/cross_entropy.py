@@ -98,6 +98,7 @@ def linear_cross_entropy_torch(
 
 
 # Measured on one core: sixteen rows of 50265 logits in fp32 and the 4096 x 768 part of dW are near the cache's size.
+# Products of a multiple of sixteen rows take 20 to 30% less time than those of an odd number.
 _ROWS_IN_CACHE = 16
 _CLASSES_IN_CACHE = 4096
 _CHUNK_ROWS_TORCH = 512
@@ -119,19 +120,18 @@ def _loss_and_gradients_torch(
     gradients.bias.zero_()
     if not kept.numel():
         gradients.weight.zero_()
-    rows_at_once = min(_CHUNK_ROWS_TORCH, max(1, kept.numel()))
-    buffer = hidden.new_empty(rows_at_once, num_entries)
-    for start in range(0, kept.numel(), rows_at_once):
-        rows = kept[start : start + rows_at_once]
-        chunk = hidden[rows]
-        logits = buffer[: rows.numel()]
+    buffer = hidden.new_empty(min(_CHUNK_ROWS_TORCH, _fill_up(kept.numel())), num_entries)
+    for start in range(0, kept.numel(), _CHUNK_ROWS_TORCH):
+        rows = kept[start : start + _CHUNK_ROWS_TORCH]
+        chunk = F.pad(hidden[rows], (0, 0, 0, _fill_up(rows.numel()) - rows.numel()))
+        logits = buffer[: chunk.shape[0]]
         if matrix_bias is None:
             torch.mm(chunk, matrix.T, out=logits)
         else:
             torch.addmm(matrix_bias, chunk, matrix.T, out=logits)
         block_sums = []
         for first in range(0, rows.numel(), _ROWS_IN_CACHE):
-            block = slice(first, first + _ROWS_IN_CACHE)
+            block = slice(first, min(first + _ROWS_IN_CACHE, rows.numel()))
             x = logits[block, :num_classes].float()
             target = targets[rows[block], None]
             x_target = x.gather(1, target)
@@ -158,10 +158,11 @@ def _loss_and_gradients_torch(
                 logits[block, num_classes:] = 0
                 if needs[2]:
                     block_sums.append(probability.sum(0))
+        logits[rows.numel() :] = 0
         if needs[2]:
             gradients.bias[:num_classes] += torch.stack(block_sums).sum(0)
         if needs[0]:
-            gradients.hidden[rows] = torch.mm(logits, matrix)
+            gradients.hidden[rows] = torch.mm(logits, matrix)[: rows.numel()]
         if needs[1] and gradients.weight.dtype == hidden.dtype:
             if start == 0:
                 torch.mm(logits.T, chunk, out=gradients.weight)
@@ -173,6 +174,10 @@ def _loss_and_gradients_torch(
                 product = torch.mm(logits[:, part].T, chunk)
                 gradients.weight[part].copy_(product) if start == 0 else gradients.weight[part].add_(product)
     return loss, correct, gradients
+
+
+def _fill_up(num_rows: int) -> int:
+    return -(-num_rows // _ROWS_IN_CACHE) * _ROWS_IN_CACHE
 
 
 def _empty_gradients(hidden, weight, needs: list[bool], use_kernel: bool) -> Gradients:
