@@ -7,6 +7,8 @@ collator draws each token by itself, its head computes logits of all tokens. Nei
 
 transformers is run as its best user would: a plain loop without the overhead of its Trainer, full blocks without an
 attention mask, special-token masks computed beforehand, on a GPU a loader with worker processes and pinned memory.
+On a CPU our trainer has the C library keep freed memory (`keep_freed_memory`), which transformers does not; a way of its
+own says what it would gain from that.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Way(NamedTuple):
     attention: str = "sdpa"
     compiled: bool = False
     kernels: bool = False  # our kernels inside transformers' model
+    keep_memory: bool = False  # transformers with `keep_freed_memory`
     precision: str | None = None  # instead of the task's
 
 
@@ -62,6 +65,7 @@ WAYS = {
     "fastroberta": Way(ours=True),
     "fastroberta, torch.compile": Way(ours=True, compiled=True),
     "transformers eager": Way(attention="eager"),
+    "transformers eager, memory kept": Way(attention="eager", keep_memory=True),
     "transformers sdpa": Way(),
     "transformers sdpa, fp32": Way(precision="fp32"),
     "transformers sdpa, torch.compile": Way(compiled=True),
@@ -115,7 +119,11 @@ class Ours:
     """`fastroberta.train.Trainer`."""
 
     def __init__(self, task: Task, way: Way):
+        from fastroberta.distributed import keep_freed_memory
+
         self.folder = tempfile.TemporaryDirectory()
+        if not torch.cuda.is_available():
+            keep_freed_memory()  # as `fastroberta.train.main` does
         self.trainer = build_trainer(task, self.folder.name, compiled=way.compiled)
         self.device = self.trainer.device
         self.batches = self._note_sizes(self.trainer._read_batches())
@@ -187,8 +195,13 @@ class Transformers:
         with tempfile.TemporaryDirectory() as folder:
             # The same initial weights: ours, under their names. On the CPU whatever the device, to spare its memory.
             trainer = build_trainer(task, folder, device="cpu")
+        from fastroberta.distributed import keep_freed_memory
         from fastroberta.hf import to_huggingface
 
+        if way.keep_memory:
+            if self.device.type == "cuda":
+                raise Absent("a matter of the CPU's memory")
+            keep_freed_memory()
         weights = to_huggingface(dict(trainer.model.named_parameters()), trainer.model.config)
         config = transformers.RobertaConfig(
             vocab_size=trainer.model.config.vocab_size, hidden_size=task.hidden, num_hidden_layers=task.layers,

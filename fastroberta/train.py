@@ -44,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return plan(argv)
     config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
     from .directories import own_directory
-    from .distributed import join_processes
+    from .distributed import join_processes, keep_freed_memory
 
     processes = join_processes(config.device, config.hang_timeout)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     with contextlib.ExitStack() as stack:
         if config.dry_run:  # whatever is written goes to a place that disappears
             config.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-"))
@@ -93,7 +95,7 @@ class Trainer:
 
         from .checkpoint import list_checkpoints, remove_partial_checkpoints
         from .data import masking_arguments, open_split
-        from .distributed import Processes, keep_freed_memory, select_device
+        from .distributed import Processes, select_device
         from .model import COMPUTE_DTYPES, RobertaForMaskedLM
         from .optim import BatchSchedule, LossScaler
         from .shards import load_manifest
@@ -103,8 +105,6 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.processes = processes or Processes(select_device(config.device))
         self.device = self.processes.device
-        if self.device.type == "cpu":
-            keep_freed_memory()
         assert config.data is not None
         self.manifest = load_manifest(config.data)
         self.tokenizer = load_tokenizer(self.manifest.directory)
