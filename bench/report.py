@@ -50,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = read_results(path)
         text = write_tables(path, results)
         charts = draw_charts(path, results)
-        path.with_suffix(".md").write_text(text + "".join(f"\n![{c.stem}]({c.name})\n" for c in charts))
-        texts.append(text + "".join(f"\n![{c.stem}](bench/results/{c.name})\n" for c in charts))
+        text_for_readme = text + "".join(f"\n![{c.stem}](bench/results/{c.name})\n" for c in charts)
+        texts.append(text_for_readme)
+        path.with_suffix(".md").write_text(text_for_readme.replace("](bench/results/", "]("))
         print(text)
         print("\n".join(f"chart: {chart}" for chart in charts))
     if all(path.parent == DIRECTORY for path in files) and README.exists():
