@@ -212,6 +212,38 @@ def test_verify_finds_one_flipped_bit(tmp_path):
         load_manifest(tmp_path, verify=True)
 
 
+@pytest.mark.parametrize(
+    "where", ["header", "first token", "last token", "padding", "sentence starts", "document starts"]
+)
+def test_reading_a_split_finds_one_flipped_bit(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("fastroberta.shards.CHUNK", 64)  # several of them, the last one short
+    manifest = load_manifest(finished(tmp_path))
+    shard = next(one for one in manifest.read_shards("train") if one.tokens.nbytes % 8)
+    assert shard.num_tokens > 128 and shard.num_tokens % 64
+    offset = {
+        "header": HEADER.size - 1,
+        "first token": HEADER.size,
+        "last token": HEADER.size + shard.tokens.nbytes - 1,
+        "padding": HEADER.size + shard.tokens.nbytes,
+        "sentence starts": -shard.document_starts.nbytes - 1,
+        "document starts": -1,
+    }[where]
+    data = bytearray(shard.path.read_bytes())
+    data[offset] ^= 1
+    shard.path.write_bytes(data)
+    load_manifest(tmp_path)  # what can be seen without reading everything is right
+    with pytest.raises(DataError, match=rf"{shard.path.name}: .*checksum; copy the directory again") as error:
+        manifest.read_shards("train")
+    assert "\n" not in str(error.value)
+    assert manifest.read_shards("heldout") == []
+
+
+def test_reading_a_split_refuses_token_ids_outside_the_vocabulary(tmp_path):
+    edit(finished(tmp_path), 50000, "vocab_size")
+    with pytest.raises(DataError, match=r"train-00000.bin: token id 5\d{4} in a vocabulary of 50000; prepare"):
+        load_manifest(tmp_path).read_shards("train")
+
+
 def test_reading_shards_imports_no_torch():
     code = "import sys, fastroberta.shards, fastroberta.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,14 @@ from safetensors.torch import load_file
 from fastroberta.arguments import from_dict
 from fastroberta.config import TrainConfig
 from fastroberta.directories import own_directory
-from fastroberta.errors import CheckpointError, ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
+from fastroberta.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    DeviceMemoryError,
+    NonFiniteError,
+    Stopped,
+)
 from fastroberta.evaluate import main as evaluate
 from fastroberta.prepare import main as prepare
 from fastroberta.train import Trainer, main
@@ -195,8 +203,6 @@ def test_resume_with_other_settings_is_refused(data, finished):
 
 
 def test_damaged_checkpoint_is_refused(data, finished, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     path = copy / "checkpoint-00000012" / "model.safetensors"
@@ -205,6 +211,18 @@ def test_damaged_checkpoint_is_refused(data, finished, tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model.safetensors: differs from its checksum"):
         Trainer(configure(data, copy))
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_one_flipped_bit_in_the_data_is_found_at_the_start(data, tmp_path, split):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    path = copy / f"{split}-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1  # of a token, which becomes another one of the vocabulary
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{split}-00000.bin: its bytes do not have the manifest's checksum; copy"):
+        Trainer(configure(copy, tmp_path / "run"))
 
 
 def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path):
