@@ -198,7 +198,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse what no single field shows."""
-        if self.max_seq_length + 2 > self.model.max_position_embeddings:
+        # With init_from the table is that of the checkpoint, which is not read yet.
+        if self.init_from is None and self.max_seq_length + 2 > self.model.max_position_embeddings:
             raise ConfigurationError(
                 f"max_seq_length = {self.max_seq_length} needs model.max_position_embeddings of at least "
                 f"{self.max_seq_length + 2} (positions start at 2), which is {self.model.max_position_embeddings}: "

@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -308,6 +309,7 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
             {str(name): int(token_id) for name, token_id in contents["special_token_ids"].items()},
         )
         shards, tokenizer_files = contents["shards"], contents["tokenizer_files"]
+        checksums = {entry["name"]: str(entry["sha256"]) for entry in shards + tokenizer_files}
         names = [Path(entry["name"]).name for entry in shards + tokenizer_files]
         if names != [entry["name"] for entry in shards + tokenizer_files]:
             raise DataError(f"{path}: names a file outside its directory; run prepare again")
@@ -327,11 +329,15 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
             if shard.dtype != token_dtype(manifest.vocab_size):
                 raise DataError(f"{shard.path}: {shard.dtype} for a vocabulary of {manifest.vocab_size}; {AGAIN}")
         for entry in shards + tokenizer_files if verify else tokenizer_files:
-            if file_sha256(directory / entry["name"]) != entry["sha256"]:
+            if file_sha256(directory / entry["name"]) != checksums[entry["name"]]:
                 raise DataError(f"{directory / entry['name']}: its bytes do not have the manifest's checksum; {AGAIN}")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not directory.exists():
+            raise DataError(f"{directory}: no such directory; give one that fastroberta.prepare has written") from error
         raise DataError(
-            f"{path}: missing; give a directory that fastroberta.prepare finished, or start prepare again"
+            f"{directory}: {'has no manifest.json' if directory.is_dir() else 'is a file'}, so it is not prepared data; "
+            f"prepare text first: python -m fastroberta.prepare {shlex.quote(str(directory))} --out DIR --tokenizer "
+            "TOKENIZER (or --train-tokenizer 50265), and give DIR; a prepare that was stopped goes on by its own command"
         ) from error
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; {AGAIN}") from error

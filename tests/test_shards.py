@@ -172,7 +172,12 @@ def test_a_whole_directory_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda d: (d / "manifest.json").unlink(), "missing"),
+        (
+            lambda d: (d / "manifest.json").unlink(),
+            "has no manifest.json, so it is not prepared data; prepare text first",
+        ),
+        (lambda d: edit(d, None, "shards", 0), "damaged"),
+        (lambda d: edit(d, {"name": "train-00000.bin", "bytes": 1}, "shards", 0), "damaged .*sha256"),
         (lambda d: (d / "manifest.json").write_text("{"), "damaged"),
         (lambda d: (d / "manifest.json").write_text("[]"), "damaged"),
         (lambda d: (d / "manifest.json").write_text('{"format": "fastroberta-shards", "version": 1}'), "damaged"),
