@@ -43,7 +43,7 @@ HEADER = struct.Struct("<8sIIQQQ32s56x")
 MAX_SHARD_TOKENS = 2**32 - 1  # sentence starts are 32-bit
 SPLITS = ("train", "heldout")
 CHUNK = 2**18  # tokens that are checked at once, few enough to stay in a core's cache
-AGAIN = "copy the directory again, or run prepare again"
+AGAIN = "copy the directory again, or run prepare again with another --out"  # in this one it would find nothing to do
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -299,8 +299,11 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
     path = directory / "manifest.json"
     try:
         contents = json.loads(path.read_bytes())
-        if contents["format"] != "fastroberta-shards" or contents["version"] != VERSION:
-            raise DataError(f"{path}: not of format fastroberta-shards, version {VERSION}; run prepare again")
+        if contents.get("format") != "fastroberta-shards" or contents["version"] != VERSION:
+            raise DataError(
+                f"{path}: not of format fastroberta-shards, version {VERSION}; give a directory that this version's "
+                "fastroberta.prepare has written"
+            )
         manifest = Manifest(
             directory,
             contents,
@@ -312,7 +315,7 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
         checksums = {entry["name"]: str(entry["sha256"]) for entry in shards + tokenizer_files}
         names = [Path(entry["name"]).name for entry in shards + tokenizer_files]
         if names != [entry["name"] for entry in shards + tokenizer_files]:
-            raise DataError(f"{path}: names a file outside its directory; run prepare again")
+            raise DataError(f"{path}: names a file outside its directory; run prepare again with another --out")
         for entry in shards + tokenizer_files:
             file = directory / entry["name"]
             if not file.is_file():

@@ -619,11 +619,12 @@ class Trainer:
         if self.step:
             self._say(f"{self.output_dir}: continuing after step {self.step}")
 
-    def advise_on_divergence(self) -> str:
-        """Where to go on after a loss that is not finite, and with what; the same settings would lead there again."""
-        from .checkpoint import list_checkpoints
+    def advise_on_divergence(self, step: int) -> str:
+        """Where to go on after a loss that was not finite in `step`, and with what; the same settings would lead there."""
+        from .checkpoint import get_step, list_checkpoints
 
-        config, checkpoints = self.config, list_checkpoints(self.output_dir)
+        config = self.config
+        checkpoints = [path for path in list_checkpoints(self.output_dir) if get_step(path) < step]
         changes = [f"--optimizer.learning_rate below {config.optimizer.learning_rate:g}"]
         if not config.optimizer.max_grad_norm:
             changes.append("--optimizer.max_grad_norm 1")
@@ -631,10 +632,10 @@ class Trainer:
             changes.append("--precision fp32" if config.precision == "bf16" else "--precision bf16")
         advice = "try " + " or ".join(changes)
         if not checkpoints:
-            return f"no checkpoint was saved yet; {advice}"
+            return f"no checkpoint was saved before; {advice}, with another --output_dir"
         # A run keeps its settings, so that others make another run.
         return (
-            f"the last checkpoint is {checkpoints[-1]}; {advice}, in a new run from its weights: --init_from "
+            f"the last checkpoint before is {checkpoints[-1]}; {advice}, in a new run from its weights: --init_from "
             f"{checkpoints[-1]} with another --output_dir"
         )
 
@@ -751,10 +752,10 @@ class Meter:
         tokens, flops = trainer.processes.add_up(counted).tolist()
         overflow_is_normal = trainer.config.precision == "fp16" and float(trainer.scaler.scale) >= 1.0
         if skipped and not overflow_is_normal:
-            first = self.first_step + 1
+            first, step = self.first_step + 1, self.first_step + 1 + int(self.finite_steps)
             raise NonFiniteError(
-                f"step {first + int(self.finite_steps)}: loss or gradient not finite, in {skipped} of steps {first} to "
-                f"{trainer.step}; nothing of it reached the weights; {trainer.advise_on_divergence()}"
+                f"step {step}: loss or gradient not finite, in {skipped} of steps {first} to {trainer.step}; nothing of it "
+                f"reached the weights; {trainer.advise_on_divergence(step)}"
             )
         metrics = {
             "train/loss": loss / max(masked, 1),

@@ -182,6 +182,7 @@ def test_a_whole_directory_is_accepted(tmp_path):
         (lambda d: (d / "manifest.json").write_text("[]"), "damaged"),
         (lambda d: (d / "manifest.json").write_text('{"format": "fastroberta-shards", "version": 1}'), "damaged"),
         (lambda d: (d / "manifest.json").write_text('{"format": "other", "version": 1}'), "not of format"),
+        (lambda d: (d / "manifest.json").write_text('{"step": 4, "files": {}}'), "not of format"),  # a checkpoint's
         (lambda d: edit(d, "../x", "shards", 0, "name"), "outside its directory"),
         (lambda d: edit(d, "cd" * 32, "tokenizer_sha256"), "another tokenizer"),
         (lambda d: edit(d, 70000, "vocab_size"), "for a vocabulary of 70000"),
@@ -237,7 +238,10 @@ def test_reading_a_split_finds_one_flipped_bit(tmp_path, monkeypatch, where):
     data[offset] ^= 1
     shard.path.write_bytes(data)
     load_manifest(tmp_path)  # what can be seen without reading everything is right
-    with pytest.raises(DataError, match=rf"{shard.path.name}: .*checksum; copy the directory again") as error:
+    with pytest.raises(
+        DataError,
+        match=rf"{shard.path.name}: .*checksum; copy the directory again, or run prepare again with another --out",
+    ) as error:
         manifest.read_shards("train")
     assert "\n" not in str(error.value)
     assert manifest.read_shards("heldout") == []

@@ -232,27 +232,28 @@ def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     with pytest.raises(
         NonFiniteError,
-        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved yet; try --optimizer.learning_rate below 0.005",
+        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved before; try --optimizer.learning_rate below",
     ):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
 
 
 def test_non_finite_loss_names_its_step_and_the_way_to_go_on(data, tmp_path):
-    trainer = Trainer(configure(data, tmp_path / "run", logging_steps=4, precision="bf16"))
+    trainer = Trainer(configure(data, tmp_path / "run", logging_steps=12, save_steps=3, precision="bf16"))
     loss = trainer.loss
 
-    def break_step_11(*arguments):
+    def break_two_steps(*arguments):
         result = loss(*arguments)
-        return result._replace(loss=result.loss * float("inf")) if trainer.step == 10 else result
+        return result._replace(loss=result.loss * float("inf")) if trainer.step in (7, 10) else result
 
-    trainer.loss = break_step_11
+    trainer.loss = break_two_steps
     with pytest.raises(NonFiniteError) as error:
         trainer.train()
     message = str(error.value)
-    assert message.startswith("step 11: loss or gradient not finite, in 1 of steps 9 to 12; ") and "\n" not in message
+    assert message.startswith("step 8: loss or gradient not finite, in 2 of steps 1 to 12; ") and "\n" not in message
     checkpoint = tmp_path / "run" / "checkpoint-00000006"
-    assert f"the last checkpoint is {checkpoint}; try " in message
+    assert (tmp_path / "run" / "checkpoint-00000009").is_dir()  # after it
+    assert f"the last checkpoint before is {checkpoint}; try " in message
     assert (
         "--optimizer.learning_rate below 0.005 or --optimizer.max_grad_norm 1 or --precision fp32, in a new" in message
     )
