@@ -74,6 +74,10 @@ FAIRSEQ_NAMES = {
     "validate_interval_updates": "is eval_steps here",
     "warmup_updates": "is lr_scheduler.warmup_steps here",
 }
+# Settings of plan.py's PlanConfig, which training does not have; importing plan.py from here would go against the floors.
+PLAN_NAMES = (
+    "nodes", "gpus", "gpu_name", "gpu_memory", "gpu_bandwidth", "mfu", "node_bandwidth", "network_bandwidth",
+)  # fmt: skip
 
 
 class _Setting(NamedTuple):
@@ -148,13 +152,16 @@ def validate(config: Any) -> None:
                 raise ConfigurationError(f"{one.key if one.positional else '--' + one.key} is required: see --help")
             if type(None) not in typing.get_args(one.type):
                 raise ConfigurationError(f"{one.key} = null: takes {_describe_type(one.type)}")
-        for number in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if item == "":
+                way_out = "give a value" if one.default is dataclasses.MISSING else "give a value, or leave it out"
+                raise ConfigurationError(f"{one.key} is empty: {way_out}")
+            if isinstance(item, bool) or not isinstance(item, int | float):
                 continue
-            if not math.isfinite(number):
-                raise ConfigurationError(f"{one.key} = {number}: must be a finite number")
-            if one.valid and not _lies_in(number, one.valid):
-                raise ConfigurationError(f"{one.key} = {number}: must lie in {one.valid}")
+            if not math.isfinite(item):
+                raise ConfigurationError(f"{one.key} = {item}: must be a finite number")
+            if one.valid and not _lies_in(item, one.valid):
+                raise ConfigurationError(f"{one.key} = {item}: must lie in {one.valid}")
     parts = [getattr(config, field.name) for field in dataclasses.fields(config)]
     for part in [*filter(dataclasses.is_dataclass, parts), config]:
         if hasattr(part, "check"):
@@ -363,6 +370,10 @@ def _unknown(key: str, settings: Mapping[str, _Setting], config_class: type, pla
     last = key.rpartition(".")[2]
     if last in FAIRSEQ_NAMES and issubclass(config_class, TrainConfig):
         return ConfigurationError(f"{place}{key} {FAIRSEQ_NAMES[last]}")
+    if key in PLAN_NAMES and config_class is TrainConfig:
+        return ConfigurationError(
+            f"{place}{key} belongs to --plan, which predicts a run and does not train: give --plan too, or leave it out"
+        )
     if _is_section(key, settings):
         example = next(other for other in settings if other.startswith(key + "."))
         return ConfigurationError(f"{place}{key} is a group of settings: give them singly, as {example}")

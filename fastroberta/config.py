@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 from .errors import ConfigurationError
 
+# Of the messages in which gradients leave: large enough for full bandwidth, small enough to leave early. Not a setting; it
+# stands here for plan.py, which does without torch.
+BUCKET_BYTES = 25 * 2**20
+
 
 def setting(
     default: Any = dataclasses.MISSING, help: str = "", *, valid: str | None = None, positional: bool = False
@@ -198,7 +202,8 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse what no single field shows."""
-        if self.max_seq_length + 2 > self.model.max_position_embeddings:
+        # With init_from the table is that of the checkpoint, which is not read yet.
+        if self.init_from is None and self.max_seq_length + 2 > self.model.max_position_embeddings:
             raise ConfigurationError(
                 f"max_seq_length = {self.max_seq_length} needs model.max_position_embeddings of at least "
                 f"{self.max_seq_length + 2} (positions start at 2), which is {self.model.max_position_embeddings}: "

@@ -14,7 +14,6 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,17 +88,17 @@ class Blocks:
     """The blocks of one split of a prepared directory: a table of slices into memory-mapped shards.
 
     Args:
-        paths: shards, in order.
+        shards: in order.
         block_size: tokens of a block, `<s>` included.
         packing: `full-sentences`, `doc-sentences` or `contiguous`.
         attention_scope: `block`, or `document` to keep attention inside each document.
     Raises:
-        DataError: no tokens, or a token id outside the vocabulary.
+        DataError: no tokens.
     """
 
     def __init__(
         self,
-        paths: list[Path],
+        shards: list[ShardReader],
         *,
         block_size: int,
         packing: str,
@@ -107,20 +106,15 @@ class Blocks:
         bos_token_id: int,
         eos_token_id: int,
         pad_token_id: int,
-        vocab_size: int,
     ):
         self.block_size = block_size
         self.attention_scope = attention_scope
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
-        self.shards = [ShardReader(path) for path in paths]
-        tables = []
-        for path, shard in zip(paths, self.shards):
-            if shard.num_tokens and (largest := int(shard.tokens.max())) >= vocab_size:
-                raise DataError(f"{path}: token id {largest} in a vocabulary of {vocab_size}; prepare the data again")
-            tables.append(_cut_blocks(shard, block_size - 1, packing))
+        self.shards = shards
+        tables = [_cut_blocks(shard, block_size - 1, packing) for shard in shards]
         self._first_block = np.cumsum([0] + [len(starts) for starts, _ in tables])
         if not self._first_block[-1]:
-            raise DataError(f"{paths[0].parent if paths else 'data'}: no tokens; give prepare more text")
+            raise DataError(f"{shards[0].path.parent if shards else 'data'}: no tokens; give prepare more text")
         self._starts = np.concatenate([starts for starts, _ in tables])
         self._lengths = np.concatenate([lengths for _, lengths in tables])
         self.is_padded = bool((self._lengths < block_size - 1).any())
@@ -238,20 +232,19 @@ def open_split(manifest: Manifest, split: str, *, max_seq_length: int, packing: 
     """The blocks of "train" or "heldout" of a prepared directory.
 
     Raises:
-        DataError: the split is empty, or holds a token id outside the vocabulary.
+        DataError: the split is empty or damaged, or holds a token id outside the vocabulary.
     """
     ids = manifest.special_token_ids
     if not manifest.count(split, "tokens"):
         raise DataError(f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share")
     return Blocks(
-        manifest.shard_paths(split),
+        manifest.read_shards(split),
         block_size=max_seq_length,
         packing=packing,
         attention_scope=attention_scope,
         bos_token_id=ids["bos_token_id"],
         eos_token_id=ids["eos_token_id"],
         pad_token_id=ids["pad_token_id"],
-        vocab_size=manifest.vocab_size,
     )
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .arguments import parse_arguments
-from .config import ModelConfig, TrainConfig, setting
+from .config import BUCKET_BYTES, ModelConfig, TrainConfig, setting
 from .errors import ConfigurationError
 from .metrics import (
     estimate_memory,
@@ -39,7 +39,6 @@ from .metrics import (
 DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
 counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
 VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
-BUCKET_BYTES = 25 * 2**20  # as in sharding.py, which needs torch
 # Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
 NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6

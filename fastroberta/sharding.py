@@ -28,12 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import OptimizerConfig
+from .config import BUCKET_BYTES, OptimizerConfig
 from .distributed import Processes
 from .errors import CheckpointError
 from .optim import build_optimizer
 
-BUCKET_BYTES = 25 * 2**20  # large enough for full bandwidth, small enough to leave early
 ALIGNMENT = 64  # elements: tensors begin at a cache line in 16-bit buffers too
 
 # PyTorch 2.13 renamed them.

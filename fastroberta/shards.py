@@ -20,11 +20,13 @@ when it is complete, the manifest last.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import io
 import json
 import os
+import shlex
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ VERSION = 1
 HEADER = struct.Struct("<8sIIQQQ32s56x")
 MAX_SHARD_TOKENS = 2**32 - 1  # sentence starts are 32-bit
 SPLITS = ("train", "heldout")
+CHUNK = 2**18  # tokens that are checked at once, few enough to stay in a core's cache
+AGAIN = "copy the directory again, or run prepare again with another --out"  # in this one it would find nothing to do
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -109,6 +113,24 @@ class ShardReader:
         self.tokens = contents[HEADER.size : HEADER.size + num_tokens * item_size].view(self.dtype)
         self.sentence_starts = contents[sentences_at:documents_at].view("<u4")
         self.document_starts = contents[documents_at:].view("<u4")
+        self._contents = contents
+
+    def verify(self, sha256: str, vocab_size: int) -> None:
+        """Read all of it, once, and hold it against its checksum and the vocabulary.
+
+        Raises:
+            DataError: a flipped bit, or a token id outside the vocabulary.
+        """
+        digest, largest = hashlib.sha256(self._contents[: HEADER.size].data), 0
+        for start in range(0, self.num_tokens, CHUNK):
+            tokens = self.tokens[start : start + CHUNK]
+            digest.update(tokens.data)
+            largest = max(largest, int(tokens.max()))
+        digest.update(self._contents[HEADER.size + self.tokens.nbytes :].data)
+        if digest.hexdigest() != sha256:
+            raise DataError(f"{self.path}: its bytes do not have the manifest's checksum; {AGAIN}")
+        if largest >= vocab_size:
+            raise DataError(f"{self.path}: token id {largest} in a vocabulary of {vocab_size}; prepare the data again")
 
 
 class ShardWriter:
@@ -251,23 +273,37 @@ class Manifest:
         """The number of "tokens", "sentences" or "documents" of a split."""
         return sum(entry[what] for entry in self.contents["shards"] if entry["split"] == split)
 
+    def read_shards(self, split: str) -> list[ShardReader]:
+        """The shards of a split, in order, after `ShardReader.verify`, which reads several at a time.
+
+        Raises:
+            DataError: the first of them that is damaged.
+        """
+        entries = [entry for entry in self.contents["shards"] if entry["split"] == split]
+        shards = [ShardReader(self.directory / entry["name"]) for entry in entries]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            list(threads.map(lambda one, entry: one.verify(entry["sha256"], self.vocab_size), shards, entries))
+        return shards
+
 
 def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) -> Manifest:
     """Read a prepared directory's manifest and hold the files against it.
 
     Always: every file is there with its size, every shard's header agrees, and the small tokenizer files have their
-    checksums. With `verify`, the shards' checksums too, which reads all of them.
+    checksums. With `verify`, the shards' checksums too, which reads all of them; `read_shards` does so for a split.
 
     Raises:
         DataError: whatever does not fit, and what to do.
     """
     directory = Path(directory)
     path = directory / "manifest.json"
-    again = "copy the directory again, or run prepare again"
     try:
         contents = json.loads(path.read_bytes())
-        if contents["format"] != "fastroberta-shards" or contents["version"] != VERSION:
-            raise DataError(f"{path}: not of format fastroberta-shards, version {VERSION}; run prepare again")
+        if contents.get("format") != "fastroberta-shards" or contents["version"] != VERSION:
+            raise DataError(
+                f"{path}: not of format fastroberta-shards, version {VERSION}; give a directory that this version's "
+                "fastroberta.prepare has written"
+            )
         manifest = Manifest(
             directory,
             contents,
@@ -276,35 +312,40 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
             {str(name): int(token_id) for name, token_id in contents["special_token_ids"].items()},
         )
         shards, tokenizer_files = contents["shards"], contents["tokenizer_files"]
+        checksums = {entry["name"]: str(entry["sha256"]) for entry in shards + tokenizer_files}
         names = [Path(entry["name"]).name for entry in shards + tokenizer_files]
         if names != [entry["name"] for entry in shards + tokenizer_files]:
-            raise DataError(f"{path}: names a file outside its directory; run prepare again")
+            raise DataError(f"{path}: names a file outside its directory; run prepare again with another --out")
         for entry in shards + tokenizer_files:
             file = directory / entry["name"]
             if not file.is_file():
-                raise DataError(f"{file}: listed in the manifest, but missing; {again}")
+                raise DataError(f"{file}: listed in the manifest, but missing; {AGAIN}")
             if (size := file.stat().st_size) != entry["bytes"]:
-                raise DataError(f"{file}: {size} bytes, the manifest says {entry['bytes']}; {again}")
+                raise DataError(f"{file}: {size} bytes, the manifest says {entry['bytes']}; {AGAIN}")
         for entry in shards:
             shard = ShardReader(directory / entry["name"])
             counts = (shard.num_tokens, shard.num_sentences, shard.num_documents)
             if counts != (entry["tokens"], entry["sentences"], entry["documents"]):
-                raise DataError(f"{shard.path}: tokens, sentences, documents {counts} unlike the manifest's; {again}")
+                raise DataError(f"{shard.path}: tokens, sentences, documents {counts} unlike the manifest's; {AGAIN}")
             if shard.tokenizer_sha256 != manifest.tokenizer_sha256:
-                raise DataError(f"{shard.path}: made with another tokenizer than the manifest's; {again}")
+                raise DataError(f"{shard.path}: made with another tokenizer than the manifest's; {AGAIN}")
             if shard.dtype != token_dtype(manifest.vocab_size):
-                raise DataError(f"{shard.path}: {shard.dtype} for a vocabulary of {manifest.vocab_size}; {again}")
+                raise DataError(f"{shard.path}: {shard.dtype} for a vocabulary of {manifest.vocab_size}; {AGAIN}")
         for entry in shards + tokenizer_files if verify else tokenizer_files:
-            if file_sha256(directory / entry["name"]) != entry["sha256"]:
-                raise DataError(f"{directory / entry['name']}: its bytes do not have the manifest's checksum; {again}")
-    except FileNotFoundError as error:
+            if file_sha256(directory / entry["name"]) != checksums[entry["name"]]:
+                raise DataError(f"{directory / entry['name']}: its bytes do not have the manifest's checksum; {AGAIN}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not directory.exists():
+            raise DataError(f"{directory}: no such directory; give one that fastroberta.prepare has written") from error
         raise DataError(
-            f"{path}: missing; give a directory that fastroberta.prepare finished, or start prepare again"
+            f"{directory}: {'has no manifest.json' if directory.is_dir() else 'is a file'}, so it is not prepared data; "
+            f"prepare text first: python -m fastroberta.prepare {shlex.quote(str(directory))} --out DIR --tokenizer "
+            "TOKENIZER (or --train-tokenizer 50265), and give DIR; a prepare that was stopped goes on by its own command"
         ) from error
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; {again}") from error
+        raise DataError(f"{error.filename}: {error.strerror}; {AGAIN}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); {again}") from error
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error}); {AGAIN}") from error
     return manifest
 
 

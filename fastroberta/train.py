@@ -38,11 +38,14 @@ MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if {"--plan", "--plan=true"} & set(sys.argv[1:] if argv is None else argv):
+    argv = sys.argv[1:] if argv is None else argv
+    config = None
+    if not asks_for_plan(argv):
+        config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
+    if config is None or config.plan:  # a file can ask for it too
         from .plan import main as plan
 
         return plan(argv)
-    config = parse_arguments(argv, TrainConfig, description=__doc__, default_preset="quickstart")
     from .directories import own_directory
     from .distributed import join_processes, keep_freed_memory
 
@@ -66,6 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             trainer.train()
     processes.leave()
     return 0
+
+
+def asks_for_plan(argv: Sequence[str]) -> bool:
+    """Whether the command line says --plan. Known before the settings are read, because it brings settings of its own."""
+    is_plan = False
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name == "--plan":
+            is_plan = (value if equals else following).lower() not in ("false", "no")
+    return is_plan
 
 
 def prepare_python_texts(directory: Path) -> None:
@@ -506,10 +519,12 @@ class Trainer:
                 f"init_from: {directory} has another tokenizer than {self.config.data}; prepare the data with "
                 f"--tokenizer {directory}"
             )
-        if self.config.max_seq_length > model.config.max_position_embeddings - 2:
+        longest = model.config.max_position_embeddings - 2
+        if self.config.max_seq_length > longest:
             raise ConfigurationError(
-                f"max_seq_length: {self.config.max_seq_length}, but {directory} has positions for "
-                f"{model.config.max_position_embeddings - 2} tokens"
+                f"max_seq_length = {self.config.max_seq_length}, but the {longest + 2} positions of {directory} are enough "
+                f"for {longest} tokens (positions start at 2): lower max_seq_length to {longest}, or start from a model "
+                "with more positions"
             )
         # Sizes come from the checkpoint; dropout is a choice of this run.
         sizes = dataclasses.asdict(model.config)
@@ -604,6 +619,26 @@ class Trainer:
         if self.step:
             self._say(f"{self.output_dir}: continuing after step {self.step}")
 
+    def advise_on_divergence(self, step: int) -> str:
+        """Where to go on after a loss that was not finite in `step`, and with what; the same settings would lead there."""
+        from .checkpoint import get_step, list_checkpoints
+
+        config = self.config
+        checkpoints = [path for path in list_checkpoints(self.output_dir) if get_step(path) < step]
+        changes = [f"--optimizer.learning_rate below {config.optimizer.learning_rate:g}"]
+        if not config.optimizer.max_grad_norm:
+            changes.append("--optimizer.max_grad_norm 1")
+        if config.precision != "fp32":
+            changes.append("--precision fp32" if config.precision == "bf16" else "--precision bf16")
+        advice = "try " + " or ".join(changes)
+        if not checkpoints:
+            return f"no checkpoint was saved before; {advice}, with another --output_dir"
+        # A run keeps its settings, so that others make another run.
+        return (
+            f"the last checkpoint before is {checkpoints[-1]}; {advice}, in a new run from its weights: --init_from "
+            f"{checkpoints[-1]} with another --output_dir"
+        )
+
     def _where_to_go_on(self) -> str:
         from .checkpoint import list_checkpoints
 
@@ -670,6 +705,8 @@ class Meter:
     def _reset(self) -> None:
         self.totals: Any = None
         self.skipped: Any = 0.0
+        self.is_finite: Any = 1.0  # 0 from the first step on that is not
+        self.finite_steps: Any = 0.0  # before that one
         self.norm: Any = None
         self.tokens = 0
         self.flops = 0.0
@@ -687,6 +724,8 @@ class Meter:
         self.totals = totals if self.totals is None else self.totals + totals
         self.norm = norm
         self.skipped = self.skipped + found_inf
+        self.is_finite = self.is_finite * (1 - found_inf)
+        self.finite_steps = self.finite_steps + self.is_finite
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -713,9 +752,10 @@ class Meter:
         tokens, flops = trainer.processes.add_up(counted).tolist()
         overflow_is_normal = trainer.config.precision == "fp16" and float(trainer.scaler.scale) >= 1.0
         if skipped and not overflow_is_normal:
+            first, step = self.first_step + 1, self.first_step + 1 + int(self.finite_steps)
             raise NonFiniteError(
-                f"loss or gradient not finite in {skipped} of steps {self.first_step + 1} to {trainer.step}; nothing of it "
-                "reached the weights; lower optimizer.learning_rate, or continue from the last checkpoint with bf16 or fp32"
+                f"step {step}: loss or gradient not finite, in {skipped} of steps {first} to {trainer.step}; nothing of it "
+                f"reached the weights; {trainer.advise_on_divergence(step)}"
             )
         metrics = {
             "train/loss": loss / max(masked, 1),

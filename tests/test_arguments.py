@@ -297,6 +297,8 @@ def test_files_that_are_no_yaml(tmp_path):
         (["--seed", "-1"], "seed = -1: must lie in [0, 2147483648)"),
         (["--micro_batch_size", "0"], "micro_batch_size = 0: must lie in [1, inf)"),
         (["--micro_batch_size", "3"], "micro_batch_size = 3 must divide train_batch_size = 16"),
+        (["--output_dir", ""], "output_dir is empty: give a value, or leave it out"),
+        (["--data="], "data is empty: give a value, or leave it out"),
         (["--mlm_probability", "0.001"], "mlm_probability = 0.001 masks no token in 64: raise it"),
         (["--lr_scheduler.power", "0.5"], "lr_scheduler.power = 0.5 belongs to the polynomial schedule"),
         (["--optimizer.name", "apex_lamb", "--device", "cpu"], "optimizer.name = apex_lamb runs on a GPU only"),
@@ -328,6 +330,8 @@ def test_required_and_leftover_arguments():
         (["a", "--out", "d", "--share", "0"], r"share = 0\.0: must lie in \(0, 1\]"),
         (["a", "--out", "d", "--share", "1.5"], r"share = 1\.5: must lie in \(0, 1\]"),
         (["a", "--out", "d", "--sources", "x"], "--sources: is given without its name"),
+        (["a", "--out", ""], "out is empty: give a value$"),
+        (["a", "", "--out", "d"], "sources is empty: give a value$"),
         (["a", "--lr", "d"], "--lr is not a setting; the nearest is --share"),  # fairseq's names concern training
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -6,6 +6,7 @@ torchrun starts this file as those processes; each mode's process 0 prints a lin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import subprocess
@@ -18,12 +19,14 @@ import torch
 from fastroberta_kernels.masking import mask_tokens
 
 from fastroberta import sharding
-from fastroberta.arguments import parse_arguments, run
+from fastroberta.arguments import PLAN_NAMES, parse_arguments, run
 from fastroberta.config import ModelConfig, TrainConfig
 from fastroberta.distributed import Processes
+from fastroberta.errors import ConfigurationError
 from fastroberta.metrics import estimate_memory, flops_per_step, num_layer_parameters, num_parameters
 from fastroberta.model import COMPUTE_DTYPES, RobertaForMaskedLM
 from fastroberta.plan import PlanConfig, bytes_sent, count_buckets, predict, time_messages
+from fastroberta.train import asks_for_plan
 from fastroberta.train import main as train
 
 BASE = ModelConfig(vocab_size=50265)
@@ -320,6 +323,40 @@ def test_memory_of_each_size_is_by_its_name():
 def test_program_refuses_what_the_trainer_would(arguments, message, capsys):
     assert run(lambda: train(["--plan", *arguments])) == 2
     assert message in capsys.readouterr().err
+
+
+def test_its_settings_without_it_are_told_apart(tmp_path):
+    """In the trainer's own list, because training does not import plan.py."""
+    plan, training = ({field.name for field in dataclasses.fields(one)} for one in (PlanConfig, TrainConfig))
+    own = plan - training
+    assert own == set(PLAN_NAMES)
+    for name in own:
+        with pytest.raises(ConfigurationError, match=f"--{name} belongs to --plan, which predicts .* give --plan too"):
+            train([f"--{name}", "1"])
+    file = tmp_path / "cluster.yaml"
+    file.write_text("plan: true\nnodes: 4\n")
+    with pytest.raises(ConfigurationError, match=r"cluster\.yaml:2: nodes belongs to --plan"):
+        train(["--config", str(file)])
+    assert train(["--config", "roberta-base", "--config", str(file), "--plan"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--plan"], True), (["--plan", "--gpus", "4"], True), (["--plan", "true"], True), (["--plan=True"], True),
+        (["--plan", "yes"], True), (["--plan=yes"], True), (["--plan=maybe"], True),  # refused by its parser
+        ([], False), (["--plan", "false"], False), (["--plan=No"], False), (["--plan", "--plan=false"], False),
+    ],
+)  # fmt: skip
+def test_every_spelling_of_it_counts(words, expected):
+    assert asks_for_plan(words) == expected
+
+
+def test_a_file_can_ask_for_it(tmp_path, capsys):
+    file = tmp_path / "plan.yaml"
+    file.write_text("plan: true\n")
+    assert train(["--config", "roberta-base", "--config", str(file)]) == 0
+    assert "assumed: H200" in capsys.readouterr().out
 
 
 def test_program_needs_no_torch():

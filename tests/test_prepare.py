@@ -795,7 +795,7 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--worker", "3/2"], 2, "worker = 3/2"),
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--heldout", "0.1"], 2, "heldout_fraction"),
         (["a.txt", "--out", "o", "--merge", "--train-tokenizer", "300"], 2, "merge"),
-        (["a.txt", "--out", "o", "--merge"], 3, "manifest.json: "),
+        (["a.txt", "--out", "o", "--merge"], 3, "is a file, so it is not prepared data"),
         (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 2, "--out a.txt: is a file"),
         (["a.txt", "--out", "bad.txt", "--train-tokenizer", "300"], 2, "--out bad.txt: is a file"),
         (["a.txt", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input a.txt"),

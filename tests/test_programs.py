@@ -62,7 +62,7 @@ def test_evaluate_refuses_what_does_not_fit(checkpoint, prepared, tmp_path, caps
         assert message in capsys.readouterr().err
 
     fails(evaluate_arguments(checkpoint, prepared, "--max_seq_length", "64"), 2, "positions for 32")
-    fails(evaluate_arguments(checkpoint, tmp_path), 3, "manifest.json: missing")
+    fails(evaluate_arguments(checkpoint, tmp_path), 3, "has no manifest.json")
     fails(evaluate_arguments(tmp_path, prepared), 6, "config.json: cannot be read")
     other = tmp_path / "other"
     save_huggingface(load_huggingface(checkpoint), train_tokenizer(["other words entirely " * 9] * 9, 270), other)

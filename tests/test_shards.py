@@ -172,11 +172,17 @@ def test_a_whole_directory_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda d: (d / "manifest.json").unlink(), "missing"),
+        (
+            lambda d: (d / "manifest.json").unlink(),
+            "has no manifest.json, so it is not prepared data; prepare text first",
+        ),
+        (lambda d: edit(d, None, "shards", 0), "damaged"),
+        (lambda d: edit(d, {"name": "train-00000.bin", "bytes": 1}, "shards", 0), "damaged .*sha256"),
         (lambda d: (d / "manifest.json").write_text("{"), "damaged"),
         (lambda d: (d / "manifest.json").write_text("[]"), "damaged"),
         (lambda d: (d / "manifest.json").write_text('{"format": "fastroberta-shards", "version": 1}'), "damaged"),
         (lambda d: (d / "manifest.json").write_text('{"format": "other", "version": 1}'), "not of format"),
+        (lambda d: (d / "manifest.json").write_text('{"step": 4, "files": {}}'), "not of format"),  # a checkpoint's
         (lambda d: edit(d, "../x", "shards", 0, "name"), "outside its directory"),
         (lambda d: edit(d, "cd" * 32, "tokenizer_sha256"), "another tokenizer"),
         (lambda d: edit(d, 70000, "vocab_size"), "for a vocabulary of 70000"),
@@ -210,6 +216,41 @@ def test_verify_finds_one_flipped_bit(tmp_path):
     load_manifest(tmp_path)  # sizes and headers are right
     with pytest.raises(DataError, match=r"train-00001\.bin.*checksum"):
         load_manifest(tmp_path, verify=True)
+
+
+@pytest.mark.parametrize(
+    "where", ["header", "first token", "last token", "padding", "sentence starts", "document starts"]
+)
+def test_reading_a_split_finds_one_flipped_bit(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("fastroberta.shards.CHUNK", 64)  # several of them, the last one short
+    manifest = load_manifest(finished(tmp_path))
+    shard = next(one for one in manifest.read_shards("train") if one.tokens.nbytes % 8)
+    assert shard.num_tokens > 128 and shard.num_tokens % 64
+    offset = {
+        "header": HEADER.size - 1,
+        "first token": HEADER.size,
+        "last token": HEADER.size + shard.tokens.nbytes - 1,
+        "padding": HEADER.size + shard.tokens.nbytes,
+        "sentence starts": -shard.document_starts.nbytes - 1,
+        "document starts": -1,
+    }[where]
+    data = bytearray(shard.path.read_bytes())
+    data[offset] ^= 1
+    shard.path.write_bytes(data)
+    load_manifest(tmp_path)  # what can be seen without reading everything is right
+    with pytest.raises(
+        DataError,
+        match=rf"{shard.path.name}: .*checksum; copy the directory again, or run prepare again with another --out",
+    ) as error:
+        manifest.read_shards("train")
+    assert "\n" not in str(error.value)
+    assert manifest.read_shards("heldout") == []
+
+
+def test_reading_a_split_refuses_token_ids_outside_the_vocabulary(tmp_path):
+    edit(finished(tmp_path), 50000, "vocab_size")
+    with pytest.raises(DataError, match=r"train-00000.bin: token id 5\d{4} in a vocabulary of 50000; prepare"):
+        load_manifest(tmp_path).read_shards("train")
 
 
 def test_reading_shards_imports_no_torch():

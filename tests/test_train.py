@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastroberta.arguments import from_dict
+from fastroberta.arguments import from_dict, run
 from fastroberta.config import TrainConfig
 from fastroberta.directories import own_directory
-from fastroberta.errors import CheckpointError, ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
+from fastroberta.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    DeviceMemoryError,
+    NonFiniteError,
+    Stopped,
+)
 from fastroberta.evaluate import main as evaluate
 from fastroberta.prepare import main as prepare
 from fastroberta.train import Trainer, main
@@ -195,8 +203,6 @@ def test_resume_with_other_settings_is_refused(data, finished):
 
 
 def test_damaged_checkpoint_is_refused(data, finished, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     path = copy / "checkpoint-00000012" / "model.safetensors"
@@ -207,14 +213,53 @@ def test_damaged_checkpoint_is_refused(data, finished, tmp_path):
         Trainer(configure(data, copy))
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_one_flipped_bit_in_the_data_is_found_at_the_start(data, tmp_path, split):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    path = copy / f"{split}-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1  # of a token, which becomes another one of the vocabulary
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{split}-00000.bin: its bytes do not have the manifest's checksum; copy"):
+        Trainer(configure(copy, tmp_path / "run"))
+
+
 def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path):
     trainer = Trainer(configure(data, tmp_path, eval_sequences=1))
     loss = trainer.loss
     trainer.loss = lambda *arguments: loss(*arguments)._replace(loss=loss(*arguments).loss * float("nan"))
     before = [parameter.clone() for parameter in trainer.model.parameters()]
-    with pytest.raises(NonFiniteError, match="steps 1 to 2"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved before; try --optimizer.learning_rate below",
+    ):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_non_finite_loss_names_its_step_and_the_way_to_go_on(data, tmp_path):
+    trainer = Trainer(configure(data, tmp_path / "run", logging_steps=12, save_steps=3, precision="bf16"))
+    loss = trainer.loss
+
+    def break_two_steps(*arguments):
+        result = loss(*arguments)
+        return result._replace(loss=result.loss * float("inf")) if trainer.step in (7, 10) else result
+
+    trainer.loss = break_two_steps
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith("step 8: loss or gradient not finite, in 2 of steps 1 to 12; ") and "\n" not in message
+    checkpoint = tmp_path / "run" / "checkpoint-00000006"
+    assert (tmp_path / "run" / "checkpoint-00000009").is_dir()  # after it
+    assert f"the last checkpoint before is {checkpoint}; try " in message
+    assert (
+        "--optimizer.learning_rate below 0.005 or --optimizer.max_grad_norm 1 or --precision fp32, in a new" in message
+    )
+    # The advice can be followed: a run of its own, with other settings.
+    changes = {"init_from": str(checkpoint), "precision": "fp32", "max_steps": 2, "optimizer": {"learning_rate": 1e-3}}
+    Trainer(configure(data, tmp_path / "next", **changes)).train()
 
 
 def test_fp16_skips_overflow_and_halves_the_scale(data, tmp_path):
@@ -243,6 +288,32 @@ def test_dry_run_leaves_nothing(data, tmp_path, capsys):
 def test_sequence_longer_than_the_position_table_is_refused(data, tmp_path):
     with pytest.raises(ConfigurationError, match="max_position_embeddings"):
         configure(data, tmp_path, max_seq_length=64)
+
+
+@pytest.mark.parametrize("table", [34, 1026])
+def test_sequence_longer_than_the_initial_models_position_table_is_refused(data, finished, tmp_path, table):
+    """Both numbers and what to do, whatever stands in model.*, which init_from replaces."""
+    start = finished / "checkpoint-00000012"
+    config = configure(
+        data, tmp_path, init_from=str(start), max_seq_length=1024, model={"max_position_embeddings": table}
+    )
+    with pytest.raises(
+        ConfigurationError,
+        match=rf"max_seq_length = 1024, but the 34 positions of {start} .* lower max_seq_length to 32",
+    ):
+        Trainer(config)
+
+
+@pytest.mark.parametrize("place", ["text.txt", "", "shards/manifest.json", "nowhere"])
+def test_text_that_is_not_prepared_is_told_how_to_be(data, tmp_path, capsys, place):
+    path = data.parent / place
+    assert run(lambda: main(list_arguments(path, tmp_path))) == 3
+    what = {"": "has no manifest.json, so it", "nowhere": "no such directory"}.get(place, "is a file, so it")
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path}: {what}"), message
+    assert message.count("\n") == 1
+    if place != "nowhere":
+        assert f"python -m fastroberta.prepare {path} --out DIR --tokenizer" in message
 
 
 def test_init_from_a_checkpoint(data, finished, tmp_path):
