@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_exact_as_torch
+from accuracy import assert_as_exact_as_torch, assert_equal
 from fastroberta_kernels import _dispatch, attention, philox
 from torch.utils.checkpoint import checkpoint
 
@@ -88,13 +88,16 @@ def differentiate(function, q, k, v, grad):
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, inputs, grad))))
 
 
-def assert_exact(ours, theirs, exact, what=""):
-    for name in exact:
-        assert_as_exact_as_torch(ours[name].cpu(), theirs[name].cpu(), exact[name], f"{what} {name}")
-
-
 def to_double(tensors):
     return [tensor.cpu().double() for tensor in tensors]
+
+
+def assert_exact(ours, definition, inputs):
+    """Hold results by name to those of a function from PyTorch's own operations."""
+    theirs = differentiate(definition, *(tensor.cpu() for tensor in inputs))
+    exact = differentiate(definition, *to_double(inputs))
+    for name in exact:
+        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
 
 
 # One query and hardly a key; primes that fill no block; more keys than one block of the kernel, with queries of the last
@@ -109,9 +112,7 @@ def test_attention_is_as_exact_as_torch(impl, dtype, shape, device):
     inputs = make_inputs(*shape, dtype, device if impl == "triton" else "cpu")
 
     ours = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *inputs)
-    theirs = differentiate(attend_by_definition, *(tensor.cpu() for tensor in inputs))
-    exact = differentiate(attend_by_definition, *to_double(inputs))
-    assert_exact(ours, theirs, exact)
+    assert_exact(ours, attend_by_definition, inputs)
 
 
 @both
@@ -125,9 +126,7 @@ def test_attention_dropout_is_as_exact_as_torch(impl, dtype, shape, device):
         return attend_by_definition(q, k, v, 0.3, 7, 1 << 33)
 
     ours = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=0.3, seed=seed, impl=impl), *inputs)
-    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in inputs))
-    exact = differentiate(by_definition, *to_double(inputs))
-    assert_exact(ours, theirs, exact)
+    assert_exact(ours, by_definition, inputs)
 
 
 @both
@@ -164,9 +163,7 @@ def test_attention_ignores_keys_past_their_length(impl, dropout_p, device):
         ]  # fmt: skip
         return torch.cat(outputs)
 
-    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in (q, k, v, grad)))
-    exact = differentiate(by_definition, *to_double((q, k, v, grad)))
-    assert_exact(ours, theirs, exact)
+    assert_exact(ours, by_definition, (q, k, v, grad))
     for name, part in (("out", 0), ("dq", 0), ("dk", 0), ("dv", 0), ("dk", (1, slice(33, None)))):
         assert not ours[name][part].any(), name
 
@@ -196,9 +193,7 @@ def test_varlen_attention_is_as_exact_as_torch(impl, dtype, dropout_p, device):
     ours = differentiate(
         lambda q, k, v: attention.varlen_attention(q, k, v, *lengths, dropout_p=dropout_p, seed=9, impl=impl), *inputs
     )
-    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in inputs))
-    exact = differentiate(by_definition, *to_double(inputs))
-    assert_exact(ours, theirs, exact)
+    assert_exact(ours, by_definition, inputs)
 
 
 @both
@@ -254,8 +249,7 @@ def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, device, mo
 def test_other_head_dims_are_padded(impl, head_dim, device):
     inputs = make_inputs(4, 13, 19, 2, head_dim, torch.float32, device if impl == "triton" else "cpu")
     ours = differentiate(lambda q, k, v: attention.attention(q, k, v, impl=impl), *inputs)
-    theirs = differentiate(attend_by_definition, *(tensor.cpu() for tensor in inputs))
-    assert_exact(ours, theirs, differentiate(attend_by_definition, *to_double(inputs)))
+    assert_exact(ours, attend_by_definition, inputs)
 
 
 @both
@@ -288,8 +282,7 @@ def test_expanded_gradient(impl, device):
     got = differentiate(
         lambda q, k, v: attention.attention(q, k, v, impl=impl), q, k, v, torch.ones((), device=q.device).expand_as(q)
     )
-    for name in expected:
-        assert torch.equal(got[name], expected[name])
+    assert_equal(got, expected)
 
 
 @both
@@ -358,9 +351,7 @@ def test_repeats_are_bitwise_equal(impl, device):
     def run():
         return differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=0.1, seed=4, impl=impl), *inputs)
 
-    first, second = run(), run()
-    for name in first:
-        assert torch.equal(first[name], second[name])
+    assert_equal(run(), run())
 
 
 @both
@@ -372,8 +363,7 @@ def test_checkpoint_recomputes_the_same_dropout(impl, device):
 
     plain = differentiate(attend, *inputs)
     recomputed = differentiate(lambda *args: checkpoint(attend, *args, use_reentrant=False), *inputs)
-    for name in plain:
-        assert torch.equal(plain[name], recomputed[name])
+    assert_equal(plain, recomputed)
 
 
 @both
@@ -492,8 +482,7 @@ def test_every_configuration_at_real_sizes(dtype, head_dim, dropout_p, lengths, 
         return attend_by_definition(q, k, v, dropout_p, 3)
 
     ours = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=3), *inputs)
-    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in inputs))
-    assert_exact(ours, theirs, differentiate(by_definition, *to_double(inputs)))
+    assert_exact(ours, by_definition, inputs)
 
 
 @pytest.mark.gpu
@@ -527,8 +516,7 @@ def test_packed_documents_at_real_sizes(device):
     def by_definition(q, k, v):
         return attend_sequences(q, k, v, lengths.tolist(), lengths.tolist(), 0.1, 3)
 
-    theirs = differentiate(by_definition, *(tensor.cpu() for tensor in (q, k, v, grad)))
-    assert_exact(ours, theirs, differentiate(by_definition, *to_double((q, k, v, grad))))
+    assert_exact(ours, by_definition, (q, k, v, grad))
 
 
 @pytest.mark.gpu

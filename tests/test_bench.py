@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from tiny import prepare_text
 
 from bench import all as all_pieces
 from bench import case as case_module
@@ -126,15 +126,9 @@ def test_spread():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    from fastroberta.prepare import main as prepare
-
-    folder = tmp_path_factory.mktemp("bench")
-    source = folder / "text.jsonl"
     texts = [f"The number {n} is followed by {n + 1}. After that comes {n + 2}, and so on." for n in range(300)]
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    arguments = [str(source), "--out", str(folder / "data"), "--train-tokenizer", "300", "--workers", "1"]
-    assert prepare([*arguments, "--heldout-fraction", "0.1"]) == 0
-    return Task(str(folder / "data"), 1, 32, 2, 48, 32, 4, "fp32")
+    data = prepare_text(tmp_path_factory.mktemp("bench"), "\n\n".join(texts), 300)
+    return Task(str(data), 1, 32, 2, 48, 32, 4, "fp32")
 
 
 def test_both_sides_do_the_same_work(task):

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from fastroberta_kernels.masking import mask_tokens
 from safetensors.torch import load_file
+from tiny import prepare_text, type_settings
 
 from fastroberta import distributed
 from fastroberta.arguments import from_dict
 from fastroberta.config import TrainConfig
 from fastroberta.distributed import Processes
 from fastroberta.errors import ConfigurationError
-from fastroberta.prepare import main as prepare
 from fastroberta.train import Trainer
 
 STEPS = 20
@@ -42,13 +42,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("data")
-    source = directory / "text.txt"
     lines = [f"Number {i} comes before {i + 1}. Nobody knows why {i} does that.\n" for i in range(400)]
-    source.write_text("\n".join(lines))
-    arguments = [str(source), "--out", str(directory / "shards"), "--train-tokenizer", "280", "--workers", "1"]
-    assert prepare([*arguments, "--heldout-fraction", "0.1"]) == 0
-    return directory / "shards"
+    return prepare_text(tmp_path_factory.mktemp("data"), "\n".join(lines), 280)
 
 
 def make_settings(data, output_dir, **changes):
@@ -218,15 +213,7 @@ def start_program(data, directory, environment=None, **changes):
         data, directory / "run", max_steps=1_000_000, logging_steps=1, save_steps=1_000_000, **changes
     )
     settings |= {"eval_steps": 1_000_000}
-    arguments = [
-        f"--{key}={json.dumps(value) if isinstance(value, bool) else value}"
-        for key, value in settings.items()
-        if not isinstance(value, dict)
-    ]
-    for name, section in settings.items():
-        if isinstance(section, dict):
-            arguments += [f"--{name}.{key}={value}" for key, value in section.items()]
-    process = start(2, "train", directory, *arguments, **(environment or {}))
+    process = start(2, "train", directory, *type_settings(settings), **(environment or {}))
     shown = []
     for line in process.stderr:
         shown.append(line)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_exact_as_torch
+from accuracy import (
+    assert_compiled_equals_eager,
+    assert_equal,
+    assert_gradients_as_exact_as_torch,
+    assert_strides_change_nothing,
+    differentiate,
+)
 from fastroberta_kernels import _dispatch, gelu
 from fastroberta_kernels.gelu import BiasGELU, bias_gelu
 from torch.utils.checkpoint import checkpoint
@@ -40,17 +46,6 @@ def make_inputs(shape, dtypes, device="cpu", seed=0):
     return inputs, torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def differentiate(function, inputs, dy):
-    """The output and the gradient of every input, by name."""
-    y = function(**inputs)
-    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(inputs, gradients)}
-
-
-def to(inputs, dtype=None):
-    return {name: t.detach().cpu().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
-
-
 def compose(approximate):
     """The operation from PyTorch's own, in the dtype of x."""
 
@@ -61,11 +56,10 @@ def compose(approximate):
 
 
 def assert_exact(inputs, dy, approximate, impl):
-    ours = differentiate(lambda x, bias=None: bias_gelu(x, bias, approximate=approximate, impl=impl), inputs, dy)
-    theirs = differentiate(compose(approximate), to(inputs), dy.cpu())
-    exact = differentiate(compose(approximate), to(inputs, torch.float64), dy.cpu().double())
-    for name in exact:
-        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
+    def function(x, bias=None):
+        return bias_gelu(x, bias, approximate=approximate, impl=impl)
+
+    assert_gradients_as_exact_as_torch(function, compose(approximate), inputs, dy)
 
 
 @both
@@ -91,22 +85,7 @@ def test_tails_are_flat(impl, approximate, device):
 @both
 def test_inputs_need_not_be_contiguous(impl, device):
     inputs, dy = make_inputs((4, 6, 40), DTYPES["fp32"], device if impl == "triton" else "cpu")
-
-    def scatter(tensor):
-        """The same values, no two neighbours next to each other in memory."""
-        wide = torch.stack((tensor.detach(), torch.full_like(tensor, float("nan"))), -1)
-        return wide[..., 0].requires_grad_()
-
-    def function(**tensors):
-        return bias_gelu(**tensors, impl=impl)
-
-    straight = differentiate(function, inputs, dy)
-    strided = differentiate(function, {name: scatter(tensor) for name, tensor in inputs.items()}, scatter(dy))
-    expanded = differentiate(function, inputs, torch.ones((), device=dy.device).expand(dy.shape))
-    ones = differentiate(function, inputs, torch.ones_like(dy))
-    for name in straight:
-        assert torch.equal(straight[name], strided[name]), name
-        assert torch.equal(ones[name], expanded[name]), name
+    assert_strides_change_nothing(lambda **t: bias_gelu(**t, impl=impl), inputs, dy)
 
 
 @both
@@ -125,8 +104,7 @@ def test_empty_tensors(impl, shape, device):
 def test_results_repeat_bit_for_bit(impl, device):
     inputs, dy = make_inputs((90, 96), DTYPES["bf16, fp32 bias"], device if impl == "triton" else "cpu")
     first, second = (differentiate(lambda **t: bias_gelu(**t, impl=impl), inputs, dy) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert_equal(first, second)
 
 
 @needs_triton
@@ -148,8 +126,7 @@ def test_checkpoint_recomputes_the_same(impl, device):
 
     plain = differentiate(function, inputs, dy)
     recomputed = differentiate(lambda **t: checkpoint(function, *t.values(), use_reentrant=False), inputs, dy)
-    for name in plain:
-        assert torch.equal(plain[name], recomputed[name]), name
+    assert_equal(plain, recomputed)
 
 
 @both
@@ -160,14 +137,7 @@ def test_compiled_equals_eager(impl, approximate, device):
     def function(**tensors):
         return bias_gelu(**tensors, approximate=approximate, impl=impl)
 
-    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    eager, ours = differentiate(function, inputs, dy), differentiate(compiled, inputs, dy)
-    for name in eager:
-        if impl == "triton" or backend == "aot_eager":
-            assert torch.equal(eager[name], ours[name]), name
-        else:
-            torch.testing.assert_close(eager[name], ours[name])
+    assert_compiled_equals_eager(function, inputs, dy, impl)
 
 
 @needs_triton
@@ -252,8 +222,7 @@ def test_graph_replay_equals_eager(device):
         inputs["x"].mul_(0.5)
     graph.replay()
     eager = differentiate(bias_gelu, inputs, dy)
-    for name in eager:
-        assert torch.equal(captured[name], eager[name]), name
+    assert_equal(captured, eager)
 
 
 @pytest.mark.gpu

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_exact_as_torch
+from accuracy import (
+    assert_compiled_equals_eager,
+    assert_equal,
+    assert_gradients_as_exact_as_torch,
+    assert_strides_change_nothing,
+    differentiate,
+)
 from fastroberta_kernels import _dispatch, layer_norm, philox
 from fastroberta_kernels.layer_norm import DropoutAddLayerNorm, LayerNorm, dropout_add_layer_norm
 from torch.utils.checkpoint import checkpoint
@@ -49,18 +55,6 @@ def make_inputs(shape, dtypes, device="cpu", seed=0):
     return inputs, normal(*shape).to(device, dtype)
 
 
-def differentiate(function, inputs, dy):
-    """The output and the gradient of every input, by name."""
-    y = function(**inputs)
-    used = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-    gradients = torch.autograd.grad(y, list(used.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": gradient for name, gradient in zip(used, gradients)}
-
-
-def to(inputs, dtype=None):
-    return {name: t.detach().cpu().to(dtype or t.dtype).requires_grad_() for name, t in inputs.items()}
-
-
 def compose(p, eps=1e-5, seed=0):
     """The operation from PyTorch's own, in the dtypes of its inputs, with the given dropout decisions."""
 
@@ -77,6 +71,13 @@ def compose(p, eps=1e-5, seed=0):
     return function
 
 
+def assert_exact(impl, inputs, dy, p):
+    def function(**tensors):
+        return dropout_add_layer_norm(**tensors, p=p, seed=11, impl=impl)
+
+    assert_gradients_as_exact_as_torch(function, compose(p, seed=11), inputs, dy, f"p={p} ")
+
+
 @both
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -85,13 +86,7 @@ def test_dropout_add_layer_norm_is_as_exact_as_torch(impl, dtypes, shape, device
         pytest.skip("slow in the interpreter; narrow shapes hold this dtype")
     inputs, dy = make_inputs(shape, dtypes, device if impl == "triton" else "cpu")
     for p in (0.0, 0.1):
-        ours = differentiate(
-            lambda p=p, **tensors: dropout_add_layer_norm(**tensors, p=p, seed=11, impl=impl), inputs, dy
-        )
-        theirs = differentiate(compose(p, seed=11), to(inputs), dy.cpu())
-        exact = differentiate(compose(p, seed=11), to(inputs, torch.float64), dy.cpu().double())
-        for name in exact:
-            assert_as_exact_as_torch(ours[name], theirs[name], exact[name], f"p={p} {name}")
+        assert_exact(impl, inputs, dy, p)
 
 
 @both
@@ -100,11 +95,7 @@ def test_dropout_add_layer_norm_is_as_exact_as_torch(impl, dtypes, shape, device
 def test_layer_norm_is_as_exact_as_torch(impl, dtype, shape, device):
     inputs, dy = make_inputs(shape, (dtype, dtype, torch.float32), device if impl == "triton" else "cpu")
     inputs = {name: inputs[name] for name in ("x", "weight", "bias")}
-    ours = differentiate(lambda **tensors: layer_norm.layer_norm(**tensors, impl=impl), inputs, dy)
-    theirs = differentiate(compose(0.0), to(inputs), dy.cpu())
-    exact = differentiate(compose(0.0), to(inputs, torch.float64), dy.cpu().double())
-    for name in exact:
-        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
+    assert_gradients_as_exact_as_torch(lambda **t: layer_norm.layer_norm(**t, impl=impl), compose(0.0), inputs, dy)
 
 
 @both
@@ -113,11 +104,7 @@ def test_large_mean_costs_no_accuracy(impl, device):
     inputs, dy = make_inputs((8, 768), DTYPES["fp32"], device if impl == "triton" else "cpu")
     x = (torch.randn(8, 768, generator=torch.Generator().manual_seed(1)) + 1000).to(inputs["x"].device)
     inputs = {"x": x.requires_grad_(), "weight": inputs["weight"], "bias": inputs["bias"]}
-    ours = differentiate(lambda **tensors: layer_norm.layer_norm(**tensors, impl=impl), inputs, dy)
-    theirs = differentiate(compose(0.0), to(inputs), dy.cpu())
-    exact = differentiate(compose(0.0), to(inputs, torch.float64), dy.cpu().double())
-    for name in exact:
-        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
+    assert_gradients_as_exact_as_torch(lambda **t: layer_norm.layer_norm(**t, impl=impl), compose(0.0), inputs, dy)
 
 
 @both
@@ -163,11 +150,7 @@ def test_one_gradient_serves_x_and_residual_without_dropout(device):
 def test_wide_rows(device):
     """Above 4096 columns rows are taken a block at a time, however they are aligned."""
     inputs, dy = make_inputs((3, 5008), DTYPES["fp32"], device)
-    ours = differentiate(lambda **t: dropout_add_layer_norm(**t, p=0.1, seed=3, impl="triton"), inputs, dy)
-    theirs = differentiate(compose(0.1, seed=3), to(inputs), dy.cpu())
-    exact = differentiate(compose(0.1, seed=3), to(inputs, torch.float64), dy.cpu().double())
-    for name in exact:
-        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
+    assert_exact("triton", inputs, dy, 0.1)
 
 
 @needs_triton
@@ -182,22 +165,7 @@ def test_partial_sums_are_added_whole(device):
 @both
 def test_inputs_need_not_be_contiguous(impl, device):
     inputs, dy = make_inputs((4, 6, 40), DTYPES["fp32"], device if impl == "triton" else "cpu")
-
-    def scatter(tensor):
-        """The same values, no two neighbours next to each other in memory."""
-        wide = torch.stack((tensor.detach(), torch.full_like(tensor, float("nan"))), -1)
-        return wide[..., 0].requires_grad_()
-
-    def function(**tensors):
-        return dropout_add_layer_norm(**tensors, p=0.1, seed=5, impl=impl)
-
-    straight = differentiate(function, inputs, dy)
-    strided = differentiate(function, {name: scatter(tensor) for name, tensor in inputs.items()}, scatter(dy))
-    expanded = differentiate(function, inputs, torch.ones((), device=dy.device).expand(dy.shape))
-    ones = differentiate(function, inputs, torch.ones_like(dy))
-    for name in straight:
-        assert torch.equal(straight[name], strided[name]), name
-        assert torch.equal(ones[name], expanded[name]), name
+    assert_strides_change_nothing(lambda **t: dropout_add_layer_norm(**t, p=0.1, seed=5, impl=impl), inputs, dy)
 
 
 @both
@@ -222,8 +190,7 @@ def test_results_repeat_bit_for_bit(impl, device):
     first, second = (
         differentiate(lambda **t: dropout_add_layer_norm(**t, p=0.1, seed=5, impl=impl), inputs, dy) for _ in range(2)
     )
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    assert_equal(first, second)
 
 
 @both
@@ -236,8 +203,7 @@ def test_checkpoint_draws_the_same_dropout(impl, device):
 
     plain = differentiate(function, inputs, dy)
     recomputed = differentiate(lambda **t: checkpoint(function, *t.values(), use_reentrant=False), inputs, dy)
-    for name in plain:
-        assert torch.equal(plain[name], recomputed[name]), name
+    assert_equal(plain, recomputed)
 
 
 @both
@@ -249,14 +215,7 @@ def test_compiled_equals_eager(impl, p, device):
     def function(**tensors):
         return dropout_add_layer_norm(**tensors, p=p, seed=seed, impl=impl)
 
-    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    compiled = torch.compile(function, fullgraph=True, backend=backend)
-    eager, ours = differentiate(function, inputs, dy), differentiate(compiled, inputs, dy)
-    for name in eager:
-        if impl == "triton" or backend == "aot_eager":
-            assert torch.equal(eager[name], ours[name]), name
-        else:
-            torch.testing.assert_close(eager[name], ours[name])
+    assert_compiled_equals_eager(function, inputs, dy, impl)
 
 
 @needs_triton
@@ -336,11 +295,7 @@ def test_launch_cases_reach_every_width():
 def test_every_width_is_as_exact_as_torch_at_real_sizes(num_columns, dtypes, device):
     inputs, dy = make_inputs((4099, num_columns), dtypes, device)
     for p in (0.0, 0.1):
-        ours = differentiate(lambda p=p, **t: dropout_add_layer_norm(**t, p=p, seed=11, impl="triton"), inputs, dy)
-        theirs = differentiate(compose(p, seed=11), to(inputs), dy.cpu())
-        exact = differentiate(compose(p, seed=11), to(inputs, torch.float64), dy.cpu().double())
-        for name in exact:
-            assert_as_exact_as_torch(ours[name], theirs[name], exact[name], f"p={p} {name}")
+        assert_exact("triton", inputs, dy, p)
 
 
 @pytest.mark.gpu
@@ -377,8 +332,7 @@ def test_graph_replay_draws_new_masks(device):
         seed.copy_(torch.tensor([key, 0]))
         graph.replay()
         eager = run()
-        for name in eager:
-            assert torch.equal(captured[name], eager[name]), name
+        assert_equal(captured, eager)
         assert previous is None or not torch.equal(previous, captured["y"])
         previous = captured["y"].clone()
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from tiny import make_model, set_gradients
 
 from fastroberta.arguments import from_dict
-from fastroberta.config import ModelConfig, OptimizerConfig, TrainConfig
+from fastroberta.config import OptimizerConfig, TrainConfig
 from fastroberta.errors import ConfigurationError
-from fastroberta.model import RobertaForMaskedLM
 from fastroberta.optim import BatchSchedule, LossScaler, build_optimizer, is_decayed, learning_rate
 
 
@@ -30,32 +30,12 @@ def test_schedules_at_known_steps(name):
         assert rates[109] < 0.25 and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def make_model():
-    config = ModelConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
-        max_position_embeddings=18,
-    )  # fmt: skip
-    model = RobertaForMaskedLM(config)
-    model.init_weights(1)
-    return model
-
-
 def test_what_decays():
     names = [name for name, _ in make_model().named_parameters()]
     assert all(is_decayed(name, OptimizerConfig(decay="all")) for name in names)
     spared = {name for name in names if not is_decayed(name, OptimizerConfig(decay="no_bias_norm"))}
     assert spared == {name for name in names if name.endswith("bias") or "norm" in name.lower()}
     assert "embeddings.LayerNorm.weight" in spared and "layer.0.intermediate.weight" not in spared
-
-
-def set_gradients(model, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        gradient = torch.randn(parameter.shape, generator=generator) * scale
-        if parameter.grad is None:
-            parameter.grad = gradient
-        else:
-            parameter.grad.copy_(gradient)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])

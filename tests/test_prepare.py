@@ -551,14 +551,24 @@ def test_done_pieces_are_not_done_again(go, tmp_path, monkeypatch):
     assert done == list(range(len(done))) and len(done) > 10
 
 
+@contextlib.contextmanager
+def stop_in(name, monkeypatch):
+    """Stop a run as a signal would, where it calls a function of the module."""
+
+    def stop_here(*arguments):
+        raise Stopped("stopped")
+
+    with monkeypatch.context() as context, pytest.raises(Stopped):
+        context.setattr(fastroberta.prepare, name, stop_here)
+        yield
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_a_file_that_changed_is_done_again(go, tmp_path, monkeypatch, tokenizer_directory, train):
     tokenizer = {"tokenizer": None, "train_tokenizer": 300} if train else {}
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", corpus(seed, 40)) for seed, name in enumerate("abc")]
-    with monkeypatch.context() as context:
-        context.setattr(fastroberta.prepare, "assemble", stop_here)
-        with pytest.raises(Stopped):
-            go(*paths, **tokenizer)
+    with stop_in("assemble", monkeypatch):
+        go(*paths, **tokenizer)
     write_jsonl(paths[1], corpus(7, 50))
     changed = go(*paths, **tokenizer)
     fresh = go(*paths, out="fresh", **tokenizer)
@@ -566,16 +576,10 @@ def test_a_file_that_changed_is_done_again(go, tmp_path, monkeypatch, tokenizer_
     assert texts(changed) == corpus(0, 40) + corpus(7, 50) + corpus(2, 40)
 
 
-def stop_here(*arguments):
-    raise Stopped("stopped")
-
-
 def test_other_options_are_not_mixed_into_an_unfinished_run(go, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
-    with monkeypatch.context() as context:
-        context.setattr(fastroberta.prepare, "assemble", stop_here)
-        with pytest.raises(Stopped):
-            go(source)
+    with stop_in("assemble", monkeypatch):
+        go(source)
     with pytest.raises(ConfigurationError, match=r"unfinished run with min_characters = 0, this run has 5"):
         go(source, min_characters=5)
     with pytest.raises(ConfigurationError, match="with inputs"):
@@ -598,10 +602,8 @@ def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatc
     """It is of the text that they chose, though no piece may be there yet."""
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
     training = {"tokenizer": None, "train_tokenizer": 300}
-    with monkeypatch.context() as context:
-        context.setattr(fastroberta.prepare, "_tokenize", stop_here)
-        with pytest.raises(Stopped):
-            go(source, **training)
+    with stop_in("_tokenize", monkeypatch):
+        go(source, **training)
     with pytest.raises(ConfigurationError, match="unfinished run with nfc = False"):
         go(source, nfc=True, **training)
     (tmp_path / "out" / "work" / "tokenizer.tmp").mkdir()  # as an interruption can leave it
@@ -662,10 +664,8 @@ def test_two_runs_do_not_write_one_directory(go, tmp_path):
 
 def test_a_damaged_piece_is_named(go, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
-    with monkeypatch.context() as context:
-        context.setattr(fastroberta.prepare, "assemble", stop_here)
-        with pytest.raises(Stopped):
-            go(source)
+    with stop_in("assemble", monkeypatch):
+        go(source)
     piece = tmp_path / "out" / "work" / "000000-000000.npz"
     data = bytearray(piece.read_bytes())
     data[len(data) // 3] ^= 1

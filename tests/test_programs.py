@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import prepare_text
 
 from fastroberta.arguments import run
 from fastroberta.config import ModelConfig
@@ -11,20 +12,13 @@ from fastroberta.evaluate import main as evaluate
 from fastroberta.export import main as export
 from fastroberta.hf import load_huggingface, save_huggingface
 from fastroberta.model import RobertaForMaskedLM
-from fastroberta.prepare import main as prepare
 from fastroberta.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("prepared")
-    text = directory / "text.txt"
-    text.write_text(
-        "\n\n".join(f"Document {i} says that {i} and {i + 1} are numbers. It ends here." for i in range(200))
-    )
-    arguments = [str(text), "--out", str(directory / "shards"), "--train-tokenizer", "290", "--workers", "1"]
-    assert prepare([*arguments, "--heldout-fraction", "0.3"]) == 0
-    return directory / "shards"
+    documents = [f"Document {i} says that {i} and {i + 1} are numbers. It ends here." for i in range(200)]
+    return prepare_text(tmp_path_factory.mktemp("prepared"), "\n\n".join(documents), 290, heldout_fraction=0.3)
 
 
 @pytest.fixture(scope="module")

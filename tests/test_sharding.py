@@ -2,30 +2,14 @@
 
 import pytest
 import torch
+from tiny import make_model, set_gradients
 
-from fastroberta.config import ModelConfig, OptimizerConfig
+from fastroberta.config import OptimizerConfig
 from fastroberta.distributed import Processes
 from fastroberta.errors import CheckpointError
-from fastroberta.model import RobertaForMaskedLM
 from fastroberta.sharding import OverlappedReduction, ReplicatedOptimizer
 
 ALONE = Processes(torch.device("cpu"))
-
-
-def make_model():
-    config = ModelConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
-        max_position_embeddings=18,
-    )  # fmt: skip
-    model = RobertaForMaskedLM(config)
-    model.init_weights(1)
-    return model
-
-
-def set_gradients(model, scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.grad.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import prepare_text, type_settings
 
 from fastroberta.arguments import from_dict, run
 from fastroberta.config import TrainConfig
@@ -25,7 +26,6 @@ from fastroberta.errors import (
     Stopped,
 )
 from fastroberta.evaluate import main as evaluate
-from fastroberta.prepare import main as prepare
 from fastroberta.train import Trainer, main
 
 SETTINGS = {
@@ -44,17 +44,12 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A prepared directory of sentences with something to learn."""
-    directory = tmp_path_factory.mktemp("data")
-    source = directory / "text.txt"
     names = ("anna", "ben", "clara", "david", "emma", "felix")
     lines = [
         f"{a} gives {b} a {thing}. {b} thanks {a} for the {thing}.\n"
         for a in names for b in names if a != b for thing in ("book", "ball", "pear", "coin", "ring")
     ]  # fmt: skip
-    source.write_text("\n".join(lines * 3))
-    arguments = [str(source), "--out", str(directory / "shards"), "--train-tokenizer", "300", "--workers", "1"]
-    assert prepare([*arguments, "--heldout-fraction", "0.1"]) == 0
-    return directory / "shards"
+    return prepare_text(tmp_path_factory.mktemp("data"), "\n".join(lines * 3), 300)
 
 
 def configure(data, output_dir, **changes):
@@ -63,11 +58,7 @@ def configure(data, output_dir, **changes):
 
 
 def list_arguments(data, output_dir):
-    """The settings as a user types them."""
-    arguments = [f"--{key}={value}" for key, value in SETTINGS.items() if not isinstance(value, dict)]
-    nested = {k: v for k, v in SETTINGS.items() if isinstance(v, dict)}
-    arguments += [f"--{k}.{key}={value}" for k, settings in nested.items() for key, value in settings.items()]
-    return [*arguments, f"--data={data}", f"--output_dir={output_dir}"]
+    return type_settings({**SETTINGS, "data": data, "output_dir": output_dir})
 
 
 def read_weights(output_dir, step):

@@ -701,9 +701,8 @@ def attention(
             above 128 (smaller ones are padded to 32, 64 or 128) or another dtype.
     """
     seed = check_arguments("attention", q, k, v, dropout_p, seed)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ValueError(f"attention: {name} is {tuple(tensor.shape)}, expected (batch, length, heads, head_dim)")
+    if q.dim() != 4:
+        raise ValueError(f"attention: q is {tuple(q.shape)}, expected (batch, length, heads, head_dim)")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: q has batch {q.shape[0]}, k and v have {k.shape[0]}; make them equal")
     if key_lengths is not None:
@@ -742,9 +741,8 @@ def varlen_attention(
         ValueError: as `attention`, and for lengths that are not int32 or not of one size.
     """
     seed = check_arguments("varlen_attention", q, k, v, dropout_p, seed)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 3:
-            raise ValueError(f"varlen_attention: {name} is {tuple(tensor.shape)}, expected (tokens, heads, head_dim)")
+    if q.dim() != 3:
+        raise ValueError(f"varlen_attention: q is {tuple(q.shape)}, expected (tokens, heads, head_dim)")
     check_lengths("varlen_attention", "cu_seqlens_q", cu_seqlens_q)
     check_lengths("varlen_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel())
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

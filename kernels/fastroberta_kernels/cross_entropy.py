@@ -41,6 +41,7 @@ Determinism: no atomics, fixed order, bitwise repeatable wherever the matrix pro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -68,33 +69,6 @@ class Gradients(NamedTuple):
     hidden: torch.Tensor  # (N, d), hidden's dtype
     weight: torch.Tensor  # (V, d) fp32, or as _empty_gradients says
     bias: torch.Tensor  # (V,) fp32
-
-
-def linear_cross_entropy_torch(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_classes: int | None = None,
-) -> LinearCrossEntropyOutput:
-    """`linear_cross_entropy` in plain PyTorch, on any device; made to be fast on a CPU."""
-    return linear_cross_entropy(
-        hidden,
-        weight,
-        bias,
-        targets,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        reduction=reduction,
-        num_classes=num_classes,
-        impl="torch",
-    )
 
 
 # Measured on one core: sixteen rows of 50265 logits in fp32 and the 4096 x 768 part of dW are near the cache's size.
@@ -407,19 +381,9 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(
-    hidden,
-    weight,
-    bias,
-    targets,
-    ignore_index,
-    label_smoothing,
-    z_loss,
-    num_classes,
-    reduction,
-    needs,
-    consume,
+    hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, num_classes, reduction, needs, consume,
     use_kernel,
-):
+):  # fmt: skip
     needs = [need and reduction != "none" for need in needs]
     loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.float32)
     counts = [targets.new_empty((), dtype=torch.int64) for _ in range(2)]
@@ -588,6 +552,9 @@ def linear_cross_entropy(
     )
     return LinearCrossEntropyOutput(loss, num_correct, num_targets)
 
+
+# In plain PyTorch, on any device; made to be fast on a CPU.
+linear_cross_entropy_torch = functools.partial(linear_cross_entropy, impl="torch")
 
 # Hugging Face's `hidden_act` names and the form of GELU that each stands for.
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}

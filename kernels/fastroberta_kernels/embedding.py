@@ -415,21 +415,9 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(
-    input_ids,
-    position_ids,
-    token_type_ids,
-    word_weight,
-    position_weight,
-    token_type_weight,
-    norm_weight,
-    norm_bias,
-    seed,
-    padding_idx,
-    padding_positions,
-    p,
-    eps,
-    dtype,
-):
+    input_ids, position_ids, token_type_ids, word_weight, position_weight, token_type_weight, norm_weight, norm_bias,
+    seed, padding_idx, padding_positions, p, eps, dtype,
+):  # fmt: skip
     y = word_weight.new_empty((*input_ids.shape, word_weight.shape[1]), dtype=dtype)
     return y, input_ids.new_empty(input_ids.shape, dtype=torch.int32)
 
@@ -506,22 +494,9 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    dy,
-    input_ids,
-    positions,
-    token_type_ids,
-    word_weight,
-    position_weight,
-    token_type_weight,
-    norm_weight,
-    norm_bias,
-    seed,
-    padding_idx,
-    padding_positions,
-    p,
-    eps,
-    needs,
-):
+    dy, input_ids, positions, token_type_ids, word_weight, position_weight, token_type_weight, norm_weight, norm_bias,
+    seed, padding_idx, padding_positions, p, eps, needs,
+):  # fmt: skip
     tables = _empty_tables(word_weight, position_weight, token_type_weight, needs)
     return *tables, torch.empty_like(norm_weight), torch.empty_like(norm_bias)
 
