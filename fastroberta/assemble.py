@@ -154,7 +154,7 @@ def finish(
     return load_manifest(out)
 
 
-def join(manifests: list[Manifest], out: Path, options: dict[str, Any]) -> Manifest:
+def join(manifests: list[Manifest], out: Path, options: dict[str, Any], files: list[dict[str, Any]]) -> Manifest:
     """Prepared directories -> one, with their shards in order.
 
     Raises:
@@ -177,7 +177,7 @@ def join(manifests: list[Manifest], out: Path, options: dict[str, Any]) -> Manif
         part: sum((Counter(manifest.contents["report"][part]) for manifest in manifests), Counter())
         for part in ("counts", "problems")
     }
-    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, [])
+    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, files)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

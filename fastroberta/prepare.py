@@ -136,7 +136,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     options = _identify(config, tokenizer)
-    if finished := _find_finished(out, options, files):
+    if finished := _find_finished(out, options, _describe(files)):
         return finished
     with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
         _resume(work, options, files)
@@ -176,12 +176,12 @@ def _describe(files: list[InputFile]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(file) for file in files]
 
 
-def _find_finished(out: Path, options: dict[str, Any], files: list[InputFile]) -> Manifest | None:
+def _find_finished(out: Path, options: dict[str, Any], files: list[dict[str, Any]]) -> Manifest | None:
     if not (out / "manifest.json").exists():
         return None
     manifest = load_manifest(out)
     _refuse_other_options(manifest.contents["options"], options, f"{out}: holds a finished corpus")
-    now = {one["path"]: one for one in _describe(files)}
+    now = {one["path"]: one for one in files}
     # Manifests of versions before this check have no "files".
     then = {one["path"]: one for one in manifest.contents["files"]} if "files" in manifest.contents else now
     changed = [path for path in {**now, **then} if now.get(path) != then.get(path)]
@@ -460,10 +460,15 @@ def merge(config: PrepareConfig) -> Manifest:
     out = Path(config.out)
     manifests = [load_manifest(directory, verify=True) for directory in config.inputs]
     options = {"merge": config.inputs, "parts": [manifest.contents["options"] for manifest in manifests]}
-    if finished := _find_finished(out, options, []):
+    files = [
+        {"path": str(manifest.directory / entry["name"]), "sha256": entry["sha256"]}
+        for manifest in manifests
+        for entry in manifest.contents["shards"]
+    ]
+    if finished := _find_finished(out, options, files):
         return finished
     with own_directory(out, "work/lock", "--out"):
-        merged = join(manifests, out, options)
+        merged = join(manifests, out, options, files)
         shutil.rmtree(out / "work")
     return merged
 

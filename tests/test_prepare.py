@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -698,13 +699,27 @@ def test_shares_merge_to_the_whole(go, tmp_path, monkeypatch, num_files):
     assert again == merged
 
 
+def test_a_merge_of_parts_that_changed_is_refused(go, tmp_path):
+    source = tmp_path / "a.jsonl"
+
+    def merge_anew(documents):
+        write_jsonl(source, documents)
+        shutil.rmtree(tmp_path / "part", ignore_errors=True)
+        return go(go(source, out="part").directory, merge=True, tokenizer=None, out="merged")
+
+    merged = merge_anew(DOCUMENTS)
+    assert merge_anew(DOCUMENTS) == merged
+    with pytest.raises(ConfigurationError, match=r"part/train-00000\.bin was changed, added or removed since"):
+        merge_anew(DOCUMENTS[::-1])
+
+
 def test_merge_refuses_what_does_not_belong_together(go, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 3)
     one = go(source, out="one").directory
     other = go(source, tokenizer=None, train_tokenizer=280, out="other").directory
     with pytest.raises(DataError, match="another tokenizer"):
         go(one, other, merge=True, tokenizer=None)
-    with pytest.raises(DataError, match="missing"):
+    with pytest.raises(DataError, match="has no manifest.json"):
         go(one, tmp_path, merge=True, tokenizer=None)
     shard = other / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
