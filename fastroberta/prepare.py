@@ -52,6 +52,7 @@ from .shards import (
 )
 from .text import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
 from .tokenizer import (
+    LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     load_tokenizer,
     save_tokenizer,
@@ -71,7 +72,9 @@ class PrepareConfig:
     out: str = setting(help="directory to write; an unfinished run found there is continued")
     tokenizer: str | None = setting(None, "directory with tokenizer.json, or with vocab.json and merges.txt")
     train_tokenizer: int | None = setting(
-        None, "train a tokenizer of this many tokens on the text instead", valid=f"[{SMALLEST_VOCABULARY}, inf)"
+        None,
+        "train a tokenizer of this many tokens on the text instead",
+        valid=f"[{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]",
     )
 
     format: Literal["auto", "txt", "jsonl", "parquet"] = setting("auto", "of the inputs; auto goes by their names")

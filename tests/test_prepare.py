@@ -719,7 +719,7 @@ def test_merge_refuses_what_does_not_belong_together(go, tmp_path):
     other = go(source, tokenizer=None, train_tokenizer=280, out="other").directory
     with pytest.raises(DataError, match="another tokenizer"):
         go(one, other, merge=True, tokenizer=None)
-    with pytest.raises(DataError, match="has no manifest.json"):
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
         go(one, tmp_path, merge=True, tokenizer=None)
     shard = other / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
@@ -804,6 +804,7 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
         (["a.txt", "--out", "o"], 2, "one of --tokenizer"),
         (["a.txt", "--out", "o", "--tokenizer", "t", "--train-tokenizer", "500"], 2, "one of --tokenizer"),
         (["a.txt", "--out", "o", "--train-tokenizer", "100"], 2, "train_tokenizer = 100"),
+        (["a.txt", "--out", "o", "--train-tokenizer", "1000000000"], 2, "must lie in [261, 1000000]"),
         (["none.txt", "--out", "o", "--train-tokenizer", "300"], 2, "no such file"),
         (["a.txt", "--out", "o", "--tokenizer", "none"], 2, "no tokenizer.json"),
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--worker", "0/2"], 2, "worker = 0/2"),
