@@ -29,6 +29,8 @@ from .shards import (
 )
 from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
+LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
+
 
 def load_piece(path: Path, *names: str) -> list[np.ndarray]:
     """The arrays of a piece file; raises DataError where it is damaged."""
@@ -123,7 +125,14 @@ def assemble(
                 )
     shards = [entry for writer in writers for entry in writer.files]
     if not shards:
-        raise DataError(f"{', '.join(options['inputs'])}: no document is left; give more text, or clean less")
+        left_out = [f"{counts[step]:,} {step.replace('_', ' ')}" for step in LEFT_OUT if counts[step]]
+        mended = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
+        found = f"left out: {', '.join(left_out)}; " if left_out else ""
+        found += f"mended or left out: {', '.join(mended)}; " if mended else ""
+        raise DataError(
+            f"{', '.join(options['inputs'])}: no document is left; {found}give {'other' if mended else 'more'} text, "
+            "or clean less"
+        )
     return finish(out, shards, tokenizer, sha256, {"counts": counts, "problems": problems}, options, files)
 
 

@@ -38,7 +38,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from .arguments import parse_arguments, run
-from .assemble import assemble, find_duplicates, join
+from .assemble import LEFT_OUT, assemble, find_duplicates, join
 from .config import setting
 from .directories import own_directory
 from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
@@ -480,14 +480,7 @@ def print_report(manifest: Manifest) -> None:
     """What was read, mended, left out and written."""
     counts, problems = manifest.contents["report"]["counts"], manifest.contents["report"]["problems"]
     lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
-    names = {
-        "normalized": "  brought into NFC",
-        "empty": "  left out: empty",
-        "too_short": "  left out: too short",
-        "too_long": "  left out: too long",
-        "exact_duplicates": "  left out: exact duplicates",
-        "near_duplicates": "  left out: near duplicates",
-    }
+    names = {"normalized": "  brought into NFC"} | {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
     lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
     lines += [(f"  mended or left out: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
     for split in SPLITS:

@@ -391,7 +391,8 @@ def read_documents(piece: Piece, *, txt_documents: str, text_field: str, problem
         try:
             text: Any = data.decode()
         except UnicodeDecodeError as error:
-            problems.report(f"invalid UTF-8 (byte {error.start + 1} of the record)", place, "convert the file to UTF-8")
+            place += f", byte {error.start + 1} of the record"
+            problems.report("invalid UTF-8", place, "convert the file to UTF-8")
             continue
         if kind == "jsonl":
             text = _parse_json(text, text_field, place, problems)

@@ -308,8 +308,8 @@ def zst_of(data, **options):
 LINE = b'{"text": "good"}\n'
 # name, bytes, what the message holds, what is left with skip, what is counted
 BAD = [
-    ("utf8.txt", b"good\n\nfirst\nb\xffad\n\ngood", "line 3: invalid UTF-8 (byte 8", ["good", "good"], {}),
-    ("utf8.jsonl", LINE + b'{"text": "b\xff"}\n', "line 2: invalid UTF-8", ["good"], {}),
+    ("utf8.txt", b"good\n\nfirst\nb\xffad\n\ngood", "line 3, byte 8 of the record: invalid", ["good"] * 2, {}),
+    ("utf8.jsonl", LINE + b'{"text": "b\xff"}\n', "line 2, byte 12 of the record: invalid UTF-8", ["good"], {}),
     ("utf16.txt", "good".encode("utf-16"), "UTF-16 text", [], {}),
     ("bom.txt", b"\xef\xbb\xbfgood", "line 1: byte order mark", ["good"], {"byte order mark": 1}),
     ("bom.jsonl", b"\xef\xbb\xbf" + LINE, "line 1: byte order mark", ["good"], {"byte order mark": 1}),
@@ -381,7 +381,7 @@ def test_invalid_utf8_in_a_parquet_row_is_that_row(go, tmp_path):
 
     column = pyarrow.array([b"good", b"\xff", b"better"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 2: invalid UTF-8"):
+    with pytest.raises(DataError, match="row 2, byte 1 of the record: invalid UTF-8"):
         go(tmp_path / "a.parquet")
     assert texts(go(tmp_path / "a.parquet", on_bad_input="skip")) == ["good", "better"]
 
@@ -419,10 +419,23 @@ def test_a_bomb_is_refused(go, tmp_path, monkeypatch, name):
         go(tmp_path / name)
 
 
-def test_a_corpus_without_a_document_is_refused(go, tmp_path):
-    (tmp_path / "a.txt").write_text("\n \n\n")
-    with pytest.raises(DataError, match="no document is left"):
-        go(tmp_path / "a.txt")
+def test_faults_are_counted_by_kind(go, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n\n" + b"".join(b"x" * n + b"\xff\n\n" for n in range(20)))
+    assert go(tmp_path / "a.txt", on_bad_input="skip").contents["report"]["problems"] == {"invalid UTF-8": 20}
+
+
+@pytest.mark.parametrize(
+    "data, options, message",
+    [
+        (b"\n \n\n", {}, "give more text, or clean less"),
+        (b"a\n\nb\n\n\xe2\x80\x89", {"min_characters": 5}, "left out: 1 empty, 2 too short; give more text"),
+        (b"\xff\n\n" * 300, {"on_bad_input": "skip"}, "mended or left out: 300 invalid UTF-8; give other text"),
+    ],
+)  # fmt: skip
+def test_a_corpus_without_a_document_is_refused(go, tmp_path, data, options, message):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=f"no document is left; {message}"):
+        go(tmp_path / "a.txt", **options)
 
 
 # ---- the same bytes, however it was run
