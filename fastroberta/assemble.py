@@ -32,6 +32,10 @@ from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids, tokeni
 LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
 
 
+class NoDocumentError(DataError):
+    """Nothing is left to write."""
+
+
 def load_piece(path: Path, *names: str) -> list[np.ndarray]:
     """The arrays of a piece file; raises DataError where it is damaged."""
     try:
@@ -91,7 +95,7 @@ def assemble(
         files: the inputs with what tells whether they changed, for the manifest.
         check: called between pieces; it raises to stop.
     Raises:
-        DataError: a damaged piece, or no document at all.
+        DataError: a damaged piece. NoDocumentError: no document at all.
     """
     counts: Counter[str] = Counter({step: int(flags.sum()) for step, flags in dropped.items()})
     problems: Counter[str] = Counter()
@@ -129,7 +133,7 @@ def assemble(
         mended = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
         found = f"left out: {', '.join(left_out)}; " if left_out else ""
         found += f"mended or left out: {', '.join(mended)}; " if mended else ""
-        raise DataError(
+        raise NoDocumentError(
             f"{', '.join(options['inputs'])}: no document is left; {found}give {'other' if mended else 'more'} text, "
             "or clean less"
         )

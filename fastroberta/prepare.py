@@ -38,7 +38,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from .arguments import parse_arguments, run
-from .assemble import LEFT_OUT, assemble, find_duplicates, join
+from .assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
 from .config import setting
 from .directories import own_directory
 from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
@@ -147,7 +147,11 @@ def prepare(config: PrepareConfig) -> Manifest:
             tokenizer = _obtain_tokenizer(config, files, work, stop)
         pieces = _tokenize(config, files, tokenizer, work, stop)
         dropped = find_duplicates(pieces, work, config.exact_duplicates, config.near_duplicates, stop.check)
-        manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
+        try:
+            manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
+        except NoDocumentError:
+            shutil.rmtree(work)  # it would bind the next try to the options that left nothing
+            raise
         shutil.rmtree(work)
     return manifest
 

@@ -612,6 +612,14 @@ def test_a_first_try_that_made_nothing_binds_nobody(go, tmp_path):
     assert texts(go(source)) == joined(DOCUMENTS)
 
 
+@pytest.mark.parametrize("tokenizer", [{}, {"tokenizer": None, "train_tokenizer": 300}])
+def test_a_run_that_left_nothing_binds_nobody(go, tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    with pytest.raises(DataError, match="no document is left; left out: 3 too short"):
+        go(source, min_characters=1000, **tokenizer)
+    assert texts(go(source, min_characters=5, **tokenizer)) == joined(DOCUMENTS)
+
+
 def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatch):
     """It is of the text that they chose, though no piece may be there yet."""
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
