@@ -24,6 +24,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -498,7 +499,8 @@ def print_report(manifest: Manifest) -> None:
     elif not manifest.shard_paths("train"):
         print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
     else:
-        print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
+        data = shlex.quote(str(manifest.directory))
+        print(f"{manifest.directory}: ready for python -m fastroberta.train --data {data}")
 
 
 if __name__ == "__main__":

@@ -322,7 +322,9 @@ BAD = [
     ("empty.txt", b"", "empty file", [], {"empty file": 1}),
     ("empty.jsonl", b"", "empty file", [], {"empty file": 1}),
     ("json.jsonl", LINE + b'{"text": \n' + LINE, "line 2: not a JSON record", ["good", "good"], {}),
-    ("array.jsonl", b'["text"]\n' + LINE, "line 1: no text in 'text'", ["good"], {}),
+    ("array.json", b'[{"text": "a"}]', "line 1: JSON array; write one object a line (JSON Lines)", [], {"JSON array": 1}),
+    ("lines.json", b'[\n{"text": "a"}\n]', "line 1: JSON array; (Expecting value", ["a"], {"JSON array": 1}),
+    ("string.jsonl", b'"text"\n' + LINE, "line 1: not a JSON object; write one object a line", ["good"], {}),
     ("field.jsonl", b'{"body": "x", "n": 1}\n' + LINE, "there: body, n", ["good"], {}),
     ("null.jsonl", b'{"text": null}\n' + LINE, "line 1: field 'text' is not a string; make it one", ["good"], {}),
     ("number.jsonl", LINE + b'{"text": 5}\n', "line 2: field 'text' is not a string; make it one", ["good"], {}),
@@ -402,6 +404,7 @@ def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind
     with pytest.raises(DataError, match="of over") as error:
         go(path)
     assert {"txt": "line 3", "jsonl": "line 2", "parquet": "row 2"}[kind] in str(error.value)
+    assert ("(JSON Lines)" in str(error.value)) == (kind == "jsonl")  # one array of all, perhaps
     found = texts(go(path, on_bad_input="skip"))
     assert found == ["before", "after", "and after"]
     # Not even the reader holds it.
@@ -804,11 +807,11 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
 @pytest.mark.parametrize("documents, share, missing", [(1, 0.005, "heldout"), (1, 0.9999, "train"), (200, 0.1, None)])
 def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, capsys, documents, share, missing):
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=documents))
-    out = str(tmp_path / "out")
+    out = str(tmp_path / "the output")
     options = ["--tokenizer", tokenizer_directory, "--heldout-fraction", str(share), "--workers", "1"]
     assert main([str(source), "--out", out, *options]) == 0
     output = capsys.readouterr().out
-    assert (f"ready for python -m fastroberta.train --data {out}" in output) == (missing is None)
+    assert (f"ready for python -m fastroberta.train --data '{out}'" in output) == (missing is None)
     assert ("nothing is held out" in output) == (missing == "heldout")
     assert ("all is held out" in output) == (missing == "train")
     for split in ("train", "heldout"):  # as the trainer opens them
