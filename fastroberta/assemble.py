@@ -29,6 +29,12 @@ from .shards import (
 )
 from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
+LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
+
+
+class NoDocumentError(DataError):
+    """Nothing is left to write."""
+
 
 def load_piece(path: Path, *names: str) -> list[np.ndarray]:
     """The arrays of a piece file; raises DataError where it is damaged."""
@@ -89,7 +95,7 @@ def assemble(
         files: the inputs with what tells whether they changed, for the manifest.
         check: called between pieces; it raises to stop.
     Raises:
-        DataError: a damaged piece, or no document at all.
+        DataError: a damaged piece. NoDocumentError: no document at all.
     """
     counts: Counter[str] = Counter({step: int(flags.sum()) for step, flags in dropped.items()})
     problems: Counter[str] = Counter()
@@ -123,7 +129,14 @@ def assemble(
                 )
     shards = [entry for writer in writers for entry in writer.files]
     if not shards:
-        raise DataError(f"{', '.join(options['inputs'])}: no document is left; give more text, or clean less")
+        left_out = [f"{counts[step]:,} {step.replace('_', ' ')}" for step in LEFT_OUT if counts[step]]
+        mended = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
+        found = f"left out: {', '.join(left_out)}; " if left_out else ""
+        found += f"mended or left out: {', '.join(mended)}; " if mended else ""
+        raise NoDocumentError(
+            f"{', '.join(options['inputs'])}: no document is left; {found}give {'other' if mended else 'more'} text, "
+            "or clean less"
+        )
     return finish(out, shards, tokenizer, sha256, {"counts": counts, "problems": problems}, options, files)
 
 
@@ -154,7 +167,7 @@ def finish(
     return load_manifest(out)
 
 
-def join(manifests: list[Manifest], out: Path, options: dict[str, Any]) -> Manifest:
+def join(manifests: list[Manifest], out: Path, options: dict[str, Any], files: list[dict[str, Any]]) -> Manifest:
     """Prepared directories -> one, with their shards in order.
 
     Raises:
@@ -177,7 +190,7 @@ def join(manifests: list[Manifest], out: Path, options: dict[str, Any]) -> Manif
         part: sum((Counter(manifest.contents["report"][part]) for manifest in manifests), Counter())
         for part in ("counts", "problems")
     }
-    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, [])
+    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, files)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -24,6 +24,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -38,7 +39,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from .arguments import parse_arguments, run
-from .assemble import assemble, find_duplicates, join
+from .assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
 from .config import setting
 from .directories import own_directory
 from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
@@ -52,6 +53,7 @@ from .shards import (
 )
 from .text import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
 from .tokenizer import (
+    LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     load_tokenizer,
     save_tokenizer,
@@ -71,7 +73,9 @@ class PrepareConfig:
     out: str = setting(help="directory to write; an unfinished run found there is continued")
     tokenizer: str | None = setting(None, "directory with tokenizer.json, or with vocab.json and merges.txt")
     train_tokenizer: int | None = setting(
-        None, "train a tokenizer of this many tokens on the text instead", valid=f"[{SMALLEST_VOCABULARY}, inf)"
+        None,
+        "train a tokenizer of this many tokens on the text instead",
+        valid=f"[{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]",
     )
 
     format: Literal["auto", "txt", "jsonl", "parquet"] = setting("auto", "of the inputs; auto goes by their names")
@@ -136,7 +140,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     options = _identify(config, tokenizer)
-    if finished := _find_finished(out, options, files):
+    if finished := _find_finished(out, options, _describe(files)):
         return finished
     with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
         _resume(work, options, files)
@@ -144,7 +148,11 @@ def prepare(config: PrepareConfig) -> Manifest:
             tokenizer = _obtain_tokenizer(config, files, work, stop)
         pieces = _tokenize(config, files, tokenizer, work, stop)
         dropped = find_duplicates(pieces, work, config.exact_duplicates, config.near_duplicates, stop.check)
-        manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
+        try:
+            manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
+        except NoDocumentError:
+            shutil.rmtree(work)  # it would bind the next try to the options that left nothing
+            raise
         shutil.rmtree(work)
     return manifest
 
@@ -176,12 +184,12 @@ def _describe(files: list[InputFile]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(file) for file in files]
 
 
-def _find_finished(out: Path, options: dict[str, Any], files: list[InputFile]) -> Manifest | None:
+def _find_finished(out: Path, options: dict[str, Any], files: list[dict[str, Any]]) -> Manifest | None:
     if not (out / "manifest.json").exists():
         return None
     manifest = load_manifest(out)
     _refuse_other_options(manifest.contents["options"], options, f"{out}: holds a finished corpus")
-    now = {one["path"]: one for one in _describe(files)}
+    now = {one["path"]: one for one in files}
     # Manifests of versions before this check have no "files".
     then = {one["path"]: one for one in manifest.contents["files"]} if "files" in manifest.contents else now
     changed = [path for path in {**now, **then} if now.get(path) != then.get(path)]
@@ -460,10 +468,15 @@ def merge(config: PrepareConfig) -> Manifest:
     out = Path(config.out)
     manifests = [load_manifest(directory, verify=True) for directory in config.inputs]
     options = {"merge": config.inputs, "parts": [manifest.contents["options"] for manifest in manifests]}
-    if finished := _find_finished(out, options, []):
+    files = [
+        {"path": str(manifest.directory / entry["name"]), "sha256": entry["sha256"]}
+        for manifest in manifests
+        for entry in manifest.contents["shards"]
+    ]
+    if finished := _find_finished(out, options, files):
         return finished
     with own_directory(out, "work/lock", "--out"):
-        merged = join(manifests, out, options)
+        merged = join(manifests, out, options, files)
         shutil.rmtree(out / "work")
     return merged
 
@@ -472,14 +485,7 @@ def print_report(manifest: Manifest) -> None:
     """What was read, mended, left out and written."""
     counts, problems = manifest.contents["report"]["counts"], manifest.contents["report"]["problems"]
     lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
-    names = {
-        "normalized": "  brought into NFC",
-        "empty": "  left out: empty",
-        "too_short": "  left out: too short",
-        "too_long": "  left out: too long",
-        "exact_duplicates": "  left out: exact duplicates",
-        "near_duplicates": "  left out: near duplicates",
-    }
+    names = {"normalized": "  brought into NFC"} | {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
     lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
     lines += [(f"  mended or left out: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
     for split in SPLITS:
@@ -493,7 +499,8 @@ def print_report(manifest: Manifest) -> None:
     elif not manifest.shard_paths("train"):
         print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
     else:
-        print(f"{manifest.directory}: ready for python -m fastroberta.train --data {manifest.directory}")
+        data = shlex.quote(str(manifest.directory))
+        print(f"{manifest.directory}: ready for python -m fastroberta.train --data {data}")
 
 
 if __name__ == "__main__":

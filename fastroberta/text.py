@@ -38,6 +38,7 @@ SUFFIXES = {
 COMPRESSIONS = (".gz", ".zst", ".zstd")
 Data = bytes | list[bytes | None]  # lines, or rows of a parquet column
 _CHUNK = 1 << 20
+_JSON_LINES = "write one object a line (JSON Lines)"
 _BLANK_LINES = re.compile(rb"\n[ \t]*\n")
 
 
@@ -240,6 +241,7 @@ def _cut_lines(
     by_blank_line = file.format == "txt" and txt_documents == "blank-line"
     what = "document (text between blank lines)" if by_blank_line else "line"
     advice = "if each line is a document, say --txt-documents line" if by_blank_line else "split it"
+    advice += f", or {_JSON_LINES}" if file.format == "jsonl" else ""
     line, buffer, discarding = 1, b"", False
     for chunk in _normalize(file, chunks, problems):
         buffer += chunk
@@ -391,7 +393,8 @@ def read_documents(piece: Piece, *, txt_documents: str, text_field: str, problem
         try:
             text: Any = data.decode()
         except UnicodeDecodeError as error:
-            problems.report(f"invalid UTF-8 (byte {error.start + 1} of the record)", place, "convert the file to UTF-8")
+            place += f", byte {error.start + 1} of the record"
+            problems.report("invalid UTF-8", place, "convert the file to UTF-8")
             continue
         if kind == "jsonl":
             text = _parse_json(text, text_field, place, problems)
@@ -437,12 +440,16 @@ def _parse_json(line: str, text_field: str, place: str, problems: Problems) -> s
         problems.report("JSON nested too deep", place, "flatten it")
         return None
     except ValueError as error:
-        problems.report("not a JSON record", place, f"({error}) write one object a line")
+        is_array = line.lstrip().startswith("[")  # over many lines
+        problems.report("JSON array" if is_array else "not a JSON record", place, f"({error}) {_JSON_LINES}")
         return None
-    text = record.get(text_field) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        problems.report("JSON array" if isinstance(record, list) else "not a JSON object", place, _JSON_LINES)
+        return None
+    text = record.get(text_field)
     if not isinstance(text, str):
-        names = ", ".join(map(str, list(record)[:10])) if isinstance(record, dict) else "not an object"
-        if isinstance(record, dict) and text_field in record:
+        names = ", ".join(map(str, list(record)[:10]))
+        if text_field in record:
             fault, advice = f"field {text_field!r} is not a string", "make it one, or name another field"
         else:
             fault, advice = f"no text in {text_field!r}", "name the field"

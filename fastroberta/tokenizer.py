@@ -26,6 +26,7 @@ SPECIAL_TOKENS = {
 }
 ROBERTA_TOKENS = [names[0] for names in SPECIAL_TOKENS.values()]
 SMALLEST_VOCABULARY = 256 + len(ROBERTA_TOKENS)  # every byte and every special token
+LARGEST_VOCABULARY = 1_000_000  # to train: several times any in use; the trainer reserves memory for all of it
 
 
 class SpecialTokenIds(NamedTuple):
@@ -121,13 +122,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Args:
         texts: lines; one is never merged with the next.
     Raises:
-        ConfigurationError: vocab_size leaves no room for the bytes and the special tokens.
+        ConfigurationError: vocab_size leaves no room for the bytes and the special tokens, or is beyond all use.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigurationError(
             f"vocabulary of {vocab_size}: 256 bytes and {len(ROBERTA_TOKENS)} special tokens do not fit; "
             f"{SMALLEST_VOCABULARY} is the least"
         )
+    if vocab_size > LARGEST_VOCABULARY:  # the trainer would end the process where the memory is too little
+        raise ConfigurationError(f"vocabulary of {vocab_size}: {LARGEST_VOCABULARY} is the most; RoBERTa has 50265")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

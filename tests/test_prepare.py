@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,8 +308,8 @@ def zst_of(data, **options):
 LINE = b'{"text": "good"}\n'
 # name, bytes, what the message holds, what is left with skip, what is counted
 BAD = [
-    ("utf8.txt", b"good\n\nfirst\nb\xffad\n\ngood", "line 3: invalid UTF-8 (byte 8", ["good", "good"], {}),
-    ("utf8.jsonl", LINE + b'{"text": "b\xff"}\n', "line 2: invalid UTF-8", ["good"], {}),
+    ("utf8.txt", b"good\n\nfirst\nb\xffad\n\ngood", "line 3, byte 8 of the record: invalid", ["good"] * 2, {}),
+    ("utf8.jsonl", LINE + b'{"text": "b\xff"}\n', "line 2, byte 12 of the record: invalid UTF-8", ["good"], {}),
     ("utf16.txt", "good".encode("utf-16"), "UTF-16 text", [], {}),
     ("bom.txt", b"\xef\xbb\xbfgood", "line 1: byte order mark", ["good"], {"byte order mark": 1}),
     ("bom.jsonl", b"\xef\xbb\xbf" + LINE, "line 1: byte order mark", ["good"], {"byte order mark": 1}),
@@ -321,7 +322,9 @@ BAD = [
     ("empty.txt", b"", "empty file", [], {"empty file": 1}),
     ("empty.jsonl", b"", "empty file", [], {"empty file": 1}),
     ("json.jsonl", LINE + b'{"text": \n' + LINE, "line 2: not a JSON record", ["good", "good"], {}),
-    ("array.jsonl", b'["text"]\n' + LINE, "line 1: no text in 'text'", ["good"], {}),
+    ("array.json", b'[{"text": "a"}]', "line 1: JSON array; write one object a line (JSON Lines)", [], {"JSON array": 1}),
+    ("lines.json", b'[\n{"text": "a"}\n]', "line 1: JSON array; (Expecting value", ["a"], {"JSON array": 1}),
+    ("string.jsonl", b'"text"\n' + LINE, "line 1: not a JSON object; write one object a line", ["good"], {}),
     ("field.jsonl", b'{"body": "x", "n": 1}\n' + LINE, "there: body, n", ["good"], {}),
     ("null.jsonl", b'{"text": null}\n' + LINE, "line 1: field 'text' is not a string; make it one", ["good"], {}),
     ("number.jsonl", LINE + b'{"text": 5}\n', "line 2: field 'text' is not a string; make it one", ["good"], {}),
@@ -380,7 +383,7 @@ def test_invalid_utf8_in_a_parquet_row_is_that_row(go, tmp_path):
 
     column = pyarrow.array([b"good", b"\xff", b"better"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 2: invalid UTF-8"):
+    with pytest.raises(DataError, match="row 2, byte 1 of the record: invalid UTF-8"):
         go(tmp_path / "a.parquet")
     assert texts(go(tmp_path / "a.parquet", on_bad_input="skip")) == ["good", "better"]
 
@@ -401,6 +404,7 @@ def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind
     with pytest.raises(DataError, match="of over") as error:
         go(path)
     assert {"txt": "line 3", "jsonl": "line 2", "parquet": "row 2"}[kind] in str(error.value)
+    assert ("(JSON Lines)" in str(error.value)) == (kind == "jsonl")  # one array of all, perhaps
     found = texts(go(path, on_bad_input="skip"))
     assert found == ["before", "after", "and after"]
     # Not even the reader holds it.
@@ -418,10 +422,23 @@ def test_a_bomb_is_refused(go, tmp_path, monkeypatch, name):
         go(tmp_path / name)
 
 
-def test_a_corpus_without_a_document_is_refused(go, tmp_path):
-    (tmp_path / "a.txt").write_text("\n \n\n")
-    with pytest.raises(DataError, match="no document is left"):
-        go(tmp_path / "a.txt")
+def test_faults_are_counted_by_kind(go, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n\n" + b"".join(b"x" * n + b"\xff\n\n" for n in range(20)))
+    assert go(tmp_path / "a.txt", on_bad_input="skip").contents["report"]["problems"] == {"invalid UTF-8": 20}
+
+
+@pytest.mark.parametrize(
+    "data, options, message",
+    [
+        (b"\n \n\n", {}, "give more text, or clean less"),
+        (b"a\n\nb\n\n\xe2\x80\x89", {"min_characters": 5}, "left out: 1 empty, 2 too short; give more text"),
+        (b"\xff\n\n" * 300, {"on_bad_input": "skip"}, "mended or left out: 300 invalid UTF-8; give other text"),
+    ],
+)  # fmt: skip
+def test_a_corpus_without_a_document_is_refused(go, tmp_path, data, options, message):
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(DataError, match=f"no document is left; {message}"):
+        go(tmp_path / "a.txt", **options)
 
 
 # ---- the same bytes, however it was run
@@ -598,6 +615,14 @@ def test_a_first_try_that_made_nothing_binds_nobody(go, tmp_path):
     assert texts(go(source)) == joined(DOCUMENTS)
 
 
+@pytest.mark.parametrize("tokenizer", [{}, {"tokenizer": None, "train_tokenizer": 300}])
+def test_a_run_that_left_nothing_binds_nobody(go, tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    with pytest.raises(DataError, match="no document is left; left out: 3 too short"):
+        go(source, min_characters=1000, **tokenizer)
+    assert texts(go(source, min_characters=5, **tokenizer)) == joined(DOCUMENTS)
+
+
 def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatch):
     """It is of the text that they chose, though no piece may be there yet."""
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
@@ -698,13 +723,27 @@ def test_shares_merge_to_the_whole(go, tmp_path, monkeypatch, num_files):
     assert again == merged
 
 
+def test_a_merge_of_parts_that_changed_is_refused(go, tmp_path):
+    source = tmp_path / "a.jsonl"
+
+    def merge_anew(documents):
+        write_jsonl(source, documents)
+        shutil.rmtree(tmp_path / "part", ignore_errors=True)
+        return go(go(source, out="part").directory, merge=True, tokenizer=None, out="merged")
+
+    merged = merge_anew(DOCUMENTS)
+    assert merge_anew(DOCUMENTS) == merged
+    with pytest.raises(ConfigurationError, match=r"part/train-00000\.bin was changed, added or removed since"):
+        merge_anew(DOCUMENTS[::-1])
+
+
 def test_merge_refuses_what_does_not_belong_together(go, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 3)
     one = go(source, out="one").directory
     other = go(source, tokenizer=None, train_tokenizer=280, out="other").directory
     with pytest.raises(DataError, match="another tokenizer"):
         go(one, other, merge=True, tokenizer=None)
-    with pytest.raises(DataError, match="missing"):
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
         go(one, tmp_path, merge=True, tokenizer=None)
     shard = other / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
@@ -768,11 +807,11 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
 @pytest.mark.parametrize("documents, share, missing", [(1, 0.005, "heldout"), (1, 0.9999, "train"), (200, 0.1, None)])
 def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, capsys, documents, share, missing):
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=documents))
-    out = str(tmp_path / "out")
+    out = str(tmp_path / "the output")
     options = ["--tokenizer", tokenizer_directory, "--heldout-fraction", str(share), "--workers", "1"]
     assert main([str(source), "--out", out, *options]) == 0
     output = capsys.readouterr().out
-    assert (f"ready for python -m fastroberta.train --data {out}" in output) == (missing is None)
+    assert (f"ready for python -m fastroberta.train --data '{out}'" in output) == (missing is None)
     assert ("nothing is held out" in output) == (missing == "heldout")
     assert ("all is held out" in output) == (missing == "train")
     for split in ("train", "heldout"):  # as the trainer opens them
@@ -789,6 +828,7 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
         (["a.txt", "--out", "o"], 2, "one of --tokenizer"),
         (["a.txt", "--out", "o", "--tokenizer", "t", "--train-tokenizer", "500"], 2, "one of --tokenizer"),
         (["a.txt", "--out", "o", "--train-tokenizer", "100"], 2, "train_tokenizer = 100"),
+        (["a.txt", "--out", "o", "--train-tokenizer", "1000000000"], 2, "must lie in [261, 1000000]"),
         (["none.txt", "--out", "o", "--train-tokenizer", "300"], 2, "no such file"),
         (["a.txt", "--out", "o", "--tokenizer", "none"], 2, "no tokenizer.json"),
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--worker", "0/2"], 2, "worker = 0/2"),

@@ -17,6 +17,7 @@ import fastroberta.sentences
 from fastroberta.errors import ConfigurationError
 from fastroberta.sentences import SENTENCE_END, DocumentEncoder
 from fastroberta.tokenizer import (
+    LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     is_roberta_bpe,
     load_tokenizer,
@@ -89,10 +90,12 @@ def test_the_smallest_vocabulary_is_bytes_and_specials():
     assert vocabulary_size(tokenizer) == 261 and special_token_ids(tokenizer).mask == 260
     with pytest.raises(ConfigurationError, match="261 is the least"):
         train_tokenizer(["aaa"], 260)
+    with pytest.raises(ConfigurationError, match="vocabulary of 1000000000: 1000000 is the most"):
+        train_tokenizer(["aaa"], 10**9)
 
 
 def test_little_text_gives_a_smaller_vocabulary():
-    tokenizer = train_tokenizer(["ab ab"], 10000)
+    tokenizer = train_tokenizer(["ab ab"], LARGEST_VOCABULARY)
     assert vocabulary_size(tokenizer) == special_token_ids(tokenizer).mask + 1 < 300
 
 
