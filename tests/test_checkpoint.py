@@ -22,7 +22,7 @@ def save(directory, step=1, eval_loss=None):
         (path / "config.json").write_text("{}")
 
     tensors = {"exp_avg.a": torch.arange(6.0).view(2, 3), "step.a": torch.tensor(3.0)}
-    return save_checkpoint(directory, step, write_model, tensors, {"step": step, "eval_loss": eval_loss})
+    return save_checkpoint(directory, step, write_model, tensors, {"step": step, "eval_loss": eval_loss, "config": {}})
 
 
 def test_round_trip(tmp_path):
@@ -64,6 +64,18 @@ def test_newest_and_best_are_kept(tmp_path):
         save(tmp_path, step, loss)
     remove_old_checkpoints(tmp_path, keep=2)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "\xff"])
+def test_an_old_checkpoint_without_a_readable_state_stays_and_stops_nothing(tmp_path, content):
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 2.0), (4, 2.5)):
+        save(tmp_path, step, loss)
+    state = tmp_path / "checkpoint-00000001" / "trainer_state.json"
+    state.unlink()
+    if content is not None:
+        state.write_text(content, encoding="latin-1")
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "3", "4"]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
