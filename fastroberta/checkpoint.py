@@ -75,8 +75,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_model(partial)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()},
-                  partial / OPTIMIZER)  # fmt: skip
+        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()},
+                      partial / OPTIMIZER)  # fmt: skip
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
@@ -92,6 +92,14 @@ def save_checkpoint(
             f"{final}: cannot be written ({error}); make room, and the same command continues from the checkpoint before"
         ) from error
     return final
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that others may read as the umask says; safetensors alone makes it its owner's only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def remove_partial_checkpoints(output_dir: Path) -> None:

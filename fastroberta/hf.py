@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .checkpoint import write_tensors
 from .config import ModelConfig
 from .errors import CheckpointError
 from .model import RobertaForMaskedLM
@@ -187,7 +188,7 @@ def save_huggingface(
         "dtype": "float32",
     }
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(
+    write_tensors(
         to_huggingface(weights or dict(model.named_parameters()), model.config),
         directory / "model.safetensors",
         metadata={"format": "pt"},

@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and a damaged one is noticed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -32,6 +33,17 @@ def test_round_trip(tmp_path):
     assert read_state(path)["step"] == 12
     tensors = load_optimizer_tensors(path)
     assert torch.equal(tensors["exp_avg.a"], torch.arange(6.0).view(2, 3)) and tensors["step.a"] == 3
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {
+        name: "0o640" for name in ("config.json", "manifest.json", "optimizer.safetensors", "trainer_state.json")
+    }
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):

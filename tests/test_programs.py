@@ -1,6 +1,7 @@
 """evaluate and export as programs, on a checkpoint that never saw training."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def test_export_is_what_transformers_loads(checkpoint, tmp_path, capsys):
     assert len(fill("Document 3 says that <mask> and 4 are numbers.")) == 5
     assert run(lambda: export([str(checkpoint), str(out)])) == 2
     assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_an_export_can_be_read_by_whom_the_umask_lets(checkpoint, tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert export([str(checkpoint), str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_an_export_that_fails_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch):
