@@ -6,17 +6,19 @@ nowhere else. n tokens, m masked tokens, L layers, width d, MLP width f, vocabul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from .config import ModelConfig, TrainConfig
+from .errors import CheckpointError
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -205,8 +207,10 @@ class MetricsWriter:
 
     def __init__(self, output_dir: str | Path, *, resumed_step: int | None = None, tensorboard: bool = True):
         path = Path(output_dir) / "metrics.jsonl"
-        _drop_lines_after(path, -1 if resumed_step is None else resumed_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path = path
+        with self._explain_failure():
+            _drop_lines_after(path, -1 if resumed_step is None else resumed_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard: Any = None
         if tensorboard:
             try:
@@ -217,20 +221,36 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            CheckpointError: the disk is full, or not writable any more.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3)} | finite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        with self._explain_failure():
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._tensorboard is not None:
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is pending and close the files."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._explain_failure():
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _explain_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: cannot be written ({error}); make room, and the same command continues from the last "
+                "checkpoint"
+            ) from error
 
     def __enter__(self) -> MetricsWriter:
         return self

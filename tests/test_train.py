@@ -276,6 +276,20 @@ def test_dry_run_leaves_nothing(data, tmp_path, capsys):
     assert "parameters" in shown and "memory, total" in shown and "all of them" in shown
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_is_full_at_a_metric_is_one_line(data, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "metrics.jsonl").symlink_to("/dev/full")
+    trainer = Trainer(configure(data, full))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastroberta.metrics._drop_lines_after", lambda *_: None)  # would replace the link
+        assert run(trainer.train) == 6
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "metrics.jsonl: cannot be written" in message
+    assert "No space left" in message and "the same command continues from the last checkpoint" in message
+
+
 def test_sequence_longer_than_the_position_table_is_refused(data, tmp_path):
     with pytest.raises(ConfigurationError, match="max_position_embeddings"):
         configure(data, tmp_path, max_seq_length=64)
