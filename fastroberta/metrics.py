@@ -304,6 +304,17 @@ def format_seconds(seconds: float) -> str:
     return (f"{days}d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
 
 
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """A line on stdout, or on another stream; where nobody reads any more, this one and the later ones go nowhere."""
+    stream = sys.stdout if file is None else file
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # what is buffered goes there too, at the latest at exit
+        os.close(nowhere)
+
+
 class Progress:
     """The progress line: one that moves on a terminal, a plain one an update elsewhere.
 
@@ -333,7 +344,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
         else:
-            print(f"step {step}/{self.total_steps}  {line}", file=self._stream, flush=True)
+            print_line(f"step {step}/{self.total_steps}  {line}", self._stream)
 
     def _estimate_seconds_left(self, step: int) -> float | None:
         """At the mean speed since the first update, which leaves out compiling; before the second, since the start."""
@@ -351,7 +362,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=self._stream, flush=True)
+            print_line(text, self._stream)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .arguments import parse_arguments, run, to_dict, validate
 from .config import BatchRampConfig, TrainConfig
@@ -601,9 +601,11 @@ class Trainer:
 
     # What a person reads
 
-    def _say(self, text: str, **options: Any) -> None:
+    def _say(self, text: str, file: TextIO | None = None) -> None:
+        from .metrics import print_line
+
         if self.processes.is_first:
-            print(text, **options)
+            print_line(text, file)
 
     def _describe(self) -> None:
         from .metrics import num_parameters

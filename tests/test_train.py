@@ -345,6 +345,16 @@ def test_sigterm_from_outside_leads_to_a_checkpoint_and_75(data, tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(data, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastroberta.train", *list_arguments(data, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--max_steps=4"], stdout=write, stderr=write, env=environment, timeout=120)
+    os.close(write)
+    assert done.returncode == 0 and (tmp_path / "checkpoint-00000004").is_dir()
+
+
 def test_two_runs_do_not_share_a_directory(data, tmp_path):
     arguments = [*list_arguments(data, tmp_path / "run"), "--max_steps", "2"]
     with (
