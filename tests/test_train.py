@@ -276,6 +276,35 @@ def test_dry_run_leaves_nothing(data, tmp_path, capsys):
     assert "parameters" in shown and "memory, total" in shown and "all of them" in shown
 
 
+def test_dry_run_refuses_what_the_run_would_and_writes_nothing_there(data, tmp_path, capsys):
+    there = tmp_path / "there"
+    arguments = [*list_arguments(data, there), "--max_steps=2"]
+    main(arguments)
+    (there / ".partial-00000007-1").mkdir()  # what a killed run, or one that is saving now, has written
+    before = {path: path.stat().st_mtime_ns for path in (there, *there.rglob("*"))}
+    dry = [*arguments, "--dry-run"]
+    assert run(lambda: main(dry)) == 0
+    assert f"{there}: continuing after step 2" in capsys.readouterr().out
+    assert run(lambda: main([*dry, "--seed=2"])) == 2
+    assert f"seed: 2, but {there / 'checkpoint-00000002'} was trained with 1" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (there, *there.rglob("*"))} == before
+    for place, message in (("file", "is a file"), ("file/below", "cannot be written to")):
+        (tmp_path / "file").touch()
+        assert run(lambda: main([*list_arguments(data, tmp_path / place), "--dry-run"])) == 2  # noqa: B023
+        assert message in capsys.readouterr().err
+
+
+def test_dry_run_of_the_texts_inside_python_leaves_nothing(tmp_path, monkeypatch):
+    def prepare_elsewhere(directory):
+        assert tmp_path not in directory.parents
+        raise ConfigurationError("far enough")
+
+    monkeypatch.setattr("fastroberta.train.prepare_python_texts", prepare_elsewhere)
+    with pytest.raises(ConfigurationError, match="far enough"):
+        main(["--output_dir", str(tmp_path / "never"), "--dry-run", "--device", "cpu"])
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_disk_that_is_full_at_a_metric_is_one_line(data, tmp_path, capsys):
     full = tmp_path / "full"
