@@ -12,6 +12,7 @@ is pickled. A flipped bit that safetensors would load without a word is found by
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,8 +75,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_model(partial)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()},
-                  partial / OPTIMIZER)  # fmt: skip
+        write_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors.items()},
+                      partial / OPTIMIZER)  # fmt: skip
         (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
@@ -93,6 +94,14 @@ def save_checkpoint(
     return final
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that others may read as the umask says; safetensors alone makes it its owner's only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
 def remove_partial_checkpoints(output_dir: Path) -> None:
     """Delete what a killed run left half written."""
     for path in output_dir.glob(".partial-*"):
@@ -106,9 +115,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged.
     """
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / STATE}: cannot be read ({error}); {_way_out(checkpoint)}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise CheckpointError(f"{checkpoint / STATE}: has no settings under config; {_way_out(checkpoint)}")
+    return state
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
@@ -148,12 +160,19 @@ def load_optimizer_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one with the lowest `eval_loss` in its state."""
+    """Delete all but the newest `keep` checkpoints and the one with the lowest `eval_loss` in its state.
+
+    One whose state cannot be read stays where it is, for a person to judge: it must not stop the run.
+    """
     checkpoints = list_checkpoints(output_dir)
-    scores = {path: loss for path in checkpoints if (loss := read_state(path).get("eval_loss")) is not None}
+    losses: dict[Path, Any] = {}
+    for path in checkpoints:
+        with contextlib.suppress(CheckpointError):
+            losses[path] = read_state(path).get("eval_loss")
+    scores = {path: loss for path, loss in losses.items() if isinstance(loss, int | float)}
     best = min(scores, key=scores.__getitem__) if scores else None
     for path in checkpoints[:-keep]:
-        if path != best:
+        if path in losses and path != best:
             # Renamed first: a directory that is being deleted must not look like a whole checkpoint.
             doomed = path.with_name(f".partial-{path.name}")
             path.rename(doomed)

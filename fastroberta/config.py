@@ -171,7 +171,7 @@ class TrainConfig:
     )
     tensorboard: bool = setting(True, "write TensorBoard files too, where it is installed [tensorboard_logdir]")
     dry_run: bool = setting(
-        False, "resolve everything, print parameters, memory and expected time, do one step, leave nothing"
+        False, "resolve everything, print parameters, memory and expected time, do two small steps, leave nothing"
     )
     plan: bool = setting(False, "only predict memory, communication and scaling on a cluster: see --plan --help")
 

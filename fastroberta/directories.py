@@ -23,8 +23,7 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
     import fcntl
 
     path = directory / lock
-    if directory.exists() and not directory.is_dir():
-        raise ConfigurationError(f"{option} {directory}: is a file; give a directory")
+    check_directory(directory, option)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -46,3 +45,22 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def check_directory(directory: Path, option: str) -> None:
+    """Refuse, without making or writing anything, a directory that could not be made or written to.
+
+    Raises:
+        ConfigurationError: naming the option by which the user gave it.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigurationError(f"{option} {directory}: is a file; give a directory")
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigurationError(
+            f"{option} {directory}: cannot be written to, {nearest} is a file; give another directory"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"{option} {directory}: cannot be written to, {nearest} does not let you; give another"
+        )

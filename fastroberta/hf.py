@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .arguments import from_dict
+from .checkpoint import write_tensors
 from .config import ModelConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigurationError
 from .model import RobertaForMaskedLM
 from .tokenizer import save_tokenizer, special_token_ids
 
@@ -137,13 +139,24 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); give a Hugging Face RoBERTa directory") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds no settings by name; give a Hugging Face RoBERTa directory")
     for key, expected in REQUIRED.items():
         if content.get(key, expected) != expected:
             raise CheckpointError(f"{path}: {key} is {content[key]!r}, this model has {expected!r} only")
-    missing = [key for key in SIZES if key not in content]
+    missing = [key for key in SIZES if content.get(key) is None]
     if missing:
         raise CheckpointError(f"{path}: {', '.join(missing)} missing; save the model again with a current transformers")
-    return ModelConfig(**{key: content[key] for key in SIZES}), content
+    try:
+        config = from_dict(ModelConfig, {key: content[key] for key in SIZES})
+    except ConfigurationError as error:
+        what = str(error).replace("model.", "")
+        raise CheckpointError(f"{path}: {what}; mend it, or take another checkpoint") from error
+    pad = content.get("pad_token_id", 1)
+    assert config.vocab_size is not None  # not missing
+    if type(pad) is not int or not 0 <= pad < config.vocab_size:
+        raise CheckpointError(f"{path}: pad_token_id is {pad!r}; give the id of the padding token")
+    return config, content
 
 
 def load_huggingface(directory: str | Path) -> RobertaForMaskedLM:
@@ -158,9 +171,9 @@ def load_huggingface(directory: str | Path) -> RobertaForMaskedLM:
     path = directory / "model.safetensors"
     tensors = read_tensors(path)
     decoder = tensors.get("lm_head.decoder.weight")
+    copy_from_huggingface(tensors, dict(model.named_parameters()), config, str(path))
     if decoder is not None and not torch.equal(decoder, tensors["roberta.embeddings.word_embeddings.weight"]):
         raise CheckpointError(f"{path}: the decoder is not tied to the word embeddings; this model ties them")
-    copy_from_huggingface(tensors, dict(model.named_parameters()), config, str(path))
     return model.eval()
 
 
@@ -187,7 +200,7 @@ def save_huggingface(
         "dtype": "float32",
     }
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(
+    write_tensors(
         to_huggingface(weights or dict(model.named_parameters()), model.config),
         directory / "model.safetensors",
         metadata={"format": "pt"},

@@ -6,17 +6,19 @@ nowhere else. n tokens, m masked tokens, L layers, width d, MLP width f, vocabul
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from .config import ModelConfig, TrainConfig
+from .errors import CheckpointError
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -205,8 +207,10 @@ class MetricsWriter:
 
     def __init__(self, output_dir: str | Path, *, resumed_step: int | None = None, tensorboard: bool = True):
         path = Path(output_dir) / "metrics.jsonl"
-        _drop_lines_after(path, -1 if resumed_step is None else resumed_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._path = path
+        with self._explain_failure():
+            _drop_lines_after(path, -1 if resumed_step is None else resumed_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._tensorboard: Any = None
         if tensorboard:
             try:
@@ -217,20 +221,36 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line."""
+        """Append one line.
+
+        Raises:
+            CheckpointError: the disk is full, or not writable any more.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = {"step": step, "time": round(time.time(), 3)} | finite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+        with self._explain_failure():
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._tensorboard is not None:
+                for name, value in metrics.items():
+                    self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is pending and close the files."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._explain_failure():
+            self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    @contextlib.contextmanager
+    def _explain_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path}: cannot be written ({error}); make room, and the same command continues from the last "
+                "checkpoint"
+            ) from error
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -284,6 +304,17 @@ def format_seconds(seconds: float) -> str:
     return (f"{days}d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
 
 
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """A line on stdout, or on another stream; where nobody reads any more, this one and the later ones go nowhere."""
+    stream = sys.stdout if file is None else file
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # what is buffered goes there too, at the latest at exit
+        os.close(nowhere)
+
+
 class Progress:
     """The progress line: one that moves on a terminal, a plain one an update elsewhere.
 
@@ -313,7 +344,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
         else:
-            print(f"step {step}/{self.total_steps}  {line}", file=self._stream, flush=True)
+            print_line(f"step {step}/{self.total_steps}  {line}", self._stream)
 
     def _estimate_seconds_left(self, step: int) -> float | None:
         """At the mean speed since the first update, which leaves out compiling; before the second, since the start."""
@@ -331,7 +362,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=self._stream, flush=True)
+            print_line(text, self._stream)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

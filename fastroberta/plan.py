@@ -34,6 +34,7 @@ from .metrics import (
     num_layer_parameters,
     num_parameters,
     peak_flops,
+    print_line,
 )
 
 DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
@@ -250,7 +251,7 @@ def count_buckets(model: ModelConfig) -> int:
 def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
     """The table that a person reads."""
     peak = peak_flops(config.gpu_name) or 0.0
-    print(
+    print_line(
         f"{num_parameters(config.model):,} parameters, {config.precision}, sharding {config.sharding}; "
         f"{config.max_steps:,} steps of {config.train_batch_size:,} sequences of {config.max_seq_length}\n"
         f"assumed: {config.gpu_name} of {config.gpu_memory:g} GiB at {config.mfu:.0%} of {peak / 1e12:g} TFLOP/s, "
@@ -281,10 +282,10 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(predictions))]
     left = max(len(label) for label, _ in rows)
     for label, cells in rows:
-        print(f"{label:{left}}" + "".join(f"   {cell:>{width}}" for cell, width in zip(cells, widths)))
+        print_line(f"{label:{left}}" + "".join(f"   {cell:>{width}}" for cell, width in zip(cells, widths)))
     small = [_name(one) for one in predictions if one.memory["total"] > _usable_memory(config)]
     if small:
-        print(f"too little memory on {', '.join(small)}: --gradient_checkpointing and --sharding full need less")
+        print_line(f"too little memory on {', '.join(small)}: --gradient_checkpointing and --sharding full need less")
 
 
 def _usable_memory(config: PlanConfig) -> float:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .arguments import parse_arguments, run, to_dict, validate
 from .config import BatchRampConfig, TrainConfig
@@ -46,19 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .plan import main as plan
 
         return plan(argv)
-    from .directories import own_directory
+    from .directories import check_directory, own_directory
     from .distributed import join_processes, keep_freed_memory
 
     processes = join_processes(config.device, config.hang_timeout)
     if processes.device.type == "cpu":
         keep_freed_memory()
     with contextlib.ExitStack() as stack:
-        if config.dry_run:  # whatever is written goes to a place that disappears
-            config.output_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-"))
-        elif processes.is_first:
-            stack.enter_context(own_directory(Path(config.output_dir), ".lock", "--output_dir"))
+        output_dir = Path(config.output_dir)
+        if processes.is_first:
+            if config.dry_run:
+                check_directory(output_dir, "--output_dir")
+            else:
+                stack.enter_context(own_directory(output_dir, ".lock", "--output_dir"))
         if config.data is None:
-            config.data = str(Path(config.output_dir) / "data")
+            if config.dry_run and not (output_dir / "data" / "manifest.json").exists():
+                # What is written goes to a place that disappears.
+                output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-")))
+            config.data = str(output_dir / "data")
             if processes.is_first or config.dry_run:
                 prepare_python_texts(Path(config.data))
             processes.wait_for_all()
@@ -140,7 +145,7 @@ class Trainer:
         self.model = model.train()
         self.step = 0
         self.eval_loss: float | None = None
-        if self.processes.is_first:
+        if self.processes.is_first and not config.dry_run:
             remove_partial_checkpoints(self.output_dir)
         checkpoints = list_checkpoints(self.output_dir)
         if checkpoints:
@@ -378,6 +383,7 @@ class Trainer:
         from .optim import BatchSchedule
 
         self._describe()
+        self.step = 0  # the two steps are to measure by, also where the run has few left or is finished
         for name, size in estimate_memory(self.config, self.micro_batch_size, self.processes.size).items():
             self._say(f"  memory, {name}: {size / 2**20:,.0f} MiB (estimate)")
         # One micro-batch is enough to measure by; a step of thousands of sequences could take hours on a CPU.
@@ -601,9 +607,11 @@ class Trainer:
 
     # What a person reads
 
-    def _say(self, text: str, **options: Any) -> None:
+    def _say(self, text: str, file: TextIO | None = None) -> None:
+        from .metrics import print_line
+
         if self.processes.is_first:
-            print(text, **options)
+            print_line(text, file)
 
     def _describe(self) -> None:
         from .metrics import num_parameters

@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and a damaged one is noticed."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def save(directory, step=1, eval_loss=None):
         (path / "config.json").write_text("{}")
 
     tensors = {"exp_avg.a": torch.arange(6.0).view(2, 3), "step.a": torch.tensor(3.0)}
-    return save_checkpoint(directory, step, write_model, tensors, {"step": step, "eval_loss": eval_loss})
+    return save_checkpoint(directory, step, write_model, tensors, {"step": step, "eval_loss": eval_loss, "config": {}})
 
 
 def test_round_trip(tmp_path):
@@ -32,6 +33,17 @@ def test_round_trip(tmp_path):
     assert read_state(path)["step"] == 12
     tensors = load_optimizer_tensors(path)
     assert torch.equal(tensors["exp_avg.a"], torch.arange(6.0).view(2, 3)) and tensors["step.a"] == 3
+
+
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {
+        name: "0o640" for name in ("config.json", "manifest.json", "optimizer.safetensors", "trainer_state.json")
+    }
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
@@ -64,6 +76,18 @@ def test_newest_and_best_are_kept(tmp_path):
         save(tmp_path, step, loss)
     remove_old_checkpoints(tmp_path, keep=2)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "\xff"])
+def test_an_old_checkpoint_without_a_readable_state_stays_and_stops_nothing(tmp_path, content):
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 2.0), (4, 2.5)):
+        save(tmp_path, step, loss)
+    state = tmp_path / "checkpoint-00000001" / "trainer_state.json"
+    state.unlink()
+    if content is not None:
+        state.write_text(content, encoding="latin-1")
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "3", "4"]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):

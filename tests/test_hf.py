@@ -87,6 +87,24 @@ def test_config_of_another_model_is_refused(directory):
         load_huggingface(directory)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (None, "holds no settings by name"),
+        ({"hidden_size": "x"}, "hidden_size = x: takes a whole number"),
+        ({"hidden_size": True}, "hidden_size = True: takes a whole number"),
+        ({"vocab_size": None}, "vocab_size missing"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'"),
+        ({"num_attention_heads": 5}, "hidden_size = 32 must be a multiple of num_attention_heads = 5"),
+    ],
+)
+def test_damaged_config_is_one_line(directory, change, message):
+    path = directory / "config.json"
+    path.write_text(json.dumps([] if change is None else {**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=f"config.json: {message}"):
+        load_huggingface(directory)
+
+
 def test_missing_and_misshapen_tensors_are_named(directory):
     path = directory / "model.safetensors"
     tensors = load_file(path)
@@ -99,6 +117,10 @@ def test_missing_and_misshapen_tensors_are_named(directory):
         load_huggingface(directory)
     save_file({**tensors, "lm_head.decoder.weight": torch.ones(280, 32)}, path)
     with pytest.raises(CheckpointError, match="not tied"):
+        load_huggingface(directory)
+    words = "roberta.embeddings.word_embeddings.weight"
+    save_file({"lm_head.decoder.weight" if key == words else key: tensors[key] for key in tensors}, path)
+    with pytest.raises(CheckpointError, match=f"tensor {words} is missing"):
         load_huggingface(directory)
     path.write_bytes(b"\x00" * 100)
     with pytest.raises(CheckpointError, match="cannot be read"):

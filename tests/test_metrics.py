@@ -14,6 +14,7 @@ import torch
 
 from fastroberta import metrics
 from fastroberta.config import ModelConfig, TrainConfig
+from fastroberta.errors import CheckpointError
 from fastroberta.metrics import (
     GpuMonitor,
     MetricsWriter,
@@ -172,7 +173,7 @@ def test_resuming_is_atomic(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(metrics.os, "replace", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be written \(disk full\); make room"):
         MetricsWriter(tmp_path, resumed_step=10, tensorboard=False)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

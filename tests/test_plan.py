@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -373,6 +374,18 @@ def test_settings_of_training_are_those_of_the_plan():
         default_preset="roberta-base",
     )  # fmt: skip
     assert (config.plan, config.gpus, config.nodes, config.model.num_hidden_layers) == (True, 4, 1, 24)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_table_to_its_end(unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastroberta.train", "--plan"]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 if __name__ == "__main__":

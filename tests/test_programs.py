@@ -1,6 +1,8 @@
 """evaluate and export as programs, on a checkpoint that never saw training."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -74,6 +76,33 @@ def test_export_is_what_transformers_loads(checkpoint, tmp_path, capsys):
     assert len(fill("Document 3 says that <mask> and 4 are numbers.")) == 5
     assert run(lambda: export([str(checkpoint), str(out)])) == 2
     assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_state_without_settings(checkpoint, prepared, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    (tmp_path / "copy" / "trainer_state.json").write_text("{}")
+    assert run(lambda: evaluate(evaluate_arguments(tmp_path / "copy", prepared))) == 6
+    message = capsys.readouterr().err
+    assert "trainer_state.json: has no settings under config" in message and message.count("\n") == 1
+
+
+def test_export_refuses_heads_that_do_not_divide_the_width(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 5}))
+    assert run(lambda: export([str(tmp_path / "copy"), str(tmp_path / "out")])) == 6
+    message = capsys.readouterr().err
+    assert "config.json: hidden_size = 32 must be a multiple of num_attention_heads = 5" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_can_be_read_by_whom_the_umask_lets(checkpoint, tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert export([str(checkpoint), str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {"0o644"}
 
 
 def test_an_export_that_fails_leaves_nothing(checkpoint, tmp_path, capsys, monkeypatch):

@@ -276,6 +276,49 @@ def test_dry_run_leaves_nothing(data, tmp_path, capsys):
     assert "parameters" in shown and "memory, total" in shown and "all of them" in shown
 
 
+def test_dry_run_refuses_what_the_run_would_and_writes_nothing_there(data, tmp_path, capsys):
+    there = tmp_path / "there"
+    arguments = [*list_arguments(data, there), "--max_steps=2"]
+    main(arguments)
+    (there / ".partial-00000007-1").mkdir()  # what a killed run, or one that is saving now, has written
+    before = {path: path.stat().st_mtime_ns for path in (there, *there.rglob("*"))}
+    dry = [*arguments, "--dry-run"]
+    assert run(lambda: main(dry)) == 0
+    assert f"{there}: continuing after step 2" in capsys.readouterr().out
+    assert run(lambda: main([*dry, "--seed=2"])) == 2
+    assert f"seed: 2, but {there / 'checkpoint-00000002'} was trained with 1" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (there, *there.rglob("*"))} == before
+    for place, message in (("file", "is a file"), ("file/below", "cannot be written to")):
+        (tmp_path / "file").touch()
+        assert run(lambda: main([*list_arguments(data, tmp_path / place), "--dry-run"])) == 2  # noqa: B023
+        assert message in capsys.readouterr().err
+
+
+def test_dry_run_of_the_texts_inside_python_leaves_nothing(tmp_path, monkeypatch):
+    def prepare_elsewhere(directory):
+        assert tmp_path not in directory.parents
+        raise ConfigurationError("far enough")
+
+    monkeypatch.setattr("fastroberta.train.prepare_python_texts", prepare_elsewhere)
+    with pytest.raises(ConfigurationError, match="far enough"):
+        main(["--output_dir", str(tmp_path / "never"), "--dry-run", "--device", "cpu"])
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_disk_that_is_full_at_a_metric_is_one_line(data, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "metrics.jsonl").symlink_to("/dev/full")
+    trainer = Trainer(configure(data, full))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastroberta.metrics._drop_lines_after", lambda *_: None)  # would replace the link
+        assert run(trainer.train) == 6
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "metrics.jsonl: cannot be written" in message
+    assert "No space left" in message and "the same command continues from the last checkpoint" in message
+
+
 def test_sequence_longer_than_the_position_table_is_refused(data, tmp_path):
     with pytest.raises(ConfigurationError, match="max_position_embeddings"):
         configure(data, tmp_path, max_seq_length=64)
@@ -329,6 +372,16 @@ def test_sigterm_from_outside_leads_to_a_checkpoint_and_75(data, tmp_path):
     assert process.wait(timeout=60) == 75
     assert "SIGTERM at step" in message and "Traceback" not in message
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(data, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "fastroberta.train", *list_arguments(data, tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--max_steps=4"], stdout=write, stderr=write, env=environment, timeout=120)
+    os.close(write)
+    assert done.returncode == 0 and (tmp_path / "checkpoint-00000004").is_dir()
 
 
 def test_two_runs_do_not_share_a_directory(data, tmp_path):
