@@ -94,7 +94,7 @@ def _loss_and_gradients_torch(
     gradients.bias.zero_()
     if not kept.numel():
         gradients.weight.zero_()
-    buffer = hidden.new_empty(min(_CHUNK_ROWS_TORCH, _fill_up(kept.numel())), num_entries)
+    buffer = hidden.new_empty(_fill_up(min(_CHUNK_ROWS_TORCH, kept.numel())), num_entries)
     for start in range(0, kept.numel(), _CHUNK_ROWS_TORCH):
         rows = kept[start : start + _CHUNK_ROWS_TORCH]
         chunk = F.pad(hidden[rows], (0, 0, 0, _fill_up(rows.numel()) - rows.numel()))
