@@ -177,7 +177,7 @@ def compare(
                             del workers[name]
         for name in group:
             results[name] += turns[name]
-            if pairs := list(zip(turns[name], turns.get(OURS, results.get(OURS, [])))):
+            if pairs := list(zip(turns[name], turns.get(OURS, results[OURS]))):
                 ratios[name] = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
     measured = {name: result for name, result in results.items() if result and lines[name]["status"] == "ok"}
     losses = {name: statistics.mean(turn["loss"] for turn in result) for name, result in measured.items()}

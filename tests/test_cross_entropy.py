@@ -62,6 +62,16 @@ def check_against_torch(leaves, targets, impl, reduction="mean", label_smoothing
     assert leaves[1].grad[num_classes:].eq(0).all() and leaves[2].grad[num_classes:].eq(0).all()
 
 
+def test_class_of_no_probability_leaves_gradients_finite():
+    """The twin fills up its rows; a bias of -inf must not meet their zeros."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 8, generator=generator).requires_grad_() for rows in (5, 20))
+    bias = torch.zeros(20).index_fill(0, torch.tensor(3), -torch.inf).requires_grad_()
+    linear_cross_entropy(hidden, weight, bias, torch.tensor([0, 1, 2, 4, 5]), impl="torch").loss.backward()
+    assert all(leaf.grad.isfinite().all() for leaf in (hidden, weight, bias))
+    assert weight.grad[3].eq(0).all() and bias.grad[3] == 0
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, cache blocks and class slices in shapes that the interpreter can run."""

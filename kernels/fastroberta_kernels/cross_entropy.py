@@ -132,7 +132,7 @@ def _loss_and_gradients_torch(
                 logits[block, num_classes:] = 0
                 if needs[2]:
                     block_sums.append(probability.sum(0))
-        logits[rows.numel() :] = 0
+        logits[rows.numel() :] = 0  # what fills up holds the bias, and one of -inf times zero would be NaN in dW
         if needs[2]:
             gradients.bias[:num_classes] += torch.stack(block_sums).sum(0)
         if needs[0]:
