@@ -135,7 +135,7 @@ def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, 
 
 def read_clock(lines: dict[str, dict[str, Any]]) -> None:
     """Clock and throttling right after the measurement, into every line that was timed."""
-    from fastroberta.metrics import open_gpu_monitor
+    from fastroberta.gpu_monitor import open_gpu_monitor
 
     monitor = open_gpu_monitor(str(torch.cuda.get_device_properties(0).uuid))
     if monitor is None:

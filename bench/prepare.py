@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_text(inputs: Sequence[str], path: Path, limit: int) -> int:
     """Write documents as JSON lines until `limit` bytes of text are reached; returns the bytes of text."""
-    from fastroberta.quickstart import python_texts
-    from fastroberta.text import Problems, find_files, read_documents, read_pieces
+    from fastroberta.corpus.python_texts import python_texts
+    from fastroberta.corpus.read import Problems, find_files, read_documents, read_pieces
 
     def documents():
         if not inputs:
@@ -118,7 +118,7 @@ def write_text(inputs: Sequence[str], path: Path, limit: int) -> int:
 
 
 def run_ours(source: Path, options: list[str], workers: int, out: Path) -> dict[str, float]:
-    from fastroberta.shards import load_manifest
+    from fastroberta.corpus.shards import load_manifest
 
     command = ["-m", "fastroberta.prepare", str(source), "--out", str(out), "--workers", str(workers), *options]
     seconds, cpu_seconds, _ = measure(command, {})

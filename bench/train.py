@@ -91,7 +91,7 @@ def prepare_python_texts() -> str:
     """
     directory = ROOT / "data" / f"python-texts-{TOKENIZER_SIZE}"
     if not (directory / "manifest.json").exists():
-        from fastroberta.quickstart import write_python_texts
+        from fastroberta.corpus.python_texts import write_python_texts
 
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "texts.jsonl")
@@ -219,7 +219,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Tokens/s, MFU, memory, energy and the parts of a step."""
     from fastroberta.config import ModelConfig
-    from fastroberta.metrics import model_flops_per_step, peak_flops
+    from fastroberta.costs import model_flops_per_step, peak_flops
 
     model = ModelConfig(
         vocab_size=50265, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,

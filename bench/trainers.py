@@ -119,7 +119,7 @@ class Ours:
     """`fastroberta.train.Trainer`."""
 
     def __init__(self, task: Task, way: Way):
-        from fastroberta.distributed import keep_freed_memory
+        from fastroberta.parallel.processes import keep_freed_memory
 
         self.folder = tempfile.TemporaryDirectory()
         if not torch.cuda.is_available():
@@ -195,8 +195,8 @@ class Transformers:
         with tempfile.TemporaryDirectory() as folder:
             # The same initial weights: ours, under their names. On the CPU whatever the device, to spare its memory.
             trainer = build_trainer(task, folder, device="cpu")
-        from fastroberta.distributed import keep_freed_memory
         from fastroberta.hf import to_huggingface
+        from fastroberta.parallel.processes import keep_freed_memory
 
         if way.keep_memory:
             if self.device.type == "cuda":
@@ -354,7 +354,7 @@ def _run_steps(trainer: Any, count: int) -> dict[str, float]:
     on_gpu = trainer.device.type == "cuda"
     monitor = None
     if on_gpu:
-        from fastroberta.metrics import open_gpu_monitor
+        from fastroberta.gpu_monitor import open_gpu_monitor
 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -12,10 +12,6 @@ from typing import Any, Literal
 
 from .errors import ConfigurationError
 
-# Of the messages in which gradients leave: large enough for full bandwidth, small enough to leave early. Not a setting; it
-# stands here for plan.py, which does without torch.
-BUCKET_BYTES = 25 * 2**20
-
 
 def setting(
     default: Any = dataclasses.MISSING, help: str = "", *, valid: str | None = None, positional: bool = False

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .corpus.shards import Manifest, ShardReader
 from .errors import DataError
-from .shards import Manifest, ShardReader
 
 _MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finalizer
 _ROUNDS = 8

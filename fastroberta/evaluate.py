@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .arguments import parse_arguments, run
+from .cli.arguments import parse_arguments
+from .cli.program import run
 from .config import setting
 
 if TYPE_CHECKING:
     from .data import Batch
-    from .distributed import Processes
     from .model import RobertaForMaskedLM
+    from .parallel.processes import Processes
 
 # What a checkpoint was trained with is what it is scored with, unless asked for otherwise; these, where it does not say.
 USUAL = {"max_seq_length": 512, "packing": "full-sentences", "attention_scope": "block", "mlm_probability": 0.15}
@@ -101,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EvaluateConfig, description=__doc__)
     # After the arguments: importing torch takes a second that --help should not.
     from .checkpoint import STATE, read_state, verify_directory
+    from .corpus.shards import load_manifest
+    from .corpus.tokenizer import load_tokenizer, tokenizer_hash
     from .data import heldout_batches, masking_arguments, move_ahead, open_split
-    from .distributed import select_device
     from .errors import ConfigurationError
     from .hf import load_huggingface
     from .model import COMPUTE_DTYPES
-    from .shards import load_manifest
-    from .tokenizer import load_tokenizer, tokenizer_hash
+    from .parallel.processes import select_device
 
     checkpoint = Path(config.checkpoint)
     verify_directory(checkpoint)

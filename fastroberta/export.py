@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import parse_arguments, run
+from .cli.arguments import parse_arguments
+from .cli.program import run
 from .config import setting
 
 
@@ -29,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     from .checkpoint import verify_directory
+    from .corpus.tokenizer import load_tokenizer
     from .errors import CheckpointError, ConfigurationError
     from .hf import load_huggingface, save_huggingface
-    from .tokenizer import load_tokenizer
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .arguments import from_dict
 from .checkpoint import write_tensors
+from .cli.arguments import from_dict
 from .config import ModelConfig
+from .corpus.tokenizer import save_tokenizer, special_token_ids
 from .errors import CheckpointError, ConfigurationError
 from .model import RobertaForMaskedLM
-from .tokenizer import save_tokenizer, special_token_ids
 
 # Hugging Face's name -> ours. The tied decoder (`lm_head.decoder.*`) is not stored by current versions of transformers.
 OUTER_NAMES = {

@@ -22,20 +22,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from .arguments import parse_arguments
-from .config import BUCKET_BYTES, ModelConfig, TrainConfig, setting
+from .cli.arguments import parse_arguments
+from .config import TrainConfig, setting
+from .costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters, peak_flops
 from .errors import ConfigurationError
-from .metrics import (
-    estimate_memory,
-    flops_per_step,
-    format_seconds,
-    num_layer_parameters,
-    num_parameters,
-    peak_flops,
-    print_line,
-)
+from .log import format_seconds, print_line
+from .parallel.traffic import Traffic, bytes_sent, count_buckets
 
 DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
 counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
@@ -115,40 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = dict.fromkeys([(1, 1), (1, config.gpus), (config.nodes, config.gpus)])
     describe(config, [predict(config, nodes, gpus) for nodes, gpus in sizes])
     return 0
-
-
-class Traffic(NamedTuple):
-    """Bytes that each process sends in a step."""
-
-    reduced: float  # gradients
-    gathered: float  # weights
-
-
-def bytes_sent(
-    config: TrainConfig, num_processes: int, num_micro_batches: int = 1, backend: Literal["nccl", "gloo"] = "nccl"
-) -> Traffic:
-    """What `config.sharding` sends in a step, by the algorithms that send least; see the table in sharding.py.
-
-    Recomputation for gradient_checkpointing gathers nothing again. Left out are sums of a few numbers: totals, norms
-    (LAMB's are two numbers a tensor), comparisons of the weights.
-
-    Args:
-        num_micro_batches: of each process; only `full` sends something for each.
-        backend: gloo, between CPUs, reduces and scatters by an all-reduce, which is twice as much.
-    """
-    model = config.model
-    count = num_parameters(model)
-    reduce_scatter = 8 if backend == "gloo" else 4
-    if config.sharding == "none":
-        reduced, gathered = 8 * count, 0
-    elif config.sharding == "optimizer":
-        reduced, gathered = reduce_scatter * count, (4 if config.precision == "fp32" else 2) * count
-    else:
-        # Layers come for the forward and again for the backward; embeddings and head stay in between.
-        layers = model.num_hidden_layers * num_layer_parameters(model)
-        reduced, gathered = (num_micro_batches * n for n in (reduce_scatter * count, 4 * (count + layers)))
-    share = (num_processes - 1) / num_processes
-    return Traffic(reduced * share, gathered * share)
 
 
 class Prediction(NamedTuple):
@@ -234,18 +194,6 @@ def time_messages(
     last = seconds(sent.reduced * table / count, rounds)
     gathering = seconds(sent.gathered, 2) if sent.gathered else 0.0  # matrices, and vectors
     return reduction + gathering, max(last, reduction - backward) + gathering
-
-
-def count_buckets(model: ModelConfig) -> int:
-    """Messages in which a step's gradients leave: sharding.py fills buckets with whole tensors, from the model's end."""
-    d, f = model.hidden_size, model.intermediate_size
-    head, layer, positions = [d * d], [d * f, d * f, d * d, 3 * d * d], [model.max_position_embeddings * d]
-    count, filled = 2, BUCKET_BYTES  # the word table, and all vectors
-    for size in [*head, *model.num_hidden_layers * layer, *positions]:
-        if filled + 4 * size > BUCKET_BYTES:
-            count, filled = count + 1, 0
-        filled += 4 * size
-    return count
 
 
 def describe(config: PlanConfig, predictions: list[Prediction]) -> None:

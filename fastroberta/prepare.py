@@ -38,21 +38,15 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from .arguments import parse_arguments, run
-from .assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
+from .cli.arguments import parse_arguments
+from .cli.directories import own_directory
+from .cli.program import run
 from .config import setting
-from .directories import own_directory
-from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
-from .pieces import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
-from .shards import (
-    MAX_SHARD_TOKENS,
-    SPLITS,
-    Manifest,
-    load_manifest,
-    write_atomically,
-)
-from .text import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
-from .tokenizer import (
+from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
+from .corpus.chunks import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
+from .corpus.read import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
+from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, load_manifest, write_atomically
+from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
     load_tokenizer,
@@ -61,6 +55,7 @@ from .tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
 
 TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tokenizer is trained on at most
 

@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
 from torch.distributed.launcher import api as launcher
 
-from .arguments import run
+from .cli.program import run
 from .errors import ConfigurationError, ProcessError, Stopped
 
 # With one of these a process ends that was asked to; by the signal itself where nothing was to be saved yet.

@@ -17,14 +17,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .arguments import parse_arguments, run, to_dict, validate
+from .cli.arguments import parse_arguments, to_dict, validate
+from .cli.program import run
 from .config import BatchRampConfig, TrainConfig
 from .errors import ConfigurationError, DeviceMemoryError, NonFiniteError, Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .distributed import Processes
+    from .parallel.processes import Processes
 
 # A run may be continued with other values of these: they change neither the data order nor the result of a step, beyond
 # the rounding of another summation order.
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .plan import main as plan
 
         return plan(argv)
-    from .directories import check_directory, own_directory
-    from .distributed import join_processes, keep_freed_memory
+    from .cli.directories import check_directory, own_directory
+    from .parallel.processes import join_processes, keep_freed_memory
 
     processes = join_processes(config.device, config.hang_timeout)
     if processes.device.type == "cpu":
@@ -88,8 +89,8 @@ def asks_for_plan(argv: Sequence[str]) -> bool:
 
 def prepare_python_texts(directory: Path) -> None:
     """Tokenize the texts inside Python into `directory`, once, with a tokenizer trained on them."""
+    from .corpus.python_texts import write_python_texts
     from .prepare import main as prepare
-    from .quickstart import write_python_texts
 
     if not (directory / "manifest.json").exists():
         source = directory.parent / "python-texts.jsonl"
@@ -112,12 +113,12 @@ class Trainer:
         from fastroberta_kernels.philox import fold_seed
 
         from .checkpoint import list_checkpoints, remove_partial_checkpoints
+        from .corpus.shards import load_manifest
+        from .corpus.tokenizer import load_tokenizer
         from .data import masking_arguments, open_split
-        from .distributed import Processes, select_device
         from .model import COMPUTE_DTYPES, RobertaForMaskedLM
         from .optim import BatchSchedule, LossScaler
-        from .shards import load_manifest
-        from .tokenizer import load_tokenizer
+        from .parallel.processes import Processes, select_device
 
         self.config = config
         self.output_dir = Path(config.output_dir)
@@ -168,7 +169,7 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the last step, or to a signal that asks to stop."""
-        from .metrics import MetricsWriter, Progress
+        from .log import MetricsWriter, Progress
 
         config = self.config
         if self.step >= config.max_steps:
@@ -379,7 +380,8 @@ class Trainer:
         """`--dry-run`: say what the run would be, do two small steps of it, leave nothing."""
         import torch
 
-        from .metrics import estimate_memory, format_seconds
+        from .costs import estimate_memory
+        from .log import format_seconds
         from .optim import BatchSchedule
 
         self._describe()
@@ -471,7 +473,7 @@ class Trainer:
         """All of them must be about to do the same."""
         import torch
 
-        from .distributed import add_bits
+        from .parallel.processes import add_bits
 
         config, size = self.config, self.processes.size
         config.check_processes(size)
@@ -492,7 +494,9 @@ class Trainer:
 
     def _distribute(self) -> Any:
         """The model on its device, or its part of it, and the optimizer of what this process updates."""
-        from .sharding import FullyShardedOptimizer, ReplicatedOptimizer, ShardedOptimizer, shard_model
+        from .parallel.fsdp import FullyShardedOptimizer, shard_model
+        from .parallel.replicated import ReplicatedOptimizer
+        from .parallel.sharded import ShardedOptimizer
 
         if self.processes.size == 1 or self.config.sharding == "none":
             return ReplicatedOptimizer(self.model.to(self.device), self.config.optimizer, self.processes)
@@ -514,8 +518,8 @@ class Trainer:
 
     def _load_initial_model(self) -> Any:
         from .checkpoint import verify_directory
+        from .corpus.tokenizer import load_tokenizer, tokenizer_hash
         from .hf import load_huggingface
-        from .tokenizer import load_tokenizer, tokenizer_hash
 
         directory = Path(str(self.config.init_from))
         verify_directory(directory)
@@ -546,7 +550,7 @@ class Trainer:
         """The configured size; for `auto` the largest divisor of a process's batch that should fit."""
         import torch
 
-        from .metrics import estimate_memory
+        from .costs import estimate_memory
 
         if self.config.micro_batch_size != "auto":
             return self.config.micro_batch_size
@@ -608,13 +612,13 @@ class Trainer:
     # What a person reads
 
     def _say(self, text: str, file: TextIO | None = None) -> None:
-        from .metrics import print_line
+        from .log import print_line
 
         if self.processes.is_first:
             print_line(text, file)
 
     def _describe(self) -> None:
-        from .metrics import num_parameters
+        from .costs import num_parameters
 
         config = self.config
         self._say(
@@ -654,7 +658,7 @@ class Trainer:
 
     def _report(self, before: Any, after: Any, checkpoint: Path, seconds: float) -> None:
         """How it went: scores before and after, and five filled-in sentences."""
-        from .metrics import format_seconds
+        from .log import format_seconds
 
         self._say(
             f"\ntrained in {format_seconds(seconds)}; held-out unigram entropy {self.heldout.unigram_entropy():.3f} nats"
@@ -697,7 +701,8 @@ class Meter:
     def __init__(self, trainer: Trainer):
         import torch
 
-        from .metrics import measure_matmul_flops, open_gpu_monitor, peak_flops
+        from .costs import measure_matmul_flops, peak_flops
+        from .gpu_monitor import open_gpu_monitor
 
         self.trainer = trainer
         device = trainer.device
@@ -723,7 +728,7 @@ class Meter:
 
     def add(self, totals: Any, norm: Any, found_inf: Any, sizes: list[tuple[int, int]]) -> None:
         """Take note of a step: its sums, tensors on the device; tokens and sum of squared lengths of each micro-batch."""
-        from .metrics import model_flops_per_step
+        from .costs import model_flops_per_step
 
         for tokens, squares in sizes:
             self.tokens += tokens

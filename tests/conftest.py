@@ -71,3 +71,19 @@ def pytest_collection_modifyitems(items):
 def device() -> torch.device:
     """Where Triton kernels run in this session: the GPU, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Clock:
+    """What `time.monotonic` says, set by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("time.monotonic", clock)
+    return clock

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastroberta.corpus.shards import ShardReader, ShardWriter
 from fastroberta.data import Blocks, heldout_batches, move_ahead, permute, training_batches
 from fastroberta.errors import DataError
-from fastroberta.shards import ShardReader, ShardWriter
 
 BOS, PAD, EOS = 0, 1, 2
 OPTIONS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastroberta.config import ModelConfig
+from fastroberta.corpus.tokenizer import train_tokenizer
 from fastroberta.errors import CheckpointError
 from fastroberta.hf import load_huggingface, save_huggingface
 from fastroberta.model import RobertaForMaskedLM
-from fastroberta.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_model, set_gradients
 
-from fastroberta.arguments import from_dict
+from fastroberta.cli.arguments import from_dict
 from fastroberta.config import OptimizerConfig, TrainConfig
 from fastroberta.errors import ConfigurationError
 from fastroberta.optim import BatchSchedule, LossScaler, build_optimizer, is_decayed, learning_rate

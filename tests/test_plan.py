@@ -19,13 +19,16 @@ import pytest
 import torch
 from fastroberta_kernels.masking import mask_tokens
 
-from fastroberta import sharding
-from fastroberta.arguments import PLAN_NAMES, parse_arguments, run
+from fastroberta.cli.arguments import PLAN_NAMES, parse_arguments
+from fastroberta.cli.program import run
 from fastroberta.config import ModelConfig, TrainConfig
-from fastroberta.distributed import Processes
+from fastroberta.costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters
 from fastroberta.errors import ConfigurationError
-from fastroberta.metrics import estimate_memory, flops_per_step, num_layer_parameters, num_parameters
 from fastroberta.model import COMPUTE_DTYPES, RobertaForMaskedLM
+from fastroberta.parallel.fsdp import FullyShardedOptimizer, shard_model
+from fastroberta.parallel.processes import Processes
+from fastroberta.parallel.replicated import ReplicatedOptimizer
+from fastroberta.parallel.sharded import ShardedOptimizer
 from fastroberta.plan import PlanConfig, bytes_sent, count_buckets, predict, time_messages
 from fastroberta.train import asks_for_plan
 from fastroberta.train import main as train
@@ -98,12 +101,12 @@ def measure_step(
     model.init_weights(1)
     model.compute_dtype = COMPUTE_DTYPES[precision]
     if mode == "full":
-        sharding.shard_model(model, processes)
-        optimizer = sharding.FullyShardedOptimizer(model, config.optimizer, processes)
+        shard_model(model, processes)
+        optimizer = FullyShardedOptimizer(model, config.optimizer, processes)
     elif mode == "optimizer":
-        optimizer = sharding.ShardedOptimizer(model, config.optimizer, processes, model.compute_dtype)
+        optimizer = ShardedOptimizer(model, config.optimizer, processes, model.compute_dtype)
     else:
-        optimizer = sharding.ReplicatedOptimizer(model, config.optimizer, processes)
+        optimizer = ReplicatedOptimizer(model, config.optimizer, processes)
     batch = mask_tokens(
         torch.randint(5, 4000, (2, 32)), mask_token_id=4095, vocab_size=4096, special_token_ids=(0, 1, 2, 3, 4095),
         mlm_probability=0.15, seed=5, sample_ids=torch.arange(2),
@@ -171,7 +174,7 @@ def test_buckets_are_those_of_the_trainer(layers, width):
     )  # fmt: skip
     with torch.device("meta"):
         parameters = dict(RobertaForMaskedLM(model).named_parameters())
-    optimizer = object.__new__(sharding.ShardedOptimizer)
+    optimizer = object.__new__(ShardedOptimizer)
     optimizer.processes = Processes(torch.device("meta"), 0, 8)
     optimizer._cut(parameters)
     assert count_buckets(model) == len(optimizer._ranges)

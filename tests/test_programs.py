@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny import prepare_text
 
-from fastroberta.arguments import run
+from fastroberta.cli.program import run
 from fastroberta.config import ModelConfig
+from fastroberta.corpus.tokenizer import load_tokenizer, train_tokenizer
 from fastroberta.evaluate import main as evaluate
 from fastroberta.export import main as export
 from fastroberta.hf import load_huggingface, save_huggingface
 from fastroberta.model import RobertaForMaskedLM
-from fastroberta.tokenizer import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

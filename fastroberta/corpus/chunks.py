@@ -1,0 +1,130 @@
+"""The unit of work of prepare: a piece of text -> a file of its documents, cleaned, tokenized and hashed.
+
+A piece file (npz) holds, in the order of the documents:
+
+    tokens, sentence_lengths, document_sentences    as `ShardWriter.append` takes them
+    hashes                                          uint64 (documents, 2), BLAKE2b of the cleaned text
+    signatures                                      uint32 (documents, permutations), where near duplicates are wanted
+    report                                          JSON: what was read, mended and left out
+
+It appears by a rename when it is complete: a run that is interrupted, however, continues with the pieces it lacks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .deduplicate import Signer
+from .encode import DocumentEncoder
+from .read import Piece, Problems, read_documents
+from .shards import write_atomically
+
+
+@dataclass(frozen=True)
+class PieceSettings:
+    """What decides a piece's bytes besides its text; the meanings are those of prepare's options."""
+
+    txt_documents: str
+    text_field: str
+    split_sentences: bool
+    nfc: bool
+    min_characters: int
+    max_characters: int | None
+    signatures: bool
+    on_bad_input: str
+
+
+class PieceProcessor:
+    """Turns pieces into piece files; one in each worker, for the words that its encoder remembers."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: PieceSettings):
+        self._settings = settings
+        self._encoder = DocumentEncoder(tokenizer, split_sentences=settings.split_sentences)
+        self._signer = Signer() if settings.signatures else None
+
+    def process(self, piece: Piece, path: Path) -> dict[str, int]:
+        """Write the piece's file; returns the bytes of text and the tokens in it."""
+        counts: Counter[str] = Counter()
+        problems = Problems(self._settings.on_bad_input)
+        hashes: list[bytes] = []
+        signatures: list[np.ndarray] = []
+
+        def take() -> Iterator[str]:
+            for text in clean_documents(piece, self._settings, counts, problems):
+                hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+                if self._signer:
+                    signatures.append(self._signer.sign(text))
+                yield text
+
+        encoded = self._encoder.encode(take())
+        arrays: dict[str, Any] = {**vars(encoded), "hashes": np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)}
+        if signatures:
+            arrays["signatures"] = np.stack(signatures)
+        counts["bytes"] = piece.size()
+        report = {"counts": counts, "problems": piece.problems + problems.counts}
+        arrays["report"] = np.frombuffer(json.dumps(report).encode(), np.uint8)
+        with write_atomically(path) as file:
+            np.savez(file, **arrays)
+        return {"bytes": piece.size(), "tokens": len(encoded.tokens)}
+
+
+def clean_documents(piece: Piece, settings: PieceSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
+    """The documents of a piece that the settings keep, as they are to be tokenized; counts each step."""
+    documents = read_documents(
+        piece, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
+    )
+    for text in documents:
+        counts["read"] += 1
+        if settings.nfc and not unicodedata.is_normalized("NFC", text):
+            counts["normalized"] += 1
+            text = unicodedata.normalize("NFC", text)
+        text = text.strip()
+        if not text:
+            counts["empty"] += 1
+        elif len(text) < settings.min_characters:
+            counts["too_short"] += 1
+        elif settings.max_characters is not None and len(text) > settings.max_characters:
+            counts["too_long"] += 1
+        else:
+            yield text
+
+
+_processor: PieceProcessor | None = None  # of this worker
+
+
+def start_worker(tokenizer: str, settings: PieceSettings) -> None:
+    """Set a worker process up: one thread, deaf to the terminal's Ctrl-C, gone when its parent is."""
+    global _processor
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is faster than threads in each
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _processor = PieceProcessor(Tokenizer.from_str(tokenizer), settings)
+
+
+def _follow_parent() -> None:
+    """Workers of a parent that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def process_in_worker(piece: Piece, path: Path) -> dict[str, int]:
+    """`PieceProcessor.process` in a process that `start_worker` set up."""
+    assert _processor is not None
+    return _processor.process(piece, path)

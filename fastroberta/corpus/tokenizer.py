@@ -1,0 +1,214 @@
+"""RoBERTa's byte-level BPE: load, train, identify and save a `tokenizers.Tokenizer`.
+
+A tokenizer states its own special ids; they are found by name (RoBERTa's `<s>`, or BERT's `[CLS]`), never assumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from ..errors import ConfigurationError
+
+# The part a token plays -> the names it may have; the first is RoBERTa's, and the one that training gives.
+SPECIAL_TOKENS = {
+    "bos": ("<s>", "[CLS]"),
+    "pad": ("<pad>", "[PAD]"),
+    "eos": ("</s>", "[SEP]"),
+    "unk": ("<unk>", "[UNK]"),
+    "mask": ("<mask>", "[MASK]"),
+}
+ROBERTA_TOKENS = [names[0] for names in SPECIAL_TOKENS.values()]
+SMALLEST_VOCABULARY = 256 + len(ROBERTA_TOKENS)  # every byte and every special token
+LARGEST_VOCABULARY = 1_000_000  # to train: several times any in use; the trainer reserves memory for all of it
+
+
+class SpecialTokenIds(NamedTuple):
+    """Ids of the five special tokens: begin of a sequence, padding, end of a document, unknown, mask."""
+
+    bos: int
+    pad: int
+    eos: int
+    unk: int
+    mask: int
+
+
+def special_token_ids(tokenizer: Tokenizer) -> SpecialTokenIds:
+    """The ids of a tokenizer's special tokens, found by their names.
+
+    Raises:
+        ConfigurationError: one is missing.
+    """
+    return SpecialTokenIds(*(tokenizer.token_to_id(name) or 0 for name in special_token_names(tokenizer)))
+
+
+def special_token_names(tokenizer: Tokenizer) -> list[str]:
+    """The names of a tokenizer's special tokens, in the order of `SpecialTokenIds`."""
+    found = []
+    for part, names in SPECIAL_TOKENS.items():
+        name = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+        if name is None:
+            raise ConfigurationError(
+                f"tokenizer: no {part} token, looked for {' and '.join(names)}; add it to the vocabulary, or train a "
+                "tokenizer with prepare --train-tokenizer"
+            )
+        found.append(name)
+    return found
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def is_roberta_bpe(tokenizer: Tokenizer) -> bool:
+    """Whether it splits and merges exactly as RoBERTa's does, whatever its vocabulary."""
+    content = json.loads(tokenizer.to_str())
+    split, model = content["pre_tokenizer"] or {}, content["model"]
+    return (
+        content["normalizer"] is None
+        and split.get("type") == "ByteLevel"
+        and split.get("use_regex", True)
+        and not split["add_prefix_space"]
+        and model["type"] == "BPE"
+        and not model["dropout"]
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
+        and all(token["special"] for token in content["added_tokens"])
+    )
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a directory: its tokenizer.json, or else RoBERTa's from vocab.json and merges.txt.
+
+    Raises:
+        ConfigurationError: no such files, unreadable ones, or no special tokens.
+    """
+    directory = Path(directory)
+    whole, vocabulary, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if not whole.is_file() and not (vocabulary.is_file() and merges.is_file()):
+        raise ConfigurationError(
+            f"{directory}: no tokenizer.json, and not both of vocab.json and merges.txt; give the directory of a "
+            "tokenizer"
+        )
+    try:
+        if whole.is_file():
+            tokenizer = Tokenizer.from_file(str(whole))
+        else:
+            model = models.BPE.from_file(str(vocabulary), str(merges))
+    except Exception as error:  # what the tokenizers library raises for every fault of a file
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{directory}: not a tokenizer that can be read ({reason}); copy it again") from error
+    if not whole.is_file():
+        tokenizer = _assemble(model)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    special_token_ids(tokenizer)
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn RoBERTa's kind of byte-level BPE; the same texts give the same tokenizer.
+
+    Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the 256 bytes, the merges, `<mask>` last. A text with little to merge
+    gives a smaller vocabulary than asked for. Pairs seen once are not merged.
+
+    Args:
+        texts: lines; one is never merged with the next.
+    Raises:
+        ConfigurationError: vocab_size leaves no room for the bytes and the special tokens, or is beyond all use.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigurationError(
+            f"vocabulary of {vocab_size}: 256 bytes and {len(ROBERTA_TOKENS)} special tokens do not fit; "
+            f"{SMALLEST_VOCABULARY} is the least"
+        )
+    if vocab_size > LARGEST_VOCABULARY:  # the trainer would end the process where the memory is too little
+        raise ConfigurationError(f"vocabulary of {vocab_size}: {LARGEST_VOCABULARY} is the most; RoBERTa has 50265")
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        special_tokens=ROBERTA_TOKENS[:-1],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    vocabulary = {**learned["vocab"], ROBERTA_TOKENS[-1]: len(learned["vocab"])}
+    return _assemble(models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]]))
+
+
+def _assemble(model: models.BPE) -> Tokenizer:
+    """Everything of RoBERTa's tokenizer around its merges."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = special_token_ids(tokenizer)
+    names = special_token_names(tokenizer)
+    # `<mask>` takes the space before it, so that "a <mask>" asks for a word that begins with a space.
+    tokenizer.add_special_tokens([AddedToken(name, lstrip=name == names[-1], normalized=False) for name in names])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (names[2], ids.eos), (names[0], ids.bos), trim_offsets=True, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256, in hexadecimal digits, of all that decides the ids of a text, and of nothing else.
+
+    tokenizer.json and the vocab.json and merges.txt of the same tokenizer hash alike.
+    """
+    content = json.loads(tokenizer.to_str())
+    model = content["model"]
+    split = content["pre_tokenizer"]
+    decisive = {
+        "normalizer": content["normalizer"],
+        "pre_tokenizer": {key: value for key, value in (split or {}).items() if key != "trim_offsets"},
+        "added_tokens": sorted(
+            [token["id"], token["content"], token["lstrip"], token["rstrip"], token["single_word"]]
+            for token in content["added_tokens"]
+        ),
+        # None and "" both mean that there is no prefix, suffix or dropout.
+        "model": {key: value for key, value in model.items() if value},
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer, directory: str | os.PathLike[str], *, model_max_length: int = 512
+) -> list[str]:
+    """Write the files from which transformers' AutoTokenizer makes the same tokenizer; return their names.
+
+    Args:
+        directory: where; made if need be.
+        model_max_length: tokens of the longest sequence, `<s>` and `</s>` included.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    bos, pad, eos, unk, mask = special_token_names(tokenizer)
+    roles = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "sep_token": eos, "pad_token": pad, "cls_token": bos}
+    mask_token = {"content": mask, "lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
+    is_roberta = is_roberta_bpe(tokenizer)
+    settings = {
+        "tokenizer_class": "RobertaTokenizer" if is_roberta else "PreTrainedTokenizerFast",
+        "model_max_length": model_max_length,
+        **roles,
+        "mask_token": {"__type": "AddedToken", **mask_token},
+    }
+    if is_roberta:
+        settings.update({"add_prefix_space": False, "trim_offsets": True, "errors": "replace"})
+    written = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    for name, content in zip(written[1:], (settings, {**roles, "mask_token": mask_token})):
+        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if isinstance(tokenizer.model, models.BPE):
+        written += [Path(path).name for path in tokenizer.model.save(str(directory))]
+    return written

@@ -1,0 +1,183 @@
+"""What a training step costs: parameters, floating-point operations, memory, and the peak to hold them against.
+
+n tokens, m masked tokens, L layers, width d, MLP width f, vocabulary V, s tokens of attention span.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from .config import ModelConfig, TrainConfig
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters with the head, the tied decoder counted once; roberta-base with 50265 ids has 124,697,433."""
+    d, vocabulary = model.hidden_size, _vocabulary(model)
+    norm = 2 * d
+    embeddings = (vocabulary + model.max_position_embeddings + 1) * d + norm
+    head = (d * d + d) + norm + vocabulary
+    return embeddings + model.num_hidden_layers * num_layer_parameters(model) + head
+
+
+def num_layer_parameters(model: ModelConfig) -> int:
+    """Parameters of one encoder layer."""
+    d, f = model.hidden_size, model.intermediate_size
+    norm = 2 * d
+    return 4 * (d * d + d) + norm + (d * f + f) + (f * d + d) + norm
+
+
+def model_flops_per_step(model: ModelConfig, num_tokens: int, num_masked: int, sum_of_squared_lengths: int) -> int:
+    """Operations that a training step needs, forward and backward, whatever is really executed.
+
+    6 L (4 d^2 + 2 d f) n for the matrix products with weights, 12 L d sum(s^2) for attention, and
+    6 m (d^2 + d V) for the head, which only masked tokens need (PaLM, arXiv 2204.02311, appendix B, with a
+    bidirectional attention and this head). Padding, embeddings and recomputation are not counted.
+
+    Args:
+        num_tokens: n, real tokens of the step.
+        num_masked: m of them.
+        sum_of_squared_lengths: over all spans in which tokens see each other (sequences, or documents).
+    """
+    d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    weights = 6 * layers * (4 * d * d + 2 * d * f) * num_tokens
+    attention = 12 * layers * d * sum_of_squared_lengths
+    head = 6 * num_masked * (d * d + d * _vocabulary(model))
+    return weights + attention + head
+
+
+def _vocabulary(model: ModelConfig) -> int:
+    if model.vocab_size is None:
+        raise ValueError("metrics: model.vocab_size is not set; take it from the tokenizer")
+    return model.vocab_size
+
+
+# Dense bf16 matrix products in TFLOP/s with fp32 sums, as in the datasheets (fp16 for GPUs without bf16). The first
+# match counts.
+_DATASHEET = {
+    r"\bGB[23]00\b": 2500.0,
+    r"\bB[23]00\b": 2250.0,
+    r"\bH[12]00 NVL\b": 835.5,
+    r"\bH100 PCIe\b": 756.0,
+    r"\b(H100|H200|GH200|H800)\b": 989.0,
+    r"\bH20\b": 148.0,
+    r"\b(A100|A800)\b": 312.0,
+    r"\bA30\b": 165.0,
+    r"\bA40\b": 149.7,
+    r"\bA10G\b": 70.0,
+    r"\bA10\b": 125.0,
+    r"\bL40S\b": 362.0,
+    r"\bL40\b": 181.0,
+    r"\bL4\b": 121.0,
+    r"\bRTX 6000 Ada\b": 364.0,
+    r"\bRTX A6000\b": 154.8,
+    r"\bRTX 5090$": 209.5,
+    r"\bRTX 4090$": 165.2,
+    r"\bRTX 3090$": 71.0,
+    r"\bV100-PCIE": 112.0,
+    r"\bV100\b": 125.0,
+    r"\bT4\b": 65.0,
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of dense bf16 matrix products in the datasheet of a GPU, named as torch.cuda.get_device_name does.
+
+    This is the denominator of MFU whatever the precision of the run. None for a GPU that is not listed and for a
+    slice of one (MIG), of which the datasheet says nothing: measure_matmul_flops gives a denominator there.
+    """
+    if "MIG" in device_name:
+        return None
+    for pattern, tera in _DATASHEET.items():
+        if re.search(pattern, device_name):
+            return tera * 1e12
+    return None
+
+
+def measure_matmul_flops(device: Any, dtype: Any, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product on this device, the best of some rounds: MFU's denominator on a CPU.
+
+    Args:
+        device: torch.device. dtype: torch.dtype of both factors.
+        seconds: how long to measure; the warm-up comes on top.
+    """
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda"
+    size, rounds = (8192, 10) if on_gpu else (1024, 1)
+    a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
+
+    def time_rounds() -> float:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            torch.mm(a, b)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    time_rounds()
+    best, end = time_rounds(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, time_rounds())
+    return 2 * size**3 * rounds / best
+
+
+def flops_per_step(config: TrainConfig) -> int:
+    """`model_flops_per_step` of the whole batch, every sequence full and tokens seeing all of theirs."""
+    tokens = config.train_batch_size * config.max_seq_length
+    masked = config.train_batch_size * _masked_per_sequence(config)
+    return model_flops_per_step(config.model, tokens, masked, tokens * config.max_seq_length)
+
+
+def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: int = 1) -> dict[str, int]:
+    """Bytes a device needs at the peak of a step, by what they are for, and their "total".
+
+    For n parameters, all in fp32, and N processes (of which one alone shards nothing):
+
+        sharding    parameters       gradients        optimizer
+        none        4 n              4 n              8 n, the moments
+        optimizer   4 n              4 n + 8 n / N    12 n / N, with the masters; the gradients of a process's pieces are
+                                                      kept as they arrive and as the update rule wants them
+        full        4 n / N + 4 g    8 n / N + 4 g    12 n / N; g is what FSDP2 holds whole at a time: embeddings, head,
+                                                      and two layers, one at work and one on its way
+
+    - parameters also hold 2 n for the copy in which half precision computes, which is whole in every mode; with
+      gradient_checkpointing it is that of embeddings, head and one layer
+    - activations: for each token and layer the input, q, k, v, the attention's output, both sums before LayerNorm and
+      the LayerNorm between them (8 d numbers), and the MLP before and after GELU (2 f numbers); with
+      gradient_checkpointing the input of each layer, and one layer at a time. No matrix of attention, and logits for
+      4096 masked tokens at once at most.
+
+    An estimate to choose a micro-batch by: allocator, libraries and workspaces come on top, and the last layer, which
+    computes masked rows only, is counted in full. Buffers in which weights arrive when activations are gone do not count.
+    """
+    model = config.model
+    d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    count, layer_count = num_parameters(model), num_layer_parameters(model)
+    outside = count - layers * layer_count  # embeddings and head
+    part = -(-count // num_processes)
+    if num_processes == 1 or config.sharding == "none":
+        parameters, gradients, optimizer = 4 * count, 4 * count, 8 * count
+    elif config.sharding == "optimizer":
+        parameters, gradients, optimizer = 4 * count, 4 * count + 8 * part, 12 * part
+    else:
+        whole = outside + min(layers, 2) * layer_count
+        parameters, gradients, optimizer = 4 * part + 4 * whole, 8 * part + 4 * whole, 12 * part
+
+    width = 4 if config.precision == "fp32" else 2
+    if width == 2:
+        parameters += 2 * (outside + (1 if config.gradient_checkpointing else layers) * layer_count)
+    tokens = micro_batch_size * config.max_seq_length
+    masked = micro_batch_size * _masked_per_sequence(config)
+    layer = (8 * d + 2 * f) * tokens * width
+    kept = layers * d * tokens * width + layer if config.gradient_checkpointing else layers * layer
+    head = 3 * d * masked * width + min(masked, 4096) * _vocabulary(model) * 4
+    parts = {
+        "parameters": parameters, "gradients": gradients, "optimizer": optimizer, "activations": kept + head
+    }  # fmt: skip
+    return parts | {"total": sum(parts.values())}
+
+
+def _masked_per_sequence(config: TrainConfig) -> int:
+    return round(config.mlm_probability * (config.max_seq_length - 2))  # <s> and </s> are never masked

@@ -1,0 +1,150 @@
+"""Which of a run's processes holds the others up, and what becomes of a run in which one has died or hangs.
+
+Processes tell each other over torchrun's store who is alive and how far it has come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import ProcessError
+
+HEARTBEAT_SECONDS = 1.0
+
+
+# When someone has certainly failed, so many seconds without a heartbeat say who.
+SILENCE_AFTER_FAILURE = 6.0
+
+
+# While nothing else has failed, a process counts as dead after so many: a library may keep Python from running for long.
+SILENCE = 30.0
+
+
+STORE_SECONDS = 10.0  # a store that takes longer to answer is gone
+
+
+class Watchdog:
+    """Threads that tell the others how far this process is, and end it when it gets no further.
+
+    Each process counts its progress: a micro-batch done, its gradients ready, a step ended. When one stays where it is,
+    the others wait for it inside a reduction, with a higher count. After `timeout` seconds without progress every
+    process looks at all counts; the lowest is who they wait for. Then they end, and torchrun with them. A process without
+    a heartbeat is named sooner. The clock runs from the first progress on, so that starting may take any time.
+
+    A process whose torchrun is gone gets SIGTERM: it saves a checkpoint and ends, and no orphan keeps a GPU.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
+        # A connection of its own: the first one may be waiting for something while this has to speak.
+        self._store = dist.PrefixStore("fastroberta-progress", store.clone())  # type: ignore[attr-defined]  # not in its stub
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._who = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
+        self._count, self._where, self._changed = 0, "start", math.inf
+        self._parent = os.getppid()
+        self._ended = threading.Event()
+        # Two, because the store of a machine that froze never answers, and the time goes on.
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def note(self, where: str) -> None:
+        """One more thing done; `where` says what comes next."""
+        self._count, self._where, self._changed = self._count + 1, where, time.monotonic()
+
+    def pause(self) -> None:
+        self._changed = math.inf
+
+    def stop(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def find_dead(self, silence: float = SILENCE_AFTER_FAILURE) -> str:
+        """Who gives no sign of life for so many seconds, in words; empty if all do."""
+        before = self._read()
+        time.sleep(silence)
+        after = self._read()
+        if not after:
+            return "the process that holds the store (rank 0, or torchrun on the first machine)"
+        return ", ".join(who for rank, (beat, _, _, who) in after.items() if beat == before.get(rank, [None])[0])
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            beat += 1
+            with contextlib.suppress(RuntimeError):  # the store is gone when torchrun is
+                self._store.set(str(self._rank), json.dumps([beat, self._count, self._where, self._who]))
+            if os.getppid() != self._parent:
+                self._parent = os.getppid()
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            waited = time.monotonic() - self._changed
+            if waited > self._timeout:
+                self._give_up()
+            # NCCL waits for the dead as for the living, and says nothing.
+            if waited > SILENCE and self._timeout - waited > SILENCE + STORE_SECONDS:
+                since = self._changed
+                dead = self.find_dead(SILENCE)
+                if dead and since == self._changed and not self._ended.is_set():
+                    self._end(
+                        f"error: {dead}: gives no sign of life; started again, the run continues from its last checkpoint"
+                    )
+
+    def _read(self) -> dict[int, list[Any]]:
+        """What each process last said of itself, by rank; nothing where the store is gone."""
+        last_resort = threading.Timer(
+            STORE_SECONDS, self._end, [f"error: {self._who}: the store of torchrun's first machine does not answer"]
+        )
+        last_resort.daemon = True
+        last_resort.start()
+        found = {}
+        try:
+            for rank in range(self._size):
+                with contextlib.suppress(RuntimeError):
+                    if self._store.check([str(rank)]):
+                        found[rank] = json.loads(self._store.get(str(rank)))
+        finally:
+            last_resort.cancel()
+        return found
+
+    def _give_up(self) -> None:
+        reports = self._read()
+        lowest = min((count for _, count, _, _ in reports.values()), default=0)
+        late = [rank for rank, report in reports.items() if report[1] == lowest]
+        waiting = [rank for rank in reports if rank not in late]
+        if not waiting:
+            message = f"all processes are at the same place ({self._where}): look at the network between them"
+        else:
+            names = ", ".join(f"{reports[rank][3]} at {reports[rank][2]}" for rank in late)
+            message = f"the others wait for {names}"
+        # One of those who wait speaks at once; the late ones show where they are, if they still can.
+        if self._rank == min(waiting, default=0) or not reports:
+            self._end(
+                f"error: no progress for {self._timeout:g} s, {message}; started again, the run continues from its last "
+                "checkpoint"
+            )
+        elif self._rank in late:
+            print(f"{self._who} is here:", file=sys.stderr)
+            faulthandler.dump_traceback(sys.stderr)
+        self._end("")
+
+    def _end(self, message: str) -> None:
+        """The main thread cannot be asked to end: it waits inside a library."""
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        time.sleep(2 * HEARTBEAT_SECONDS)  # torchrun ends the others with the first; they may have something to say
+        os._exit(ProcessError.exit_code)

@@ -1,0 +1,384 @@
+"""Configuration: what is accepted, and that everything else is refused in one line that helps."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields, is_dataclass
+
+import pytest
+import yaml
+
+from fastroberta.cli import arguments as arguments_module
+from fastroberta.cli.arguments import FAIRSEQ_NAMES, from_dict, parse_arguments, to_dict, validate
+from fastroberta.cli.program import run
+from fastroberta.config import LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig, setting
+from fastroberta.costs import num_parameters
+from fastroberta.errors import ConfigurationError, DataError, Stopped
+
+PRESETS = ("distilroberta", "quickstart", "roberta-base", "roberta-large")
+
+
+@dataclass
+class CopyConfig:
+    """A program with positional arguments, a required option and a list."""
+
+    sources: list[str] = setting(help="files", positional=True)
+    out: str = setting(help="folder; 100% yours")
+    kinds: list[str] = setting(list, "kinds")
+    skip_empty: bool = setting(False, "skip")
+    share: float = setting(0.5, "share", valid="(0, 1]")
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str = setting(help="checkpoint", positional=True)
+    out: str = setting(help="folder", positional=True)
+
+
+def parse(*argv: str) -> TrainConfig:
+    return parse_arguments(argv, TrainConfig, description="Train.", default_preset="quickstart")
+
+
+def refuse(*argv: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write(path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# What is accepted.
+
+
+def test_nothing_on_the_command_line_is_the_default_preset():
+    config = parse()
+    assert config.output_dir == "runs/quickstart"
+    assert config.model.hidden_size == 128
+
+
+@pytest.mark.parametrize("argv", [["--optimizer.learning_rate", "1e-2"], ["--optimizer.learning_rate=1e-2"]])
+def test_dotted_override(argv):
+    assert parse(*argv).optimizer.learning_rate == 0.01
+
+
+def test_dashes_flags_and_lists():
+    config = parse("--dry-run", "--tensorboard", "false", "--max-steps", "1_000", "--optimizer.betas", "[0.8, 0.9]")
+    assert config.dry_run is True
+    assert config.tensorboard is False
+    assert config.max_steps == 1000
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+def test_command_line_overrides_files_and_later_files_earlier_ones(tmp_path):
+    first = write(tmp_path / "a.yaml", "seed: 2\nmax_steps: 600\neval_steps: 5\n")
+    second = write(tmp_path / "b.yaml", "seed: 3\nmax_steps: 700\n")
+    config = parse("--seed", "4", "--config", "quickstart", "--config", first, f"--config={second}")
+    assert (config.seed, config.max_steps, config.eval_steps, config.max_seq_length) == (4, 700, 5, 64)
+
+
+def test_file_starts_from_the_defaults_not_from_the_default_preset(tmp_path):
+    assert parse("--config", write(tmp_path / "a.yaml", "seed: 2\n")).model == ModelConfig()
+
+
+def test_values_keep_their_types(tmp_path):
+    text = "data: '2024'\nmicro_batch_size: 8\noptimizer:\n  learning_rate: 6e-4\n  eps: 1\nmodel:\n"
+    config = parse("--config", write(tmp_path / "a.yaml", text))
+    assert config.data == "2024"
+    assert config.micro_batch_size == 8
+    assert config.optimizer.learning_rate == 6e-4  # YAML 1.1 reads this as text
+    assert isinstance(config.optimizer.eps, float)
+    assert parse("--data", "2024", "--micro-batch-size", "auto").data == "2024"
+    assert parse("--data", "null").data is None
+
+
+def test_print_config_reads_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--config", "roberta-large", "--seed", "7", "--print_config")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert parse("--config", write(tmp_path / "a.yaml", printed)) == parse("--config", "roberta-large", "--seed", "7")
+
+
+def test_help_shows_every_field_and_its_sentence(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse("--config", "roberta-large", "--help")
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in (TrainConfig, ModelConfig, OptimizerConfig, LRSchedulerConfig):
+        for field in fields(part):
+            if not is_dataclass(getattr(TrainConfig(), field.name, None)):
+                assert field.metadata["help"], field.name
+                assert f"{field.name} " in shown
+                # Wrapped lines break at hyphens.
+                assert field.metadata["help"].replace(" ", "") in shown.replace(" ", ""), field.name
+    assert "default: 1024" in shown  # of the preset
+
+
+def test_positional_arguments_before_between_and_after_options():
+    expected = CopyConfig(sources=["a", "c"], out="d", skip_empty=True)
+    for argv in ("--out d --skip-empty a c", "a --out=d c --skip_empty", "a c --skip-empty true --out d"):
+        assert parse_arguments(argv.split(), CopyConfig, description="") == expected
+    assert parse_arguments(["--out", "d", "--", "-b"], CopyConfig, description="").sources == ["-b"]
+    assert parse_arguments(["123", "null"], ExportConfig, description="") == ExportConfig("123", "null")
+
+
+def test_dictionary_round_trip_through_json():
+    config = parse("--config", "roberta-large", "--optimizer.betas", "[0.8, 0.9]", "--micro_batch_size", "64")
+    assert to_dict(config)["optimizer"]["betas"] == [0.8, 0.9]
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(TrainConfig, {}) == TrainConfig()  # a checkpoint from before a field was added
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_is_valid(name):
+    config = parse("--config", name)
+    assert config.output_dir == f"runs/{name}"
+    assert config.data is None
+
+
+def test_presets_hold_the_numbers_of_the_papers_table_9():
+    assert arguments_module._list_presets() == list(PRESETS)
+    base, large = parse("--config", "roberta-base"), parse("--config", "roberta-large")
+    for config, learning_rate, warmup_steps in ((base, 6e-4, 24_000), (large, 4e-4, 30_000)):
+        optimizer = OptimizerConfig(learning_rate=learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
+        assert config.optimizer == optimizer
+        assert (optimizer.decay, optimizer.max_grad_norm) == ("all", 0)
+        assert config.lr_scheduler == LRSchedulerConfig("linear", warmup_steps)
+        assert (config.max_steps, config.train_batch_size, config.max_seq_length) == (500_000, 8192, 512)
+        assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("roberta-base", 124_697_433), ("distilroberta", 82_170_201), ("roberta-large", 355_412_057)],
+)
+def test_presets_have_the_published_number_of_parameters(name, parameters):
+    model = parse("--config", name).model
+    model.vocab_size = 50265
+    assert num_parameters(model) == parameters
+
+
+def test_the_defaults_are_roberta_base():
+    config = parse("--config", "roberta-base")
+    config.output_dir = TrainConfig().output_dir
+    assert config == TrainConfig()
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optimizer.learning_rat", "optimizer.learning_rate"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("num_layers", "model.num_hidden_layers"),
+        ("max_step", "max_steps"),
+        ("trainbatchsize", "train_batch_size"),
+    ],
+)
+def test_unknown_key_gets_the_nearest(tmp_path, key, nearest):
+    assert refuse(f"--{key}", "3") == f"--{key} is not a setting; the nearest is --{nearest}"
+    path = write(tmp_path / "a.yaml", f"seed: 1\n{key}: 3\n")
+    assert refuse("--config", path) == f"{path}:2: {key} is not a setting; the nearest is {nearest}"
+    with pytest.raises(ConfigurationError, match=f"{key} is not a setting; the nearest is {nearest}"):
+        from_dict(TrainConfig, {key: 3})
+
+
+def test_abbreviations_are_refused():
+    assert "nearest" in refuse("--max_st", "3")
+    assert "nearest" in refuse("--optimizer.learn=3")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("update_freq", "train_batch_size"),
+        ("tokens_per_sample", "max_seq_length"),
+        ("max_update", "max_steps"),
+        ("max_sentences", "micro_batch_size"),
+        ("batch_size", "micro_batch_size"),
+        ("max_tokens", "micro_batch_size"),
+        ("lr", "optimizer.learning_rate"),
+        ("warmup_updates", "lr_scheduler.warmup_steps"),
+        ("total_num_update", "max_steps"),
+        ("adam_betas", "optimizer.betas"),
+        ("clip_norm", "optimizer.max_grad_norm"),
+        ("sample_break_mode", "complete_doc -> doc-sentences"),
+        ("max_positions", "two more"),
+        ("fp16", "precision: fp16"),
+    ],
+)
+def test_fairseq_name_gets_ours(tmp_path, name, ours):
+    assert ours in refuse(f"--{name.replace('_', '-')}", "3")
+    path = write(tmp_path / "a.yaml", f"seed: 1\noptimization:\n  {name}: 3\n")  # fairseq's files have such sections
+    message = refuse("--config", path)
+    assert ours in message
+    assert message.startswith(f"{path}:3: optimization.{name} ")
+
+
+def test_fairseq_table_names_only_what_we_have():
+    settings = arguments_module._list_settings(TrainConfig)
+    known = set(settings) | {key.rpartition(".")[2] for key in settings} | FAIRSEQ_NAMES.keys()
+    for name, text in FAIRSEQ_NAMES.items():
+        assert name not in settings
+        words = {word.strip(",.:;()").removesuffix(".") for word in text.split()}
+        ours = {word for word in words if "_" in word and word.isascii()} - {"complete_doc"}
+        assert ours <= known, f"{name}: {ours - known}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("optimizer:\n  learning_rate: .nan\n", 2, "optimizer.learning_rate = nan: must be a finite number"),
+        ("optimizer:\n  betas: [0.9, -.inf]\n", 2, "optimizer.betas = -inf: must be a finite number"),
+        ("seed: 1\nseed: 2\n", 2, "seed is given twice, first in line 1"),
+        ("model:\n  hidden_size: 4\nmodel.hidden_size: 8\n", 3, "model.hidden_size is given twice, first in line 2"),
+        ("model:\n  hidden_size: 4\nmodel:\n  vocab_size: 8\n", 3, "model is given twice, first in line 1"),
+        ("seed: x\n", 1, "seed = x: takes a whole number"),
+        ("seed: true\n", 1, "seed = True: takes a whole number"),
+        ("seed: null\n", 1, "seed = null: takes a whole number"),
+        ("seed: 1.5\n", 1, "seed = 1.5: takes a whole number"),
+        ("optimizer: 3\n", 1, "optimizer is a group of settings: give them singly, as optimizer.name"),
+        ("optimizer:\n  betas: 0.9\n", 2, "optimizer.betas = 0.9: takes a list of 2 as [a, b], each a number"),
+        ("device: gpu\n", 1, "device = gpu: takes auto, cpu or cuda"),
+        ("\nmodel:\n  hidden_size: 770\n", 3, "model.hidden_size = 770 must be a multiple of"),
+        ("model:\n  hidden_dropout_prob: 1\n", 2, "model.hidden_dropout_prob = 1.0: must lie in [0, 1)"),
+        ("seed: [1\nmax_steps: 3\n", 2, "expected ',' or ']'"),
+        ("data: &a x\noutput_dir: *a\n", 2, "an alias"),
+        ("data: &a [*a]\n", 1, "an alias"),
+        ("data: !!python/name:os.system\n", 1, "could not determine a constructor"),
+        ("- seed\n", 1, "settings are written as name: value"),
+        ("3: 4\n", 1, "3 is not a name"),
+    ],
+)
+def test_bad_file_names_the_line(tmp_path, text, line, what):
+    path = write(tmp_path / "a.yaml", text)
+    assert refuse("--config", path).startswith(f"{path}:{line}: {what}")
+
+
+def test_value_of_the_command_line_is_not_blamed_on_a_file(tmp_path):
+    path = write(tmp_path / "a.yaml", "seed: 3\n")
+    assert refuse("--config", path, "--seed", "-1") == "seed = -1: must lie in [0, 2147483648)"
+
+
+def test_files_that_are_no_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"data: \xff\n")
+    assert refuse("--config", str(tmp_path / "a.yaml")).endswith("is not UTF-8 (byte 6)")
+    deep = write(tmp_path / "b.yaml", "data: " + "[" * 20_000)
+    assert refuse("--config", deep) == f"{deep}: is nested too deeply"
+    assert refuse("--config", str(tmp_path)).endswith(f"no such file, and the presets are {', '.join(PRESETS)}")
+    write(tmp_path / "c.yaml", "a: \x00")
+    assert "c.yaml: " in refuse("--config", str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seed"], "--seed needs a value"),
+        (["--data", "--seed", "3"], "--data needs a value"),
+        (["more"], "more: belongs to no option, see --help"),
+        (["-s", "3"], "-s: options begin with two dashes, see --help"),
+        (["--seed", "x"], "--seed = x: takes a whole number"),
+        (["--seed", "1e3"], "--seed = 1e3: takes a whole number"),
+        (["--micro_batch_size", "some"], "--micro_batch_size = some: takes a whole number or auto"),
+        (["--optimizer.learning_rate", "nan"], "--optimizer.learning_rate = nan: takes a number"),
+        (["--optimizer.learning_rate", ".inf"], "optimizer.learning_rate = inf: must be a finite number"),
+        (["--optimizer.learning_rate", "-1e-3"], "optimizer.learning_rate = -0.001: must lie in (0, inf)"),
+        (["--optimizer.learning_rate", "0"], "optimizer.learning_rate = 0.0: must lie in (0, inf)"),
+        (["--optimizer.betas", "[0.9, 1]"], "optimizer.betas = 1.0: must lie in [0, 1)"),
+        (["--seed", "-1"], "seed = -1: must lie in [0, 2147483648)"),
+        (["--micro_batch_size", "0"], "micro_batch_size = 0: must lie in [1, inf)"),
+        (["--micro_batch_size", "3"], "micro_batch_size = 3 must divide train_batch_size = 16"),
+        (["--output_dir", ""], "output_dir is empty: give a value, or leave it out"),
+        (["--data="], "data is empty: give a value, or leave it out"),
+        (["--mlm_probability", "0.001"], "mlm_probability = 0.001 masks no token in 64: raise it"),
+        (["--lr_scheduler.power", "0.5"], "lr_scheduler.power = 0.5 belongs to the polynomial schedule"),
+        (["--optimizer.name", "apex_lamb", "--device", "cpu"], "optimizer.name = apex_lamb runs on a GPU only"),
+        (["--model.num_attention_heads", "3"], "model.hidden_size = 128 must be a multiple of"),
+        (["--model.hidden_size", "1024"], "model.num_attention_heads = 4 makes heads of 256, and attention takes at"),
+    ],
+)
+def test_bad_command_line(argv, message):
+    # A value that the command line does not change keeps its place in the preset.
+    assert re.sub(r"^\S+\.yaml:\d+: ", "", refuse(*argv)).startswith(message)
+
+
+def test_too_long_sequences_and_warmups_say_what_to_change():
+    message = refuse("--config", "roberta-base", "--max_seq_length", "513")
+    assert "at least 515" in message
+    assert "lower max_seq_length to 512" in message
+    assert "--lr_scheduler.warmup_steps 2" in refuse("--config", "roberta-base", "--max_steps", "20")
+
+
+def test_ends_of_an_interval():
+    assert parse_arguments(["a", "--out", "d", "--share", "1"], CopyConfig, description="").share == 1
+    assert parse("--seed", "0").seed == 0
+
+
+def test_required_and_leftover_arguments():
+    for argv, message in (
+        (["a"], "--out is required: see --help"),
+        (["--out", "d"], "sources is required: see --help"),
+        (["a", "--out", "d", "--share", "0"], r"share = 0\.0: must lie in \(0, 1\]"),
+        (["a", "--out", "d", "--share", "1.5"], r"share = 1\.5: must lie in \(0, 1\]"),
+        (["a", "--out", "d", "--sources", "x"], "--sources: is given without its name"),
+        (["a", "--out", ""], "out is empty: give a value$"),
+        (["a", "", "--out", "d"], "sources is empty: give a value$"),
+        (["a", "--lr", "d"], "--lr is not a setting; the nearest is --share"),  # fairseq's names concern training
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            parse_arguments(argv, CopyConfig, description="")
+    with pytest.raises(ConfigurationError, match="c: belongs to no option"):
+        parse_arguments(["a", "b", "c"], ExportConfig, description="")
+
+
+def test_validate_refuses_what_code_puts_in():
+    config = TrainConfig()
+    config.optimizer.eps = float("nan")
+    with pytest.raises(ConfigurationError, match=r"optimizer\.eps = nan: must be a finite number"):
+        validate(config)
+    config = TrainConfig(model=ModelConfig(num_attention_heads=0))
+    with pytest.raises(ConfigurationError, match=r"model\.num_attention_heads = 0: must lie in \[1, inf\)"):
+        validate(config)
+
+
+# Programs.
+
+
+def test_run_turns_errors_into_exit_codes(capsys):
+    def fail(error: BaseException):
+        def program():
+            raise error
+
+        return program
+
+    assert run(lambda: None) == 0
+    assert run(lambda: 3) == 3
+    assert capsys.readouterr().err == ""
+    assert run(fail(DataError("a.txt:3: is\n  bad"))) == 3
+    assert capsys.readouterr().err == "error: a.txt:3: is bad\n"
+    assert run(fail(Stopped("stopped at step 3"))) == 75
+    assert capsys.readouterr().err == "stopped at step 3\n"
+    assert run(fail(KeyboardInterrupt())) == 75
+    with pytest.raises(ZeroDivisionError):  # our own bugs keep their traceback
+        run(fail(ZeroDivisionError()))
+
+
+def test_import_is_light():
+    code = "import sys, fastroberta.cli.arguments; print({'torch', 'jsonargparse', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_preset_files_are_plain_yaml():
+    for name in PRESETS:
+        with open(arguments_module.PRESETS / f"{name}.yaml", encoding="utf-8") as file:
+            assert isinstance(yaml.safe_load(file), dict)
