@@ -169,7 +169,6 @@ class TrainConfig:
     dry_run: bool = setting(
         False, "resolve everything, print parameters, memory and expected time, do two small steps, leave nothing"
     )
-    plan: bool = setting(False, "only predict memory, communication and scaling on a cluster: see --plan --help")
 
     batch_ramp: BatchRampConfig = dataclasses.field(default_factory=BatchRampConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

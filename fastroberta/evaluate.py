@@ -6,25 +6,18 @@ CHECKPOINT is a checkpoint of this trainer or any Hugging Face RoBERTa directory
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .cli.arguments import parse_arguments
 from .cli.program import run
 from .config import setting
 
-if TYPE_CHECKING:
-    from .data import Batch
-    from .model import RobertaForMaskedLM
-    from .parallel.processes import Processes
-
 # What a checkpoint was trained with is what it is scored with, unless asked for otherwise; these, where it does not say.
 USUAL = {"max_seq_length": 512, "packing": "full-sentences", "attention_scope": "block", "mlm_probability": 0.15}
-MASK_SEED = 0  # held-out masks are the same for every run, so that runs compare
 
 
 @dataclass
@@ -53,51 +46,6 @@ class EvaluateConfig:
     precision: Literal["bf16", "fp16", "fp32"] = setting("fp32", "of the matrix products")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Held-out scores: loss in nats a masked token, accuracy as a share, and over how many masked tokens."""
-
-    loss: float
-    accuracy: float
-    num_masked: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-
-def evaluate_model(
-    model: RobertaForMaskedLM, batches: Iterable[Batch], masking: dict[str, Any], processes: Processes | None = None
-) -> Scores:
-    """Score a model on batches that lie on its device.
-
-    Args:
-        masking: what `mask_tokens` takes beyond ids and seeds.
-        processes: where each scores other batches, all of them; the scores are those of all batches.
-    """
-    import torch
-    from fastroberta_kernels.masking import mask_tokens
-    from fastroberta_kernels.philox import as_seed
-
-    from .model import AttentionScope
-
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    seed = as_seed(MASK_SEED, device)
-    with torch.no_grad():
-        for batch in batches:
-            masked = mask_tokens(batch.input_ids, seed=seed, sample_ids=batch.sample_ids, **masking)
-            result = model.loss(*masked, AttentionScope(batch.key_lengths, batch.cu_seqlens))
-            totals += torch.stack((result.loss.double(), result.num_correct, result.num_targets))
-    model.train(was_training)
-    if processes is not None:
-        processes.add_up(totals)
-    loss, correct, count = totals.tolist()
-    return Scores(loss / max(count, 1), correct / max(count, 1), int(count))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EvaluateConfig, description=__doc__)
     # After the arguments: importing torch takes a second that --help should not.
@@ -109,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .hf import load_huggingface
     from .model import COMPUTE_DTYPES
     from .parallel.processes import select_device
+    from .training.score import evaluate_model
 
     checkpoint = Path(config.checkpoint)
     verify_directory(checkpoint)

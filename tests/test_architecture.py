@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 # Rooms are folders, and the single files beside them. Each may import itself and what lies on the floors before its own.
 FLOORS = [
     ["errors"],

@@ -16,7 +16,9 @@ from fastroberta.config import TrainConfig
 from fastroberta.errors import FastRobertaError
 from fastroberta.parallel import replicated, sharded
 from fastroberta.parallel.processes import join_processes
-from fastroberta.train import Meter, Trainer, main
+from fastroberta.train import main
+from fastroberta.training.meter import Meter
+from fastroberta.training.trainer import Trainer
 
 
 def run_task(task, processes):
@@ -35,7 +37,7 @@ def run_task(task, processes):
 
         trainer.loss = loss_or_not
     if "start_with" in task:
-        trainer.micro_batch_size = task["start_with"]
+        trainer.batches.size = task["start_with"]
     if task.get("short", {}).get("rank") == processes.rank:
         run_out_of_memory(trainer, **task["short"])
     if task.get("flip_a_bit_on") == processes.rank:
@@ -57,13 +59,13 @@ def run_task(task, processes):
         trainer.train()
     finally:
         Meter.add = add
-    return {"micro_batch_size": trainer.micro_batch_size, "tokens": sum(tokens for tokens, _ in counted)}
+    return {"micro_batch_size": trainer.batches.size, "tokens": sum(tokens for tokens, _ in counted)}
 
 
 def run_out_of_memory(trainer, rank, step, micro_batch, where, limit):
     """Once a micro-batch of more than `limit` sequences is the so-many-th of a step: before the forward, or when the
     backward has reached the first layer."""
-    forward, seen = trainer._forward, []
+    forward, seen = trainer.forward, []
 
     def raise_it(*_):
         raise torch.OutOfMemoryError("no more")
@@ -77,7 +79,7 @@ def run_out_of_memory(trainer, rank, step, micro_batch, where, limit):
         hook = trainer.model.layer[0].query_key_value.weight.register_hook(lambda _: hook.remove() or raise_it())
         return forward(batch)
 
-    trainer._forward = forward_or_not
+    trainer.forward = forward_or_not
 
 
 def run_tasks(path):
@@ -102,7 +104,7 @@ if __name__ == "__main__":
         (Path(directory) / f"pid.{rank}").write_text(str(os.getpid()))
         fault, where = os.environ.get("FAULT", "- -").split()
         if where == rank:
-            forward, calls = Trainer._forward, itertools.count()
+            forward, calls = Trainer.forward, itertools.count()
 
             def fail(*arguments):
                 if next(calls) > 50:
@@ -111,7 +113,7 @@ if __name__ == "__main__":
                     time.sleep(1e6)
                 return forward(*arguments)
 
-            Trainer._forward = fail
+            Trainer.forward = fail
         code = run(lambda: main(arguments))
         (Path(directory) / f"exit.{rank}").write_text(str(code))
         sys.exit(code)

@@ -3,6 +3,7 @@
 They talk over gloo on this machine; NCCL needs GPUs.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from fastroberta.config import TrainConfig
 from fastroberta.errors import ConfigurationError
 from fastroberta.parallel import watchdog
 from fastroberta.parallel.processes import Processes
-from fastroberta.train import Trainer
+from fastroberta.training.trainer import Trainer
 
 STEPS = 20
 SETTINGS = {
@@ -179,7 +180,8 @@ def test_processes_share_the_batch_and_mask_the_same_tokens(data, tmp_path, size
 
     def read_masked(trainer):
         found = {}
-        for batch in trainer._read_batches():
+        steps = range(trainer.config.max_steps)
+        for batch, _ in itertools.chain.from_iterable(map(trainer.batches.of_step, steps)):
             masked = mask_tokens(
                 batch.input_ids, seed=trainer.mask_seed, sample_ids=batch.sample_ids, **trainer.masking
             )

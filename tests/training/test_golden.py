@@ -24,7 +24,7 @@ from fastroberta.config import TrainConfig
 from fastroberta.corpus.assemble import finish
 from fastroberta.corpus.shards import ShardWriter, token_dtype
 from fastroberta.corpus.tokenizer import tokenizer_hash, train_tokenizer, vocabulary_size
-from fastroberta.train import Trainer
+from fastroberta.training.trainer import Trainer
 
 LOSSES = Path(__file__).with_name("golden_losses.json")
 BOUND = 1e-6  # relative

@@ -27,7 +27,8 @@ from fastroberta.errors import (
     Stopped,
 )
 from fastroberta.evaluate import main as evaluate
-from fastroberta.train import Trainer, main
+from fastroberta.train import main
+from fastroberta.training.trainer import Trainer
 
 SETTINGS = {
     "precision": "fp32", "max_seq_length": 32, "packing": "contiguous", "train_batch_size": 8, "micro_batch_size": 4,
@@ -127,20 +128,20 @@ def test_resumed_run_is_bit_identical(data, finished, tmp_path, optimizer, stop_
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(data, finished, tmp_path, capsys):
     def make(name, limit, **changes):
         trainer = Trainer(configure(data, tmp_path / name, **changes))
-        forward = trainer._forward
+        forward = trainer.forward
 
         def forward_or_not(batch):
             if len(batch.input_ids) > limit:
                 raise torch.OutOfMemoryError("no more")
             return forward(batch)
 
-        trainer._forward = forward_or_not
+        trainer.forward = forward_or_not
         return trainer
 
     make("halved", 4, micro_batch_size="auto").train()
-    assert capsys.readouterr().err.count("out of memory: going on with 4 sequences at once") == 1
+    assert capsys.readouterr().err.count("out of memory: continuing with 4 sequences at once") == 1
     assert_same(read_weights(tmp_path / "halved", 12), read_weights(finished, 12))
-    with pytest.raises(DeviceMemoryError, match=r"step 1: out of memory with a single sequence; with gradient_check"):
+    with pytest.raises(DeviceMemoryError, match=r"step 1: out of memory with a single sequence; the same command with --gradient_check"):
         make("none", 0, micro_batch_size="auto").train()
     with pytest.raises(
         DeviceMemoryError, match=r"step 1: cpu has too little memory for 4 sequences at once; with a lower"
@@ -184,7 +185,7 @@ def test_gradient_checkpointing_changes_no_bit(data, finished, tmp_path):
 def test_finished_run_says_so(data, finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     Trainer(configure(data, finished)).train()
-    assert "finished, 12 steps are done" in capsys.readouterr().out
+    assert "finished after 12 steps" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
@@ -224,7 +225,7 @@ def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     with pytest.raises(
         NonFiniteError,
-        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved before; try --optimizer.learning_rate below",
+        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved before that step; try --optimizer.learning_rate below",
     ):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
@@ -245,7 +246,7 @@ def test_non_finite_loss_names_its_step_and_the_way_to_go_on(data, tmp_path):
     assert message.startswith("step 8: loss or gradient not finite, in 2 of steps 1 to 12; ") and "\n" not in message
     checkpoint = tmp_path / "run" / "checkpoint-00000006"
     assert (tmp_path / "run" / "checkpoint-00000009").is_dir()  # after it
-    assert f"the last checkpoint before is {checkpoint}; try " in message
+    assert f"the last checkpoint before that step is {checkpoint}; try " in message
     assert (
         "--optimizer.learning_rate below 0.005 or --optimizer.max_grad_norm 1 or --precision fp32, in a new" in message
     )
@@ -354,7 +355,7 @@ def test_text_that_is_not_prepared_is_told_how_to_be(data, tmp_path, capsys, pla
 def test_init_from_a_checkpoint(data, finished, tmp_path):
     start = finished / "checkpoint-00000012"
     trainer = Trainer(configure(data, tmp_path, init_from=str(start)))
-    scores = trainer.evaluate()
+    scores = trainer.score()
     assert scores.loss == pytest.approx(json.loads((start / "trainer_state.json").read_text())["eval_loss"], abs=1e-6)
 
 

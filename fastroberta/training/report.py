@@ -1,0 +1,113 @@
+"""What a person reads of a run: its description, its progress, and in the end how it went."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tokenizers import Tokenizer
+
+from ..config import TrainConfig
+from ..costs import num_parameters
+from ..data import Blocks
+from ..log import MetricsWriter, Progress, format_seconds, print_line
+from ..model import RobertaForMaskedLM
+from ..parallel.processes import Processes
+from .meter import Meter
+from .score import Scores
+
+
+class RunLog:
+    """A run's metrics: the first process writes them down and shows them, all of them measure.
+
+    Use as a context manager.
+
+    Args:
+        step: after which the run begins or continues.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes, meter: Meter, step: int):
+        self.meter = meter
+        self._is_writing = processes.is_first
+        self._config, self._step = config, step
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> RunLog:
+        if self._is_writing:
+            config = self._config
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            writer = MetricsWriter(config.output_dir, resumed_step=self._step or None, tensorboard=config.tensorboard)
+            self._writer = self._stack.enter_context(writer)
+            self._progress = self._stack.enter_context(Progress(config.max_steps, self._step))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def write_training(self, step: int) -> None:
+        """The training metrics since they were last written."""
+        metrics = self.meter.read(step)
+        if self._is_writing:
+            self._writer.write(step, metrics)
+            self._progress.update(step, metrics)
+
+    def write_scores(self, step: int, scores: Scores) -> None:
+        """Held-out scores after a step."""
+        if self._is_writing:
+            metrics = {"eval/loss": scores.loss, "eval/accuracy": scores.accuracy, "eval/perplexity": scores.perplexity}
+            self._writer.write(step, metrics)
+            self._progress.print(f"step {step}: held-out loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
+
+
+def say(processes: Processes, text: str, file: TextIO | None = None) -> None:
+    """Print a line, once for all processes."""
+    if processes.is_first:
+        print_line(text, file)
+
+
+def describe_model(config: TrainConfig, processes: Processes, blocks: Blocks, micro_batch_size: int) -> str:
+    """The run in a line."""
+    return (
+        f"{num_parameters(config.model):,} parameters, vocabulary {config.model.vocab_size:,}, {config.precision} on "
+        f"{processes.device}; {blocks.num_tokens:,} tokens in {len(blocks):,} sequences of "
+        f"{config.max_seq_length}; {config.max_steps:,} steps of {config.train_batch_size:,} sequences, "
+        f"{micro_batch_size} at once" + (f" on each of {processes.size}" if processes.size > 1 else "")
+    )
+
+
+def describe_result(
+    seconds: float, before: Scores | None, after: Scores, entropy: float, sentences: list[str], checkpoint: Path
+) -> str:
+    """How a run went: scores before and after it, and sentences that the model has filled in."""
+    lines = [f"\ntrained in {format_seconds(seconds)}; held-out unigram entropy {entropy:.3f} nats"]
+    for name, scores in (("before:", before), ("after:", after)):
+        if scores is not None:
+            lines.append(f"  {name:8} held-out loss {scores.loss:.3f} nats, accuracy {scores.accuracy:.1%}")
+    lines.append("one token of a held-out sentence masked and filled in:")
+    lines += [f"  {sentence}" for sentence in sentences]
+    return "\n".join([*lines, f"checkpoint: {checkpoint}"])
+
+
+@torch.no_grad()
+def fill_in(
+    model: RobertaForMaskedLM, heldout: Blocks, tokenizer: Tokenizer, special_ids: dict[str, int], count: int
+) -> list[str]:
+    """Held-out sentences with one token masked: what the model puts there, and what was there."""
+    model.eval()
+    lines = []
+    for sentence in heldout.sentences(count, at_least=12, at_most=min(48, heldout.block_size - 2)):
+        tokens = [special_ids["bos_token_id"], *sentence, special_ids["eos_token_id"]]
+        place = len(tokens) // 2
+        original, tokens[place] = tokens[place], special_ids["mask_token_id"]
+        logits = model(torch.tensor([tokens], device=next(model.parameters()).device))[0, place]
+        logits[list(set(special_ids.values()))] = -torch.inf
+        before, filled, was, after = (
+            tokenizer.decode(part)
+            for part in (tokens[1:place], [int(logits.argmax())], [original], tokens[place + 1 : -1])
+        )
+        verdict = "as written" if filled == was else f"was {was!r}"
+        lines.append(f"{before}[{filled}]{after}  ({verdict})")
+    model.train()
+    return lines
