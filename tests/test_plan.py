@@ -30,7 +30,6 @@ from fastroberta.parallel.processes import Processes
 from fastroberta.parallel.replicated import ReplicatedOptimizer
 from fastroberta.parallel.sharded import ShardedOptimizer
 from fastroberta.plan import PlanConfig, bytes_sent, count_buckets, predict, time_messages
-from fastroberta.train import asks_for_plan
 from fastroberta.train import main as train
 
 BASE = ModelConfig(vocab_size=50265)
@@ -338,29 +337,10 @@ def test_its_settings_without_it_are_told_apart(tmp_path):
         with pytest.raises(ConfigurationError, match=f"--{name} belongs to --plan, which predicts .* give --plan too"):
             train([f"--{name}", "1"])
     file = tmp_path / "cluster.yaml"
-    file.write_text("plan: true\nnodes: 4\n")
-    with pytest.raises(ConfigurationError, match=r"cluster\.yaml:2: nodes belongs to --plan"):
+    file.write_text("nodes: 4\n")
+    with pytest.raises(ConfigurationError, match=r"cluster\.yaml:1: nodes belongs to --plan"):
         train(["--config", str(file)])
     assert train(["--config", "roberta-base", "--config", str(file), "--plan"]) == 0
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["--plan"], True), (["--plan", "--gpus", "4"], True), (["--plan", "true"], True), (["--plan=True"], True),
-        (["--plan", "yes"], True), (["--plan=yes"], True), (["--plan=maybe"], True),  # refused by its parser
-        ([], False), (["--plan", "false"], False), (["--plan=No"], False), (["--plan", "--plan=false"], False),
-    ],
-)  # fmt: skip
-def test_every_spelling_of_it_counts(words, expected):
-    assert asks_for_plan(words) == expected
-
-
-def test_a_file_can_ask_for_it(tmp_path, capsys):
-    file = tmp_path / "plan.yaml"
-    file.write_text("plan: true\n")
-    assert train(["--config", "roberta-base", "--config", str(file)]) == 0
-    assert "assumed: H200" in capsys.readouterr().out
 
 
 def test_program_needs_no_torch():
@@ -373,10 +353,10 @@ def test_program_needs_no_torch():
 
 def test_settings_of_training_are_those_of_the_plan():
     config = parse_arguments(
-        ["--plan", "--config", "roberta-large", "--gpus", "4", "--precision", "fp32"], PlanConfig, description="",
+        ["--config", "roberta-large", "--gpus", "4", "--precision", "fp32"], PlanConfig, description="",
         default_preset="roberta-base",
     )  # fmt: skip
-    assert (config.plan, config.gpus, config.nodes, config.model.num_hidden_layers) == (True, 4, 1, 24)
+    assert (config.gpus, config.nodes, config.model.num_hidden_layers) == (4, 1, 24)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
