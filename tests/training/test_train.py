@@ -409,7 +409,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(data, tmp_path, place, mess
 def test_sigterm_before_the_first_step_ends_with_75(data, tmp_path):
     code = (
         "import os, signal, sys; os.environ.pop('RANK', None)\n"
-        "import fastroberta.cli.arguments as a\n"
+        "import fastroberta.cli.program as a\n"
         "sys.exit(a.run(lambda: os.kill(os.getpid(), signal.SIGTERM)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
