@@ -1,4 +1,4 @@
-"""`python -m fastroberta.train --plan`: the memory, communication and speed that a run would have on a cluster.
+"""`python -m fastroberta.plan`: the memory, communication and speed of a run on a cluster, predicted without training.
 
 Memory is `metrics.estimate_memory`. Bytes are those that sharding.py sends; tests/test_plan.py holds both against what
 processes really keep and send. Times are a model, and nothing else: no cluster has been measured.
@@ -20,19 +20,22 @@ rings (which NCCL may choose for all-reduces over many nodes, and which are fast
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .cli.arguments import parse_arguments
-from .config import TrainConfig, setting
+from .cli.program import run
+from .config import ClusterConfig, TrainConfig
 from .costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters, peak_flops
 from .errors import ConfigurationError
 from .log import format_seconds, print_line
 from .parallel.traffic import Traffic, bytes_sent, count_buckets
 
-DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
-counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
+DESCRIPTION = """Predict, without training, the memory, communication and speed of a run on a cluster. Memory and bytes are
+counted; times come from a model, which fastroberta/plan.py describes. The settings are those of fastroberta.train, and
+those of the cluster: --nodes, --gpus and the ones that follow them."""
 VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
 # Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
@@ -58,27 +61,8 @@ UPDATE_BYTES = 44  # read and written a parameter by AdamW and LAMB, with the gr
 
 
 @dataclass
-class PlanConfig(TrainConfig):
-    """A training run, and the machines that it is planned for."""
-
-    nodes: int = setting(1, "machines", valid="[1, inf)")
-    gpus: int = setting(8, "GPUs a machine", valid="[1, inf)")
-    gpu_name: str = setting("H200", "whose peak counts, named as PyTorch does")
-    gpu_memory: float | None = setting(
-        None, "GiB of a GPU, of which nine tenths are used; null goes by gpu_name", valid="(0, inf)"
-    )
-    gpu_bandwidth: float | None = setting(
-        None, "TB/s that a GPU reaches in its memory; null takes 5/6 of gpu_name's", valid="(0, inf)"
-    )
-    mfu: float = setting(
-        0.4, "share of the peak that forward and backward reach; an assumption, until a run says it", valid="(0, 1]"
-    )
-    node_bandwidth: float | None = setting(
-        None, "GB/s that a GPU reaches to the next one in its node; null takes 80% of gpu_name's link", valid="(0, inf)"
-    )
-    network_bandwidth: float = setting(
-        40.0, "GB/s to another node for each GPU: 80% of a card of 400 Gbit/s a GPU", valid="(0, inf)"
-    )
+class PlanConfig(TrainConfig, ClusterConfig):
+    """A training run, and the cluster that it is planned for."""
 
     def __post_init__(self) -> None:
         for pattern, (memory, bandwidth, link) in _MACHINES.items():
@@ -93,7 +77,7 @@ class PlanConfig(TrainConfig):
         self.check_processes(self.nodes * self.gpus)
         if peak_flops(self.gpu_name) is None:
             raise ConfigurationError(
-                f"gpu_name = {self.gpu_name}: its peak is not known here; A100, H100, H200, B200 and L40S are, among others"
+                f"gpu_name = {self.gpu_name}: its peak is not known here; known are A100, H100, H200, B200, L40S and others"
             )
         names = ("gpu_memory", "gpu_bandwidth", "node_bandwidth")
         if missing := [f"--{name}" for name in names if getattr(self, name) is None]:
@@ -245,3 +229,7 @@ def _name(one: Prediction) -> str:
     if one.num_processes == 1:
         return "1 GPU"
     return f"{one.nodes} node{'s' if one.nodes > 1 else ''} of {one.gpus}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

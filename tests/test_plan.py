@@ -6,7 +6,6 @@ torchrun starts this file as those processes; each mode's process 0 prints a lin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -19,11 +18,10 @@ import pytest
 import torch
 from fastroberta_kernels.masking import mask_tokens
 
-from fastroberta.cli.arguments import PLAN_NAMES, parse_arguments
+from fastroberta.cli.arguments import parse_arguments
 from fastroberta.cli.program import run
 from fastroberta.config import ModelConfig, TrainConfig
 from fastroberta.costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters
-from fastroberta.errors import ConfigurationError
 from fastroberta.model import COMPUTE_DTYPES, RobertaForMaskedLM
 from fastroberta.parallel.fsdp import FullyShardedOptimizer, shard_model
 from fastroberta.parallel.processes import Processes
@@ -327,21 +325,6 @@ def test_memory_of_each_size_is_by_its_name():
 def test_program_refuses_what_the_trainer_would(arguments, message, capsys):
     assert run(lambda: train(["--plan", *arguments])) == 2
     assert message in capsys.readouterr().err
-
-
-def test_its_settings_without_it_are_told_apart(tmp_path):
-    """In the trainer's own list, because training does not import plan.py."""
-    plan, training = ({field.name for field in dataclasses.fields(one)} for one in (PlanConfig, TrainConfig))
-    own = plan - training
-    assert own == set(PLAN_NAMES)
-    for name in own:
-        with pytest.raises(ConfigurationError, match=f"--{name} belongs to --plan, which predicts .* give --plan too"):
-            train([f"--{name}", "1"])
-    file = tmp_path / "cluster.yaml"
-    file.write_text("plan: true\nnodes: 4\n")
-    with pytest.raises(ConfigurationError, match=r"cluster\.yaml:2: nodes belongs to --plan"):
-        train(["--config", str(file)])
-    assert train(["--config", "roberta-base", "--config", str(file), "--plan"]) == 0
 
 
 @pytest.mark.parametrize(
