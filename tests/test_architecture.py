@@ -19,6 +19,7 @@ FLOORS = [
     ["training"],
     ["prepare", "evaluate", "export", "plan", "torchrun"],
     ["train"],
+    ["__main__"],
 ]
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],

@@ -26,9 +26,8 @@ from .foreign_names import FAIRSEQ_NAMES, HUGGING_FACE_NAMES
 from .yaml_settings import read_settings
 
 Config = TypeVar("Config")
-Found = Iterable[
-    tuple[str, Any, str]
-]  # dotted key, value, and place to begin a message with: "FILE:LINE: ", "--" or ""
+# Dotted key, value, and how a message about it begins: "FILE:LINE: ", "--" or "".
+Found = Iterable[tuple[str, Any, str]]
 PRESETS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "presets").glob("*.yaml"))}
 COMMON = {"config": str, "print_config": bool, "help": bool}
 

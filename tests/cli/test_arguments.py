@@ -13,10 +13,9 @@ import yaml
 
 from fastroberta.cli.arguments import PRESETS, from_dict, parse_arguments, to_dict, validate
 from fastroberta.cli.foreign_names import FAIRSEQ_NAMES, HUGGING_FACE_NAMES
-from fastroberta.cli.program import run
 from fastroberta.config import ClusterConfig, LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig, setting
 from fastroberta.costs import num_parameters
-from fastroberta.errors import ConfigurationError, DataError, Stopped
+from fastroberta.errors import ConfigurationError
 
 
 @dataclass
@@ -361,28 +360,6 @@ def test_validate_refuses_what_code_puts_in():
     config = TrainConfig(model=ModelConfig(num_attention_heads=0))
     with pytest.raises(ConfigurationError, match=r"model\.num_attention_heads = 0: must lie in \[1, inf\)"):
         validate(config)
-
-
-# Programs.
-
-
-def test_run_turns_errors_into_exit_codes(capsys):
-    def fail(error: BaseException):
-        def program():
-            raise error
-
-        return program
-
-    assert run(lambda: None) == 0
-    assert run(lambda: 3) == 3
-    assert capsys.readouterr().err == ""
-    assert run(fail(DataError("a.txt:3: is\n  bad"))) == 3
-    assert capsys.readouterr().err == "error: a.txt:3: is bad\n"
-    assert run(fail(Stopped("stopped at step 3"))) == 75
-    assert capsys.readouterr().err == "stopped at step 3\n"
-    assert run(fail(KeyboardInterrupt())) == 75
-    with pytest.raises(ZeroDivisionError):  # our own bugs keep their traceback
-        run(fail(ZeroDivisionError()))
 
 
 def test_import_is_light():
