@@ -366,7 +366,7 @@ def test_settings_of_training_are_those_of_the_plan():
 def test_nobody_reads_the_table_to_its_end(unbuffered):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "fastroberta.train", "--plan"]
+    command = [sys.executable, "-m", "fastroberta.plan"]
     done = subprocess.run(
         command, stdout=write, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True
     )

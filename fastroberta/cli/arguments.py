@@ -1,6 +1,6 @@
 """The settings of a program: a dataclass filled from YAML files and the command line, then checked.
 
-argparse lays out --help and does no more: it cannot name the line of a file, or tell `--flag word` from `--key value`.
+argparse only lays out --help: it cannot name the line of a file, or tell `--flag word` from `--key value`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from ..config import ClusterConfig, TrainConfig
+from ..config import TrainConfig
 from ..errors import ConfigurationError
 from .conversion import BOOLEANS, FAULTS, convert, describe_type, lies_in, show
-from .foreign_names import FAIRSEQ_NAMES, HUGGING_FACE_NAMES
-from .yaml_settings import read_settings
+from .foreign_names import HINTS
+from .yaml_settings import PRESETS, find_file, read_settings
 
 Config = TypeVar("Config")
 # Dotted key, value, and how a message about it begins: "FILE:LINE: ", "--" or "".
 Found = Iterable[tuple[str, Any, str]]
-PRESETS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "presets").glob("*.yaml"))}
 COMMON = {"config": str, "print_config": bool, "help": bool}
 
 
@@ -54,16 +52,13 @@ def parse_arguments(
     """
     settings = _list_settings(config_class)
     options = list(_split(sys.argv[1:] if argv is None else argv, settings, config_class))
-    actions = {key for key, _, _ in options}
     files = [value for key, value, _ in options if key == "config"] or [default_preset] * bool(default_preset)
-    found = [one for file in files for one in read_settings(_find_config(file, bool(default_preset)))]
+    found = [one for file in files for one in read_settings(find_file(file, has_presets=bool(default_preset)))]
     found += [one for one in options if one[0] not in COMMON]
     values = _collect(config_class, settings, found)
-    if "help" in actions:
-        print(_format_help(values, settings, description, files if default_preset else []), end="")
-        sys.exit(0)
-    if "print_config" in actions:
-        print(yaml.safe_dump(values, sort_keys=False), end="")
+    if actions := {key for key, _, _ in options} & {"help", "print_config"}:
+        help_text = _format_help(values, settings, description, files if default_preset else [])
+        print(help_text if "help" in actions else yaml.safe_dump(values, sort_keys=False), end="")
         sys.exit(0)
     config = _build(config_class, values)
     try:
@@ -152,9 +147,7 @@ def _collect(config_class: type, settings: Mapping[str, _Setting], found: Found)
 
 def _build(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     kinds = typing.get_type_hints(config_class)
-    return config_class(
-        **{key: _build(kinds[key], one) if isinstance(one, dict) else one for key, one in values.items()}
-    )
+    return config_class(**{k: _build(kinds[k], v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
 def _split(argv: Sequence[str], settings: Mapping[str, _Setting], config_class: type) -> Iterator[tuple[str, Any, str]]:
@@ -186,9 +179,9 @@ def _split(argv: Sequence[str], settings: Mapping[str, _Setting], config_class: 
             yield key, rest.pop(0), "--"
     for key, one in settings.items():
         if one.positional and words:
-            is_list = typing.get_origin(one.type) is list
-            yield key, words if is_list else words[0], ""
-            words = [] if is_list else words[1:]
+            count = len(words) if one.type == list[str] else 1
+            yield key, words if one.type == list[str] else words[0], ""
+            words = words[count:]
     if words:
         raise ConfigurationError(f"{words[0]}: unexpected argument, see --help")
 
@@ -196,11 +189,8 @@ def _split(argv: Sequence[str], settings: Mapping[str, _Setting], config_class: 
 def _unknown(key: str, settings: Mapping[str, _Setting], config_class: type, place: str) -> ConfigurationError:
     """The error for a name that is not ours: what another library's name is here, or the nearest of ours."""
     last = key.rpartition(".")[2]
-    if issubclass(config_class, TrainConfig) and (hint := {**FAIRSEQ_NAMES, **HUGGING_FACE_NAMES}.get(last)):
-        return ConfigurationError(f"{place}{key} {hint}")
-    if issubclass(config_class, TrainConfig) and key in ClusterConfig.__dataclass_fields__:
-        plan = "belongs to python -m fastroberta.plan, which predicts a run and does not train"
-        return ConfigurationError(f"{place}{key} {plan}")
+    if issubclass(config_class, TrainConfig) and last in HINTS:
+        return ConfigurationError(f"{place}{key} {HINTS[last]}")
     if example := next((other for other in settings if other.startswith(key + ".")), None):
         return ConfigurationError(f"{place}{key} is a group of settings: give them singly, as {example}")
 
@@ -213,34 +203,25 @@ def _unknown(key: str, settings: Mapping[str, _Setting], config_class: type, pla
     return ConfigurationError(f"{place}{key} is not a setting; the nearest is {dashes}{max(named, key=likeness)}")
 
 
-def _find_config(name: str, has_presets: bool) -> Path:
-    if has_presets and name in PRESETS:
-        return PRESETS[name]
-    if not Path(name).is_file():
-        presets = f", and the presets are {', '.join(PRESETS)}" if has_presets else ""
-        raise ConfigurationError(f"--config {name}: no such file{presets}")
-    return Path(name)
-
-
 def _format_help(
     values: Mapping[str, Any], settings: Mapping[str, _Setting], description: str, files: Sequence[str]
 ) -> str:
     """The text of --help; files are those that its defaults come from, if the program has presets."""
     spec = sys.modules["__main__"].__spec__  # None where the program is a file, not a module
-    several = {key: "..." if typing.get_origin(one.type) is list else "" for key, one in settings.items()}
-    words = [key.upper() + several[key] for key, one in settings.items() if one.positional]
+    words = [key.upper() + "..." * (one.type == list[str]) for key, one in settings.items() if one.positional]
+    config = "PRESET|FILE" if files else "FILE"
+    source = " and ".join(f"the preset {name}" if name in PRESETS else name for name in files)
     parser = argparse.ArgumentParser(
         prog=f"python -m {spec.name}" if spec else None,
-        usage=" ".join(
-            ["%(prog)s", *words, f"[--config {'PRESET|FILE' if files else 'FILE'}]", "[--SETTING VALUE]..."]
-        ),
+        usage=" ".join(["%(prog)s", *words, f"[--config {config}]", "[--SETTING VALUE]..."]),
         description="\n\n".join(textwrap.fill(part, 80) for part in description.split("\n\n")),
-        epilog=f"Defaults shown are those of --config {' --config '.join(files)}." if files else None,
+        epilog=f"Defaults shown are those of {source}. What a YAML file leaves out is as in roberta-base."
+        * bool(files),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML for --config and exit")
     presets = f"preset ({', '.join(PRESETS)}) or " if files else ""
-    parser.add_argument("--config", help=f"{presets}YAML file of settings; may be repeated; options override it")
+    parser.add_argument("--config", metavar=config, help=f"{presets}YAML file of settings; may be repeated")
     groups: dict[str, Any] = {"": parser}
     for key, one in settings.items():
         value = functools.reduce(operator.getitem, key.split("."), values)

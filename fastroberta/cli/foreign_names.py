@@ -1,9 +1,11 @@
-"""Names of fairseq and of transformers' Trainer that users try here: what each is called, and how its value converts.
+"""Names that users try in training: fairseq's, transformers' and the planner's. What each is here, and how it converts.
 
 Each text completes "NAME ...". They are looked up by the last part of a name, and only if it is not one of ours.
 """
 
 from __future__ import annotations
+
+from ..config import ClusterConfig
 
 _STEP = "has no counterpart: it follows from micro_batch_size and train_batch_size, the sequences of a whole step, "
 _PREPARE = "has no counterpart: prepare the text with python -m fastroberta.prepare, and give its directory as data"
@@ -106,3 +108,6 @@ HUGGING_FACE_NAMES = {
     "validation_file": "has no counterpart: python -m fastroberta.prepare holds documents out, by heldout_fraction",
     "warmup_ratio": "is lr_scheduler.warmup_steps = warmup_ratio x max_steps here",
 }
+
+_PLAN = "belongs to python -m fastroberta.plan, which predicts a run and does not train"
+HINTS = FAIRSEQ_NAMES | HUGGING_FACE_NAMES | dict.fromkeys(ClusterConfig.__dataclass_fields__, _PLAN)

@@ -10,6 +10,18 @@ import yaml
 
 from ..errors import ConfigurationError
 
+PRESETS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "presets").glob("*.yaml"))}
+
+
+def find_file(name: str, *, has_presets: bool) -> Path:
+    """The file that --config names: a preset, if the program has presets, or a path. Raises ConfigurationError."""
+    if has_presets and name in PRESETS:
+        return PRESETS[name]
+    if not Path(name).is_file():
+        presets = f", and the presets are {', '.join(PRESETS)}" if has_presets else ""
+        raise ConfigurationError(f"--config {name}: no such file{presets}")
+    return Path(name)
+
 
 def read_settings(path: Path) -> Iterator[tuple[str, Any, str]]:
     """Dotted key, value and place ("FILE:LINE: ") of each setting in a YAML file.

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, is_dataclass
 import pytest
 import yaml
 
-from fastroberta.cli.arguments import PRESETS, from_dict, parse_arguments, to_dict, validate
+from fastroberta.cli.arguments import from_dict, parse_arguments, to_dict, validate
 from fastroberta.cli.foreign_names import FAIRSEQ_NAMES, HUGGING_FACE_NAMES
+from fastroberta.cli.yaml_settings import PRESETS
 from fastroberta.config import ClusterConfig, LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig, setting
 from fastroberta.costs import num_parameters
 from fastroberta.errors import ConfigurationError
@@ -112,11 +113,14 @@ def test_help_shows_every_field_and_its_sentence(capsys):
     for part in (TrainConfig, ModelConfig, OptimizerConfig, LRSchedulerConfig):
         for field in fields(part):
             if not is_dataclass(getattr(TrainConfig(), field.name, None)):
-                assert field.metadata["help"], field.name
+                assert len(field.metadata["help"].split()) > 1 and not field.metadata["help"].startswith("of "), (
+                    field.name
+                )
                 assert f"{field.name} " in shown
                 # Wrapped lines break at hyphens.
                 assert field.metadata["help"].replace(" ", "") in shown.replace(" ", ""), field.name
-    assert "default: 1024" in shown  # of the preset
+    assert "default: 1024" in shown
+    assert "Defaults shown are those of the preset roberta-large." in shown
 
 
 def test_positional_arguments_before_between_and_after_options():
