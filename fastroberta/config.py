@@ -1,7 +1,7 @@
-"""What can be configured: one dataclass a program part, one sentence a field, which is also the text of --help.
+"""Settings of training: one dataclass for each part, and for each field the phrase that --help shows.
 
-Names are Hugging Face's where it has one; fairseq's name stands in brackets. Values come, each overriding the one
-before, from the defaults here, from the presets or files named by --config, and from the command line.
+Names are Hugging Face's where it has one; fairseq's name stands in brackets. Later sources override earlier ones: the
+defaults here, the presets or files named by --config, the command line.
 """
 
 from __future__ import annotations
@@ -16,38 +16,41 @@ from .errors import ConfigurationError
 def setting(
     default: Any = dataclasses.MISSING, help: str = "", *, valid: str | None = None, positional: bool = False
 ) -> Any:
-    """A dataclass field with its sentence for --help; without a default it is required.
+    """A dataclass field with its phrase for --help; without a default, it is required.
 
-    valid is the interval that numbers must lie in, as mathematics writes it: "[0, 1)". A positional field is given
-    on the command line without its name; one of type list[str] comes last and takes all words there are, at least one.
+    Args:
+        valid: the interval that a number must lie in, as in mathematics: "[0, 1)". Every float has one, as NaN is in none.
+        positional: given on the command line without a name. A positional list[str] comes last and takes all words left.
     """
     metadata = {"help": help, "valid": valid, "positional": positional}
-    if isinstance(default, type):  # list, which every instance needs anew
+    if isinstance(default, type):  # list: each instance needs its own
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class ModelConfig:
-    """The encoder. The rest of RoBERTa is fixed: exact GELU, one token type, special ids as the tokenizer has them."""
+    """The encoder. Fixed as in RoBERTa: exact GELU, one token type; special token ids are the tokenizer's."""
 
-    vocab_size: int | None = setting(None, "ids of the vocabulary; null takes the data's tokenizer", valid="[6, inf)")
-    hidden_size: int = setting(768, "width of the encoder [encoder_embed_dim]", valid="[1, inf)")
-    num_hidden_layers: int = setting(12, "encoder layers [encoder_layers]", valid="[1, inf)")
-    num_attention_heads: int = setting(12, "heads a layer [encoder_attention_heads]", valid="[1, inf)")
-    intermediate_size: int = setting(3072, "width inside the MLP [encoder_ffn_embed_dim]", valid="[1, inf)")
-    hidden_dropout_prob: float = setting(0.1, "dropout on hidden states [dropout]", valid="[0, 1)")
+    vocab_size: int | None = setting(None, "vocabulary size; null: that of the data's tokenizer", valid="[6, inf)")
+    hidden_size: int = setting(768, "width of the hidden states [encoder_embed_dim]", valid="[1, inf)")
+    num_hidden_layers: int = setting(12, "number of encoder layers [encoder_layers]", valid="[1, inf)")
+    num_attention_heads: int = setting(
+        12, "number of attention heads per layer [encoder_attention_heads]", valid="[1, inf)"
+    )
+    intermediate_size: int = setting(3072, "width of the MLP's inner layer [encoder_ffn_embed_dim]", valid="[1, inf)")
+    hidden_dropout_prob: float = setting(0.1, "dropout probability of the hidden states [dropout]", valid="[0, 1)")
     attention_probs_dropout_prob: float = setting(
-        0.1, "dropout on attention probabilities [attention_dropout]", valid="[0, 1)"
+        0.1, "dropout probability of the attention weights [attention_dropout]", valid="[0, 1)"
     )
     max_position_embeddings: int = setting(
-        514, "rows of the position table, two more than the longest sequence [max_positions + 2]", valid="[3, inf)"
+        514, "rows of the position table: length of the longest sequence, plus 2 [max_positions + 2]", valid="[3, inf)"
     )
-    layer_norm_eps: float = setting(1e-5, "added to the variance in LayerNorm", valid="(0, 1)")
+    layer_norm_eps: float = setting(1e-5, "constant added to the variance in LayerNorm", valid="(0, 1)")
     initializer_range: float = setting(0.02, "standard deviation of the initial weights", valid="(0, inf)")
 
     def check(self) -> None:
-        """Refuse what no single field shows."""
+        """Refuse settings that do not fit together."""
         if self.hidden_size % self.num_attention_heads:
             raise ConfigurationError(
                 f"model.hidden_size = {self.hidden_size} must be a multiple of "
@@ -63,35 +66,38 @@ class ModelConfig:
 
 @dataclass
 class OptimizerConfig:
-    """How a gradient becomes an update."""
+    """How gradients update the weights."""
 
     name: Literal["adamw", "lamb", "apex_lamb"] = setting(
-        "adamw", "update rule; apex_lamb is NVIDIA's implementation, for comparison, and must be installed [optimizer]"
+        "adamw", "update rule; apex_lamb is NVIDIA's implementation, for comparison, if installed [optimizer]"
     )
-    learning_rate: float = setting(6e-4, "highest learning rate, reached after the warm-up [lr]", valid="(0, inf)")
+    learning_rate: float = setting(6e-4, "peak learning rate, reached at the end of the warm-up [lr]", valid="(0, inf)")
     betas: tuple[float, float] = setting(
-        (0.9, 0.98), "decay of the running means of the gradient and of its square [adam_betas]", valid="[0, 1)"
+        (0.9, 0.98), "decay rates of the running means of gradient and squared gradient [adam_betas]", valid="[0, 1)"
     )
-    eps: float = setting(1e-6, "added to the root of the second moment [adam_eps]", valid="(0, inf)")
-    weight_decay: float = setting(0.01, "decoupled weight decay", valid="[0, inf)")
+    eps: float = setting(1e-6, "constant added to the square root of the second moment [adam_eps]", valid="(0, inf)")
+    weight_decay: float = setting(0.01, "decoupled weight decay coefficient [weight_decay]", valid="[0, inf)")
     decay: Literal["all", "no_bias_norm"] = setting(
-        "all", "what decays: every parameter (fairseq), or all but biases and LayerNorm (BERT, Hugging Face)"
+        "all",
+        "parameters that weight decay applies to: all (fairseq), or all but biases and LayerNorm (BERT)",
     )
-    max_grad_norm: float = setting(0.0, "clip the global gradient norm to this; 0 = off [clip_norm]", valid="[0, inf)")
+    max_grad_norm: float = setting(0.0, "largest global gradient norm; 0: no clipping [clip_norm]", valid="[0, inf)")
 
 
 @dataclass
 class LRSchedulerConfig:
-    """The learning rate over the run: a linear warm-up from 0, then a decay to 0 at max_steps."""
+    """The learning rate over the run: linear warm-up from 0, then decay to 0 at max_steps."""
 
     name: Literal["linear", "polynomial", "cosine", "constant"] = setting(
-        "linear", "shape of the decay; constant has none [lr_scheduler]"
+        "linear", "shape of the decay; constant: no decay [lr_scheduler]"
     )
-    warmup_steps: int = setting(24_000, "steps from 0 to the highest rate [warmup_updates]", valid="[0, inf)")
-    power: float = setting(1.0, "exponent of the polynomial decay, and of no other [power]", valid="(0, inf)")
+    warmup_steps: int = setting(
+        24_000, "number of steps until the peak rate is reached [warmup_updates]", valid="[0, inf)"
+    )
+    power: float = setting(1.0, "exponent of the polynomial decay [power]", valid="(0, inf)")
 
     def check(self) -> None:
-        """Refuse what no single field shows."""
+        """Refuse settings that do not fit together."""
         if self.power != 1 and self.name != "polynomial":
             raise ConfigurationError(
                 f"lr_scheduler.power = {self.power} belongs to the polynomial schedule: "
@@ -101,13 +107,13 @@ class LRSchedulerConfig:
 
 @dataclass
 class BatchRampConfig:
-    """Smaller batches at the beginning, when gradients agree more (Brown et al., arXiv 2005.14165, section 2.3)."""
+    """Smaller batches early on, when gradients are less noisy (Brown et al., arXiv 2005.14165, section 2.3)."""
 
     start: int | None = setting(
-        None, "sequences of the first steps; null = train_batch_size from the first on", valid="[1, inf)"
+        None, "batch size of the first steps; null: train_batch_size throughout", valid="[1, inf)"
     )
     tokens: int = setting(
-        0, "tokens over which the batch grows to train_batch_size, by start at a time", valid="[0, inf)"
+        0, "number of tokens over which the batch grows to train_batch_size, by start at a time", valid="[0, inf)"
     )
 
 
@@ -115,59 +121,63 @@ class BatchRampConfig:
 class TrainConfig:
     """One training run."""
 
-    data: str | None = setting(None, "directory written by fastroberta.prepare; null = the texts inside Python [data]")
-    output_dir: str = setting("runs/roberta", "checkpoints and metrics; a run found there is continued [save_dir]")
-    init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes replace model.*")
-    seed: int = setting(1, "of initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto takes a GPU if there is one")
+    data: str | None = setting(None, "directory written by fastroberta.prepare; null: the texts inside Python [data]")
+    output_dir: str = setting("runs/roberta", "directory of the run, which is continued if found there [save_dir]")
+    init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes override model.*")
+    seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: on a GPU if there is one")
     precision: Literal["bf16", "fp16", "fp32"] = setting(
-        "bf16", "of the matrix products; master weights stay fp32; fp16 scales the loss [fp16, bf16]"
+        "bf16", "precision of the matrix products; weights stay fp32, and fp16 scales the loss [fp16, bf16]"
     )
 
-    max_seq_length: int = setting(512, "tokens a sequence [tokens_per_sample]", valid="[8, inf)")
+    max_seq_length: int = setting(512, "number of tokens per sequence [tokens_per_sample]", valid="[8, inf)")
     packing: Literal["full-sentences", "doc-sentences", "contiguous"] = setting(
         "full-sentences",
-        "whole sentences across documents, whole sentences of one document, or cut anywhere so that every sequence "
-        "is full [sample_break_mode: complete, complete_doc, none]",
+        "how sequences are filled: with whole sentences across documents, with whole sentences of one document, or cut "
+        "anywhere so that each is full [sample_break_mode: complete, complete_doc, none]",
     )
     attention_scope: Literal["block", "document"] = setting(
-        "block", "tokens attend to their whole sequence (RoBERTa), or only to their own document"
+        "block", "what a token attends to: its whole sequence (RoBERTa), or only its own document"
     )
-    masking: Literal["dynamic", "static"] = setting("dynamic", "new masks every epoch, or (to compare) always the same")
-    mlm_probability: float = setting(0.15, "share of tokens to predict [mask_prob]", valid="(0, 1)")
+    masking: Literal["dynamic", "static"] = setting("dynamic", "masks: new in every epoch, or always the same")
+    mlm_probability: float = setting(0.15, "fraction of tokens to predict [mask_prob]", valid="(0, 1)")
 
     train_batch_size: int = setting(
-        8192, "sequences an optimizer step, over all devices [batch_size x update_freq x devices]", valid="[1, inf)"
+        8192,
+        "number of sequences per step, over all devices [batch_size x update_freq x devices]",
+        valid="[1, inf)",
     )
     micro_batch_size: int | Literal["auto"] = setting(
-        "auto", "sequences a device holds at once; auto finds what fits [batch_size]", valid="[1, inf)"
+        "auto",
+        "number of sequences that a device processes at once; auto: as many as fit [batch_size]",
+        valid="[1, inf)",
     )
     sharding: Literal["none", "optimizer", "full"] = setting(
         "none",
-        "what each of several devices keeps 1/N of: nothing; the optimizer's state; weights and gradients as well "
-        "(FSDP2, for models that one device cannot hold) [zero_sharding]",
+        "what is split among the devices: nothing, the optimizer's state, or also weights and gradients (FSDP2, for "
+        "models that do not fit on one device) [zero_sharding]",
     )
     hang_timeout: float = setting(
         600.0,
-        "seconds without progress after which several processes end, and say which held them up",
+        "seconds without progress after which a run of several processes ends, naming the one that hangs",
         valid="[5, inf)",
     )
-    max_steps: int = setting(500_000, "optimizer steps of the whole run [max_update]", valid="[1, inf)")
+    max_steps: int = setting(500_000, "number of optimizer steps in the whole run [max_update]", valid="[1, inf)")
     gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward: less memory, about a third more time [checkpoint_activations]"
+        False, "recompute activations in the backward pass: less memory, a third more time [checkpoint_activations]"
     )
     torch_compile: bool = setting(False, "compile the model with torch.compile")
 
-    logging_steps: int = setting(50, "steps between two lines of metrics [log_interval]", valid="[1, inf)")
-    eval_steps: int = setting(1000, "steps between two evaluations [validate_interval_updates]", valid="[1, inf)")
-    eval_sequences: int = setting(1024, "held-out sequences an evaluation", valid="[1, inf)")
-    save_steps: int = setting(1000, "steps between two checkpoints [save_interval_updates]", valid="[1, inf)")
+    logging_steps: int = setting(50, "number of steps between log lines [log_interval]", valid="[1, inf)")
+    eval_steps: int = setting(1000, "number of steps between evaluations [validate_interval_updates]", valid="[1, inf)")
+    eval_sequences: int = setting(1024, "number of held-out sequences per evaluation", valid="[1, inf)")
+    save_steps: int = setting(1000, "number of steps between checkpoints [save_interval_updates]", valid="[1, inf)")
     save_total_limit: int = setting(
-        3, "newest checkpoints to keep; the best is kept as well [keep_interval_updates]", valid="[1, inf)"
+        3, "number of latest checkpoints to keep, besides the best [keep_interval_updates]", valid="[1, inf)"
     )
-    tensorboard: bool = setting(True, "write TensorBoard files too, where it is installed [tensorboard_logdir]")
+    tensorboard: bool = setting(True, "also write TensorBoard files, if TensorBoard is installed [tensorboard_logdir]")
     dry_run: bool = setting(
-        False, "resolve everything, print parameters, memory and expected time, do two small steps, leave nothing"
+        False, "print model size, memory and expected time, take two small steps, and leave no files behind"
     )
 
     batch_ramp: BatchRampConfig = dataclasses.field(default_factory=BatchRampConfig)
@@ -177,7 +187,7 @@ class TrainConfig:
 
     @property
     def smallest_batch_size(self) -> int:
-        """Sequences of the first step; every step's are a multiple of it."""
+        """Sequences in the first step; every later step has a multiple of it."""
         return self.batch_ramp.start or self.train_batch_size
 
     def check_processes(self, size: int) -> None:
@@ -186,7 +196,7 @@ class TrainConfig:
         if batch % size:
             name = "train_batch_size" if self.batch_ramp.start is None else "batch_ramp.start"
             raise ConfigurationError(
-                f"{name} = {batch} must be a multiple of the {size} processes, which share it evenly: take "
+                f"{name} = {batch} must be a multiple of the {size} processes, which share it evenly: use "
                 f"{max(1, batch // size) * size}, for example"
             )
         if self.micro_batch_size != "auto" and batch % (size * self.micro_batch_size):
@@ -196,13 +206,13 @@ class TrainConfig:
             )
 
     def check(self) -> None:
-        """Refuse what no single field shows."""
-        # With init_from the table is that of the checkpoint, which is not read yet.
+        """Refuse settings that do not fit together."""
+        # With init_from, the position table is the checkpoint's, which has not been read yet.
         if self.init_from is None and self.max_seq_length + 2 > self.model.max_position_embeddings:
             raise ConfigurationError(
                 f"max_seq_length = {self.max_seq_length} needs model.max_position_embeddings of at least "
-                f"{self.max_seq_length + 2} (positions start at 2), which is {self.model.max_position_embeddings}: "
-                f"lower max_seq_length to {self.model.max_position_embeddings - 2} or raise the other"
+                f"{self.max_seq_length + 2} (positions start at 2), not {self.model.max_position_embeddings}: "
+                f"lower max_seq_length to {self.model.max_position_embeddings - 2}, or raise the other"
             )
         if round(self.mlm_probability * (self.max_seq_length - 2)) < 1:
             raise ConfigurationError(
@@ -213,8 +223,8 @@ class TrainConfig:
             raise ConfigurationError("batch_ramp.start and batch_ramp.tokens belong together: give both or neither")
         if ramp.start is not None and self.train_batch_size % ramp.start:
             raise ConfigurationError(
-                f"batch_ramp.start = {ramp.start} must divide train_batch_size = {self.train_batch_size}, because batches "
-                "grow by that many sequences at a time"
+                f"batch_ramp.start = {ramp.start} must divide train_batch_size = {self.train_batch_size}, because the "
+                "batch grows by that many sequences at a time"
             )
         smallest = "train_batch_size" if ramp.start is None else "batch_ramp.start"
         if self.micro_batch_size != "auto" and self.smallest_batch_size % self.micro_batch_size:
@@ -222,7 +232,7 @@ class TrainConfig:
                 f"micro_batch_size = {self.micro_batch_size} must divide {smallest} = {self.smallest_batch_size}"
             )
         if self.sharding == "full" and self.torch_compile:
-            raise ConfigurationError("sharding = full and torch_compile exclude each other: leave one of them")
+            raise ConfigurationError("sharding = full and torch_compile cannot be combined: leave one out")
         if self.lr_scheduler.warmup_steps > self.max_steps:
             raise ConfigurationError(
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is more than max_steps = "
@@ -230,3 +240,29 @@ class TrainConfig:
             )
         if self.optimizer.name == "apex_lamb" and self.device == "cpu":
             raise ConfigurationError("optimizer.name = apex_lamb runs on a GPU only: use lamb")
+
+
+@dataclass
+class ClusterConfig:
+    """The machines that a run is planned for; bandwidths are those reached, not those of data sheets."""
+
+    nodes: int = setting(1, "number of machines", valid="[1, inf)")
+    gpus: int = setting(8, "number of GPUs per machine", valid="[1, inf)")
+    gpu_name: str = setting("H200", "GPU, named as PyTorch names it; decides the peak FLOP/s")
+    gpu_memory: float | None = setting(
+        None, "memory per GPU in GiB, a tenth of which stays free; null: that of gpu_name", valid="(0, inf)"
+    )
+    gpu_bandwidth: float | None = setting(
+        None, "memory bandwidth of a GPU in TB/s; null: 5/6 of gpu_name's peak", valid="(0, inf)"
+    )
+    mfu: float = setting(
+        0.4,
+        "fraction of the peak FLOP/s that forward and backward passes reach; measure it for your run",
+        valid="(0, 1]",
+    )
+    node_bandwidth: float | None = setting(
+        None, "bandwidth in GB/s from a GPU to the next in its machine; null: 80% of gpu_name's link", valid="(0, inf)"
+    )
+    network_bandwidth: float = setting(
+        40.0, "bandwidth in GB/s per GPU to other machines; 40 is 80% of a 400 Gbit/s card per GPU", valid="(0, inf)"
+    )

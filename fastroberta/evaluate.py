@@ -25,25 +25,25 @@ class EvaluateConfig:
     """One evaluation."""
 
     checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
-    data: str = setting(help="directory written by fastroberta.prepare; its held-out documents are used")
+    data: str = setting(help="directory written by fastroberta.prepare, whose held-out documents are scored")
     max_seq_length: int | None = setting(
-        None, "tokens a sequence; null: as the checkpoint was trained, else 512", valid="[8, inf)"
+        None, "number of tokens per sequence; null: as in training, or 512 if unknown", valid="[8, inf)"
     )
     packing: Literal["full-sentences", "doc-sentences", "contiguous"] | None = setting(
-        None, "how sequences are cut; null: as the checkpoint was trained, else full-sentences"
+        None, "how sequences are filled; null: as in training, or full-sentences if unknown"
     )
     attention_scope: Literal["block", "document"] | None = setting(
-        None, "what tokens attend to; null: as the checkpoint was trained, else block"
+        None, "what a token attends to; null: as in training, or block if unknown"
     )
     mlm_probability: float | None = setting(
-        None, "share of tokens to predict; null: as the checkpoint was trained, else 0.15", valid="(0, 1)"
+        None, "fraction of tokens to predict; null: as in training, or 0.15 if unknown", valid="(0, 1)"
     )
     eval_sequences: int = setting(
-        1024, "held-out sequences, spread evenly; more than there are means all", valid="[1, inf)"
+        1024, "number of held-out sequences, spread evenly over all there are", valid="[1, inf)"
     )
-    micro_batch_size: int = setting(16, "sequences at once", valid="[1, inf)")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto takes a GPU if there is one")
-    precision: Literal["bf16", "fp16", "fp32"] = setting("fp32", "of the matrix products")
+    micro_batch_size: int = setting(16, "number of sequences processed at once", valid="[1, inf)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
+    precision: Literal["bf16", "fp16", "fp32"] = setting("fp32", "precision of the matrix products")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

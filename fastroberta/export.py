@@ -22,7 +22,7 @@ class ExportConfig:
     """One export."""
 
     checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
-    out: str = setting(help="directory to write; must not exist or be empty", positional=True)
+    out: str = setting(help="directory to write; must be empty or not exist yet", positional=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

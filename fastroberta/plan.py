@@ -1,45 +1,48 @@
-"""`python -m fastroberta.train --plan`: the memory, communication and speed that a run would have on a cluster.
+"""`python -m fastroberta.plan`: the memory, communication and speed of a run on a cluster, predicted without training.
 
-Memory is `metrics.estimate_memory`. Bytes are those that sharding.py sends; tests/test_plan.py holds both against what
-processes really keep and send. Times are a model, and nothing else: no cluster has been measured.
+Memory is `costs.estimate_memory`, bytes sent are `parallel.traffic.bytes_sent`; tests/test_plan.py compares both with
+what processes keep and send. Times come from a model; no cluster has been measured.
 
     compute    model FLOPs / (processes x mfu x peak of the GPU); a third more with gradient_checkpointing
-    update     44 bytes of device memory for each parameter that a process updates
-    a message  bytes sent / speed of the slowest link, and a delay for each hop: once around the ring for a reduce-scatter
-               or an all-gather, twice for an all-reduce. NCCL lays a ring for each network card of a node, so the cards of
-               all its GPUs share what goes to the next node
-    hidden     none and optimizer: the reduction, under the backward of the last micro-batch; not that of the word table,
-               which is ready last, and not the gathering of updated weights
-               full: everything, under the whole compute; not embeddings and head, which come first and go last
-    step       compute + update + what is not hidden
+    update     44 bytes of memory traffic for each parameter that a process updates
+    a message  bytes sent / bandwidth of the slowest link, plus a latency per hop: once around the ring for a
+               reduce-scatter or an all-gather, twice for an all-reduce. NCCL builds a ring for each network card of a
+               node, so the cards of all its GPUs share the traffic to the next node
+    hidden     none and optimizer: the reduction, behind the backward pass of the last micro-batch; not that of the word
+               table, which is ready last, and not the gathering of updated weights
+               full: everything, behind all of the compute, but for embeddings and head, which come first and last
+    step       compute + update + communication that is not hidden
 
-Left out: reading data, evaluations and checkpoints, what communication takes from a GPU's compute, trees in place of
-rings (which NCCL may choose for all-reduces over many nodes, and which are faster there), and the batch ramp.
+Not modelled: reading data, evaluations and checkpoints, what communication costs a GPU's compute, trees instead of
+rings (which NCCL may choose for all-reduces over many nodes, where they are faster), and the batch ramp.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .cli.arguments import parse_arguments
-from .config import TrainConfig, setting
+from .cli.program import run
+from .config import ClusterConfig, TrainConfig
 from .costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters, peak_flops
 from .errors import ConfigurationError
 from .log import format_seconds, print_line
 from .parallel.traffic import Traffic, bytes_sent, count_buckets
 
-DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
-counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
+DESCRIPTION = """Predict, without training, the memory, communication and speed of a run on a cluster. Memory and bytes are
+counted; times come from a model, which fastroberta/plan.py describes. The settings are those of the cluster, which come
+first, and those of fastroberta.train."""
 VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
-# Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
+# Latency in seconds from GPU to GPU, inside a node and between nodes, as NCCL assumes it (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
 NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
-# Of GPUs that have one size only: GiB, TB/s of the memory, GB/s one way to the next GPU by NVLink or else PCIe, from the
-# datasheets; their GB of memory are GiB here, of which a tenth stays free, but for the H200, where PyTorch finds 139. A GPU
-# sold with several sizes is in it by PyTorch's name for each, or not at all.
+# From data sheets: memory in GiB, its bandwidth in TB/s, and GB/s one way to the next GPU, by NVLink or else PCIe. A data
+# sheet's GB are taken as GiB, except for the H200, on which PyTorch finds 139. A GPU sold with several memory sizes is
+# listed by PyTorch's name for each size, or not at all.
 _MACHINES = {
     r"\bH200\b": (139.0, 4.8, 450.0),
     r"\bH100\b(?! NVL| PCIe)": (80.0, 3.35, 450.0),
@@ -54,31 +57,12 @@ _MACHINES = {
     r"\bRTX 3090$": (24.0, 0.936, 32.0),
     r"\bT4\b": (16.0, 0.32, 16.0),
 }
-UPDATE_BYTES = 44  # read and written a parameter by AdamW and LAMB, with the gradient's norm, scaling and clearing
+UPDATE_BYTES = 44  # read and written per parameter by AdamW and LAMB, with the norm, scaling and clearing of gradients
 
 
 @dataclass
-class PlanConfig(TrainConfig):
-    """A training run, and the machines that it is planned for."""
-
-    nodes: int = setting(1, "machines", valid="[1, inf)")
-    gpus: int = setting(8, "GPUs a machine", valid="[1, inf)")
-    gpu_name: str = setting("H200", "whose peak counts, named as PyTorch does")
-    gpu_memory: float | None = setting(
-        None, "GiB of a GPU, of which nine tenths are used; null goes by gpu_name", valid="(0, inf)"
-    )
-    gpu_bandwidth: float | None = setting(
-        None, "TB/s that a GPU reaches in its memory; null takes 5/6 of gpu_name's", valid="(0, inf)"
-    )
-    mfu: float = setting(
-        0.4, "share of the peak that forward and backward reach; an assumption, until a run says it", valid="(0, 1]"
-    )
-    node_bandwidth: float | None = setting(
-        None, "GB/s that a GPU reaches to the next one in its node; null takes 80% of gpu_name's link", valid="(0, inf)"
-    )
-    network_bandwidth: float = setting(
-        40.0, "GB/s to another node for each GPU: 80% of a card of 400 Gbit/s a GPU", valid="(0, inf)"
-    )
+class PlanConfig(TrainConfig, ClusterConfig):
+    """A training run, and the cluster that it is planned for."""
 
     def __post_init__(self) -> None:
         for pattern, (memory, bandwidth, link) in _MACHINES.items():
@@ -88,12 +72,12 @@ class PlanConfig(TrainConfig):
                 self.node_bandwidth = link * 0.8 if self.node_bandwidth is None else self.node_bandwidth
 
     def check(self) -> None:
-        """Refuse what no single field shows."""
+        """Refuse settings that do not fit together."""
         super().check()
         self.check_processes(self.nodes * self.gpus)
         if peak_flops(self.gpu_name) is None:
             raise ConfigurationError(
-                f"gpu_name = {self.gpu_name}: its peak is not known here; A100, H100, H200, B200 and L40S are, among others"
+                f"gpu_name = {self.gpu_name}: its peak is not known here; known are A100, H100, H200, B200, L40S and others"
             )
         names = ("gpu_memory", "gpu_bandwidth", "node_bandwidth")
         if missing := [f"--{name}" for name in names if getattr(self, name) is None]:
@@ -112,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Prediction(NamedTuple):
-    """A run on some GPUs. Seconds are of one step, memory is in bytes of one GPU, as is what is sent, by each."""
+    """A run on some GPUs: seconds per step, and bytes of memory and of traffic per GPU."""
 
     nodes: int
     gpus: int
@@ -123,7 +107,7 @@ class Prediction(NamedTuple):
     compute: float
     update: float
     communication: float
-    exposed: float  # the part of the communication for which the GPU waits
+    exposed: float  # communication that the GPU waits for
 
     @property
     def num_processes(self) -> int:
@@ -135,7 +119,7 @@ class Prediction(NamedTuple):
 
 
 def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
-    """The run of `config` on some of its machines; the micro-batch is the largest that fits, or 1."""
+    """The run of `config` on some of its machines, with the largest micro-batch that fits, or 1."""
     size = nodes * gpus
     share = config.smallest_batch_size // size
     if config.micro_batch_size == "auto":
@@ -163,10 +147,10 @@ def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
 def time_messages(
     config: PlanConfig, nodes: int, gpus: int, sent: Traffic, num_micro_batches: int, compute: float, backward: float
 ) -> tuple[float, float]:
-    """Seconds of a step's communication, and how many of them the GPU waits.
+    """Seconds of communication per step, and how many of them the GPU waits.
 
     Args:
-        compute, backward: seconds of a step, and of the backward of its last micro-batch, to hide in.
+        compute, backward: seconds of compute per step, and in its last backward pass, which hide communication.
     """
     if nodes * gpus == 1:
         return 0.0, 0.0
@@ -197,7 +181,7 @@ def time_messages(
 
 
 def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
-    """The table that a person reads."""
+    """Print the predictions as a table."""
     peak = peak_flops(config.gpu_name) or 0.0
     print_line(
         f"{num_parameters(config.model):,} parameters, {config.precision}, sharding {config.sharding}; "
@@ -238,10 +222,14 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
 
 def _usable_memory(config: PlanConfig) -> float:
     assert config.gpu_memory is not None  # by check
-    return 0.9 * config.gpu_memory * 2**30  # as the trainer takes it
+    return 0.9 * config.gpu_memory * 2**30  # the trainer uses the same fraction
 
 
 def _name(one: Prediction) -> str:
     if one.num_processes == 1:
         return "1 GPU"
     return f"{one.nodes} node{'s' if one.nodes > 1 else ''} of {one.gpus}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -19,6 +19,7 @@ FLOORS = [
     ["training"],
     ["prepare", "evaluate", "export", "plan", "torchrun"],
     ["train"],
+    ["__main__"],
 ]
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],
@@ -127,7 +128,7 @@ def test_importing_the_kernels_imports_no_trainer_and_no_transformers(package):
 
 def test_help_imports_no_torch():
     """Start-up: the programs parse their arguments before they import what takes a second."""
-    for program in ("train", "evaluate", "export", "prepare"):
+    for program in ("train", "evaluate", "export", "plan", "prepare"):
         code = (
             f"import sys, runpy; sys.argv = ['{program}', '--help']\n"
             f"try: runpy.run_module('fastroberta.{program}', run_name='__main__', alter_sys=True)\n"

@@ -92,7 +92,7 @@ def test_config_of_another_model_is_refused(directory):
     [
         (None, "holds no settings by name"),
         ({"hidden_size": "x"}, "hidden_size = x: takes a whole number"),
-        ({"hidden_size": True}, "hidden_size = True: takes a whole number"),
+        ({"hidden_size": True}, "hidden_size = true: takes a whole number"),
         ({"vocab_size": None}, "vocab_size missing"),
         ({"pad_token_id": "x"}, "pad_token_id is 'x'"),
         ({"num_attention_heads": 5}, "hidden_size = 32 must be a multiple of num_attention_heads = 5"),

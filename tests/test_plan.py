@@ -6,7 +6,6 @@ torchrun starts this file as those processes; each mode's process 0 prints a lin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -19,7 +18,7 @@ import pytest
 import torch
 from fastroberta_kernels.masking import mask_tokens
 
-from fastroberta.cli.arguments import PLAN_NAMES, parse_arguments
+from fastroberta.cli.arguments import parse_arguments
 from fastroberta.cli.program import run
 from fastroberta.config import ModelConfig, TrainConfig
 from fastroberta.costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters
@@ -328,17 +327,13 @@ def test_program_refuses_what_the_trainer_would(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_its_settings_without_it_are_told_apart(tmp_path):
-    """In the trainer's own list, because training does not import plan.py."""
-    plan, training = ({field.name for field in dataclasses.fields(one)} for one in (PlanConfig, TrainConfig))
-    own = plan - training
-    assert own == set(PLAN_NAMES)
-    for name in own:
-        with pytest.raises(ConfigurationError, match=f"--{name} belongs to --plan, which predicts .* give --plan too"):
-            train([f"--{name}", "1"])
+@pytest.mark.parametrize("word", ["--plan=yes", "--nodes", "--mfu"])
+def test_its_settings_are_refused_without_it(word, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"belongs to python -m fastroberta\.plan"):
+        train([word, "1"])
     file = tmp_path / "cluster.yaml"
     file.write_text("nodes: 4\n")
-    with pytest.raises(ConfigurationError, match=r"cluster\.yaml:1: nodes belongs to --plan"):
+    with pytest.raises(ConfigurationError, match=r"cluster\.yaml:1: nodes belongs to python -m fastroberta\.plan"):
         train(["--config", str(file)])
     assert train(["--config", "roberta-base", "--config", str(file), "--plan"]) == 0
 
@@ -363,7 +358,7 @@ def test_settings_of_training_are_those_of_the_plan():
 def test_nobody_reads_the_table_to_its_end(unbuffered):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "fastroberta.train", "--plan"]
+    command = [sys.executable, "-m", "fastroberta.plan"]
     done = subprocess.run(
         command, stdout=write, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True
     )

@@ -1,8 +1,9 @@
-"""A directory that a program writes into: made where it is missing, and the program's alone while it runs."""
+"""The directory that a program writes to: created if missing, and locked against a second run."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -13,15 +14,14 @@ from ..errors import ConfigurationError
 
 @contextlib.contextmanager
 def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
-    """Make `directory`, and keep a second run out of it; the system takes the lock from a process that is killed.
+    """Create `directory` and keep a second run out of it. The lock ends with the process, even if that is killed.
 
     Args:
-        lock: the file in it that is locked. option: how the user named the directory.
+        lock: path of the lock file in the directory; it names the process that holds it.
+        option: how the user named the directory.
     Raises:
-        ConfigurationError: it cannot be made or written to, or another run has it.
+        ConfigurationError: it cannot be created or written to, or another run holds the lock.
     """
-    import fcntl
-
     path = directory / lock
     check_directory(directory, option)
     try:
@@ -40,7 +40,7 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
                 f"{directory}: another run writes there ({file.read().strip()}); wait for it, or give another {option}"
             ) from error
         except OSError:
-            pass  # a file system without locks: a run without one is better than none
+            pass  # the file system has no locks: better to run without than not at all
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -48,10 +48,10 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
 
 
 def check_directory(directory: Path, option: str) -> None:
-    """Refuse, without making or writing anything, a directory that could not be made or written to.
+    """Check, without creating anything, that a directory can be created and written to.
 
     Raises:
-        ConfigurationError: naming the option by which the user gave it.
+        ConfigurationError: naming the option that the user gave it with.
     """
     if directory.exists() and not directory.is_dir():
         raise ConfigurationError(f"{option} {directory}: is a file; give a directory")
@@ -62,5 +62,5 @@ def check_directory(directory: Path, option: str) -> None:
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigurationError(
-            f"{option} {directory}: cannot be written to, {nearest} does not let you; give another"
+            f"{option} {directory}: cannot be written to, {nearest} is read-only for you; give another"
         )

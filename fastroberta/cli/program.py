@@ -1,10 +1,11 @@
-"""How a program ends: an exit code, and one line on stderr where something went wrong."""
+"""How a program ends: with an exit code, one line on stderr if something went wrong, and after a signal in good order."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,22 +14,22 @@ from ..errors import FastRobertaError, Stopped
 
 
 def run(program: Callable[[], int | None]) -> int:
-    """Call a program's main and give its exit code: an expected error is one line on stderr, never a traceback.
+    """Call a program's main and return its exit code. An expected error becomes one line on stderr, without a traceback.
 
-    Of the processes that torchrun started, the first speaks; the others only of what did not befall the first as well.
+    Among the processes started by torchrun, the first reports errors; the others do so only if the first has not.
     """
     rank = int(os.environ.get("RANK", "0"))
     before = signal.getsignal(signal.SIGTERM)
     if (
         "RANK" not in os.environ
-    ):  # torchrun's processes may wait inside a library, where only the signal itself ends them
+    ):  # a process of torchrun's may wait inside a library, where only the signal itself ends it
         signal.signal(signal.SIGTERM, _stop_early)
     try:
         return program() or 0
     except FastRobertaError as error:
         is_stopped = isinstance(error, Stopped)
         if rank and not is_stopped:
-            time.sleep(2)  # torchrun ends this process if the first one has said it and gone
+            time.sleep(2)  # torchrun ends this process if the first one has reported the error and exited
         if not (rank and is_stopped):
             start = f"rank {rank}: " if rank else "" if is_stopped else "error: "
             print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
@@ -41,5 +42,42 @@ def run(program: Callable[[], int | None]) -> int:
 
 
 def _stop_early(number: int, _: Any) -> None:
-    """SIGTERM outside of what programs do about it themselves, as SIGINT does: nothing is there yet that could be lost."""
+    """SIGTERM while no StopRequest is there to note it: nothing can be lost yet, so stop at once, as SIGINT does."""
     raise Stopped(f"{signal.Signals(number).name} before the work began, or after; the same command starts again")
+
+
+class StopRequest:
+    """Within its `with` block, notes SIGINT, SIGTERM and SIGHUP, so that the work in hand is finished first.
+
+    A second SIGINT interrupts at once. A second SIGTERM does not, because schedulers send it to every process and torchrun
+    passes it on again. Signals that are ignored (SIGHUP under nohup) stay so; outside the main thread none is noted.
+    """
+
+    number: int | None = None  # of the latest signal
+
+    def __enter__(self) -> StopRequest:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    @property
+    def name(self) -> str | None:
+        """Of the latest signal, "SIGTERM" for example; None while there was none."""
+        return None if self.number is None else signal.Signals(self.number).name
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self.number is not None:
+            raise Stopped(f"{self.name}: stopped; nothing is lost, the same command continues")
