@@ -33,6 +33,7 @@ from .parallel.traffic import Traffic, bytes_sent, count_buckets
 
 DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
 counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
+WITHOUT_BF16 = r"\b(T4|V100)\b"  # whose tensor cores take fp16 only
 VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
 # Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, PlanConfig, description=DESCRIPTION, default_preset="roberta-base")
     if config.model.vocab_size is None:
         config.model.vocab_size = VOCABULARY
+    if config.precision == "auto":
+        config.precision = "fp16" if re.search(WITHOUT_BF16, config.gpu_name) else "bf16"
     sizes = dict.fromkeys([(1, 1), (1, config.gpus), (config.nodes, config.gpus)])
     describe(config, [predict(config, nodes, gpus) for nodes, gpus in sizes])
     return 0
