@@ -126,8 +126,10 @@ class TrainConfig:
     init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes override model.*")
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: on a GPU if there is one")
-    precision: Literal["bf16", "fp16", "fp32"] = setting(
-        "bf16", "precision of the matrix products; weights stay fp32, and fp16 scales the loss [fp16, bf16]"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto",
+        "precision of the matrix products; auto: what the device is fast in. Weights stay fp32, and fp16 scales the loss "
+        "[fp16, bf16]",
     )
 
     max_seq_length: int = setting(512, "number of tokens per sequence [tokens_per_sample]", valid="[8, inf)")

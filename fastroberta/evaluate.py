@@ -43,7 +43,9 @@ class EvaluateConfig:
     )
     micro_batch_size: int = setting(16, "number of sequences processed at once", valid="[1, inf)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
-    precision: Literal["bf16", "fp16", "fp32"] = setting("fp32", "precision of the matrix products")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "precision of the matrix products; auto: as in training, or what the device is fast in if unknown"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .hf import load_huggingface
     from .model import COMPUTE_DTYPES
     from .parallel.processes import select_device
+    from .precision import settle_precision
     from .training.score import evaluate_model
 
     checkpoint = Path(config.checkpoint)
@@ -87,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     device = select_device(config.device)
     model.to(device)
-    model.compute_dtype = COMPUTE_DTYPES[config.precision]
+    precision, _ = settle_precision(config.precision, device, trained.get("precision"))
+    model.compute_dtype = COMPUTE_DTYPES[precision]
     cut = {name: value for name, value in settings.items() if name != "mlm_probability"}
     blocks = open_split(manifest, "heldout", **cut)
     batches = move_ahead(heldout_batches(blocks, config.eval_sequences, config.micro_batch_size), device)
@@ -100,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "eval/accuracy": scores.accuracy,
                 "masked_tokens": scores.num_masked,
                 **settings,
+                "precision": precision,
             }
         )
     )

@@ -36,6 +36,7 @@ from .parallel.traffic import Traffic, bytes_sent, count_buckets
 DESCRIPTION = """Predict, without training, the memory, communication and speed of a run on a cluster. Memory and bytes are
 counted; times come from a model, which fastroberta/plan.py describes. The settings are those of the cluster, which come
 first, and those of fastroberta.train."""
+WITHOUT_BF16 = r"\b(T4|V100)\b"  # their tensor cores take fp16 only
 VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
 # Latency in seconds from GPU to GPU, inside a node and between nodes, as NCCL assumes it (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, PlanConfig, description=DESCRIPTION, default_preset="roberta-base")
     if config.model.vocab_size is None:
         config.model.vocab_size = VOCABULARY
+    if config.precision == "auto":
+        config.precision = "fp16" if re.search(WITHOUT_BF16, config.gpu_name) else "bf16"
     sizes = dict.fromkeys([(1, 1), (1, config.gpus), (config.nodes, config.gpus)])
     describe(config, [predict(config, nodes, gpus) for nodes, gpus in sizes])
     return 0

@@ -15,7 +15,7 @@ FLOORS = [
     ["cli", "costs", "log", "gpu_monitor"],
     ["corpus"],
     ["data", "model", "optim", "checkpoint"],
-    ["parallel", "hf"],
+    ["parallel", "hf", "precision"],
     ["training"],
     ["prepare", "evaluate", "export", "plan", "torchrun"],
     ["train"],

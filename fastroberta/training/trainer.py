@@ -25,6 +25,7 @@ from ..checkpoint import (
     get_path,
     list_checkpoints,
     load_optimizer_tensors,
+    read_state,
     remove_old_checkpoints,
     remove_partial_checkpoints,
     save_checkpoint,
@@ -42,6 +43,7 @@ from ..parallel.fsdp import FullyShardedOptimizer, shard_model
 from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.replicated import ReplicatedOptimizer
 from ..parallel.sharded import ShardedOptimizer
+from ..precision import settle_precision
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
@@ -89,6 +91,11 @@ class Trainer:
             for split in ("train", "heldout")
         )
 
+        checkpoints = list_checkpoints(self.output_dir)
+        before = read_state(checkpoints[-1])["config"].get("precision") if checkpoints else None
+        # The first process decides: the others may have measured on a busier CPU.
+        chosen = self.processes.collect(settle_precision(config.precision, self.device, before))[0]
+        config.precision, self.precision_reason = chosen
         self.model = build_model(config, self.manifest).train()
         self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
         validate(config)  # again, now that the sizes of the data and of the initial model are known
@@ -96,7 +103,6 @@ class Trainer:
         self.eval_loss: dict[int, float] = {}  # of the last step that was scored
         if self.processes.is_first and not config.dry_run:
             remove_partial_checkpoints(self.output_dir)
-        checkpoints = list_checkpoints(self.output_dir)
         if checkpoints:
             self.step = load_weights(checkpoints[-1], self.model, self._describe_run())
         self._check_processes()
@@ -164,6 +170,8 @@ class Trainer:
     def describe(self) -> None:
         """Say what is trained on what."""
         say(self.processes, describe_model(self.config, self.processes, self.blocks, self.batches.size))
+        if self.precision_reason != "as asked":
+            say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
         if self.step:
             say(self.processes, f"{self.output_dir}: continuing after step {self.step}")
 

@@ -458,3 +458,17 @@ print(by_default, count_new_pages())
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     by_default, kept = map(int, printed.split())
     assert kept * 10 < by_default
+
+
+def test_precision_is_chosen_once_and_stays_with_the_run(data, tmp_path, monkeypatch, capsys):
+    rates = {torch.float32: 80e9, torch.bfloat16: 0.8e9}
+    monkeypatch.setattr("fastroberta.precision.measure_product", lambda device, dtype: rates[dtype])
+    changes = {"precision": "auto", "save_steps": 6}
+    Trainer(configure(data, tmp_path, **changes)).train()
+    assert "precision fp32: this CPU multiplies bf16 at 0.8 GFLOP/s, fp32 at 80.0" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoint-00000012")
+    rates[torch.bfloat16] = 200e9  # another machine
+    Trainer(configure(data, tmp_path, **changes)).train()
+    assert "precision fp32: as in the checkpoint" in capsys.readouterr().out
+    state = json.loads((tmp_path / "checkpoint-00000012" / "trainer_state.json").read_text())
+    assert state["config"]["precision"] == "fp32"
