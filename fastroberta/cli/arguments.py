@@ -144,7 +144,7 @@ def validate(config: Any) -> None:
         value: Any = config
         for name in one.key.split("."):
             value = getattr(value, name)
-        if value is None or (one.positional and value == []):
+        if value is None or (one.positional and value == [] and one.default is dataclasses.MISSING):
             if one.default is dataclasses.MISSING:
                 raise ConfigurationError(f"{one.key if one.positional else '--' + one.key} is required: see --help")
             if type(None) not in typing.get_args(one.type):

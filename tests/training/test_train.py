@@ -141,7 +141,7 @@ def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step(data, finishe
     make("halved", 4, micro_batch_size="auto").train()
     assert capsys.readouterr().err.count("out of memory: continuing with 4 sequences at once") == 1
     assert_same(read_weights(tmp_path / "halved", 12), read_weights(finished, 12))
-    with pytest.raises(DeviceMemoryError, match=r"step 1: out of memory with a single sequence; the same command with --gradient_check"):
+    with pytest.raises(DeviceMemoryError, match="step 1: out of memory with a single sequence; the same command"):
         make("none", 0, micro_batch_size="auto").train()
     with pytest.raises(
         DeviceMemoryError, match=r"step 1: cpu has too little memory for 4 sequences at once; with a lower"
@@ -225,7 +225,7 @@ def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path)
     before = [parameter.clone() for parameter in trainer.model.parameters()]
     with pytest.raises(
         NonFiniteError,
-        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved before that step; try --optimizer.learning_rate below",
+        match=r"step 1: .* in 2 of steps 1 to 2; .* no checkpoint was saved before .*; try --optimizer.learning_rate below",
     ):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
