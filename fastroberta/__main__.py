@@ -10,6 +10,8 @@ PROGRAMS = {
     "plan": "predict memory, communication and speed of a run on a cluster",
     "evaluate": "compute held-out loss, perplexity and accuracy of a checkpoint",
     "export": "write a checkpoint as a directory that transformers loads",
+    "fill_mask": "predict masked words in texts, or serve a page to try a model",
+    "embed": "turn texts into vectors",
     "torchrun": "start train on several GPUs or machines, as torchrun does",
 }
 

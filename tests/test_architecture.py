@@ -17,7 +17,8 @@ FLOORS = [
     ["data", "model", "optim", "checkpoint"],
     ["parallel", "hf", "precision"],
     ["training"],
-    ["prepare", "evaluate", "export", "plan", "torchrun"],
+    ["tasks"],
+    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed"],
     ["train"],
     ["__main__"],
 ]
