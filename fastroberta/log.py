@@ -132,8 +132,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:
-    """A line on stdout, or on another stream; where nobody reads any more, this one and the later ones go nowhere."""
+    """A line on stdout, or on another stream. Once the reader has gone, it and all later lines are dropped."""
     stream = sys.stdout if file is None else file
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)  # a terminal's character set is no reason to fail
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:

@@ -12,7 +12,7 @@ import pytest
 
 from fastroberta import log
 from fastroberta.errors import CheckpointError
-from fastroberta.log import MetricsWriter, Progress, format_seconds
+from fastroberta.log import MetricsWriter, Progress, format_seconds, print_line
 
 
 def read_lines(directory):
@@ -144,3 +144,9 @@ def test_format_seconds(seconds, text):
 def test_import_is_light():
     code = "import sys, fastroberta.log; print({'torch', 'rich', 'tensorboard', 'pynvml'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_line_survives_a_narrow_character_set():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_line("loss \u2581\u2588", stream)
+    assert stream.buffer.getvalue() == b"loss ??\n"

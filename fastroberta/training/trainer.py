@@ -47,6 +47,7 @@ from ..precision import settle_precision
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
+from .picture import draw_losses, draw_sparkline, read_losses
 from .report import RunLog, describe_model, describe_result, fill_in, say
 from .resume import describe_run, flatten, load_weights
 from .score import Scores, evaluate_model
@@ -159,6 +160,12 @@ class Trainer:
         sentences = fill_in(self.model, self.heldout, self.tokenizer, self.manifest.special_token_ids, 5)
         entropy = self.heldout.unigram_entropy()
         say(self.processes, describe_result(seconds, before, after, entropy, sentences, checkpoint))
+        if self.processes.is_first:
+            _, losses = read_losses(self.output_dir, "train/loss")
+            picture = draw_losses(
+                self.output_dir, f"{self.output_dir.name}: {config.precision} on {self.device}", entropy
+            )
+            say(self.processes, f"loss: {draw_sparkline(losses)}" + (f"  ({picture})" if picture else ""))
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.max_steps
