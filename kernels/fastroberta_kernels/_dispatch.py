@@ -11,6 +11,7 @@ interpreter, which is how the tests hold kernel and twin together on a machine w
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Launch(NamedTuple):
 
 
 _record: Callable[[Launch], None] | None = None
+_recorded_capability = 80
 
 
 def is_interpreting() -> bool:
@@ -108,16 +110,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
-@contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Inside the context, launches are collected instead of started; outputs stay unwritten.
+def get_capability(device: torch.device) -> int:
+    """Ten times the compute capability of a CUDA device. Elsewhere it is the one given to `record_launches`, or 80."""
+    return _read_capability(device) if device.type == "cuda" else _recorded_capability
 
-    This is how every configuration is compiled ahead of time with the argument types that the wrappers really pass.
+
+@functools.cache
+def _read_capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def record_launches(capability: int = 80) -> Iterator[list[Launch]]:
+    """Inside the context, launches are collected instead of started. Outputs stay unwritten.
+
+    Every configuration can thus be compiled ahead of time with the very arguments that the wrappers pass. They choose
+    what a chip of `capability` (ten times the compute capability) would get.
     """
-    global _record
+    global _record, _recorded_capability
     launches: list[Launch] = []
-    _record = launches.append
+    _record, _recorded_capability = launches.append, capability
     try:
         yield launches
     finally:
-        _record = None
+        _record, _recorded_capability = None, 80

@@ -42,7 +42,6 @@ Determinism: no atomics, fixed order, bitwise repeatable wherever the matrix pro
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -645,31 +644,3 @@ class MaskedLMHead(torch.nn.Module):
         """The whole logits (..., num_classes) of hidden states (..., d), for inference."""
         weight, bias = decoder_weight[:num_classes], self.bias[:num_classes]
         return F.linear(self._transform(hidden, impl), weight.to(hidden.dtype), bias.to(hidden.dtype))
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration; none depends on the width, the vocabulary or the number of rows."""
-
-    def case(dtype, label_smoothing, needs_gradient):
-        def run():
-            hidden = torch.zeros((2, 16), dtype=dtype, requires_grad=needs_gradient)
-            weight = torch.zeros((50304, 16), dtype=dtype)
-            targets = torch.zeros(2, dtype=torch.int64)
-            output = linear_cross_entropy(
-                hidden,
-                weight,
-                None,
-                targets,
-                label_smoothing=label_smoothing,
-                num_classes=50265,
-                impl="triton",
-            )
-            if needs_gradient:
-                output.loss.backward()
-
-        return run
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for label_smoothing in (0.0, 0.1):
-            for needs_gradient in (False, True):
-                yield case(dtype, label_smoothing, needs_gradient)

@@ -34,14 +34,12 @@ Random numbers: the dropout decisions of `philox`, head 0, the row number b * L 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 from torch.nn import functional as F
 
 from . import philox
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
-from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, unify_dtypes
+from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, unify_dtypes
 
 MAX_COLUMNS = 4096  # as many as XLM-R XXL has; a row stays in registers, and the backward of longer ones spills
 
@@ -387,7 +385,7 @@ def _forward_op(
     tile = _tile(num_columns, 2048, 512)
     # Left to itself, ptxas takes few registers for one more block, and spills where the output or the row is wide.
     is_squeezed = tile["BLOCK"] == 4096 or (tile["BLOCK"] == 1024 and dtype == torch.float32)
-    registers = NO_SQUEEZE if is_squeezed else None
+    registers = REGISTER_LIMIT if is_squeezed else None
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),
@@ -447,7 +445,7 @@ def _backward_op(
     tile = _tile(num_columns, 1024, 2048)
     # As in the forward: ptxas spills here for one more block.
     squeezed = p == 0 or word_weight.dtype != torch.float32
-    registers = {512: NO_SQUEEZE, 1024: NO_SQUEEZE if squeezed else None, 2048: 255}.get(tile["BLOCK"])
+    registers = {512: REGISTER_LIMIT, 1024: REGISTER_LIMIT if squeezed else None, 2048: 255}.get(tile["BLOCK"])
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(
@@ -690,49 +688,3 @@ class Embeddings(torch.nn.Module):
             dtype=dtype,
             impl=impl,
         )
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
-
-    def case(num_columns, weight_dtype, norm_dtype, dtype, p=0.0, types="none", positions="counted"):
-        def run():
-            def empty(*shape, dtype=weight_dtype):
-                return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-            ids = torch.zeros((4, 32), dtype=torch.int64)
-            y = embedding_layer_norm(
-                ids,
-                empty(64, num_columns),
-                empty(48, num_columns),
-                None if types == "none" else empty(2, num_columns),
-                empty(num_columns, dtype=norm_dtype),
-                empty(num_columns, dtype=norm_dtype),
-                token_type_ids=ids if types == "given" else None,
-                position_ids=ids if positions == "given" else None,
-                padding_idx=None if positions == "running" else 1,
-                p=p,
-                seed=0 if p else None,
-                dtype=dtype,
-                impl="triton",
-            )
-            y.backward(torch.zeros_like(y))
-
-        return run
-
-    fp32, bf16, _ = KERNEL_DTYPES
-    # Every width, aligned rows and others, in the fullest form; 1 is a number of columns that Triton makes a constant of.
-    for num_columns in (64, 128, 256, 512, 768, 2048, 4096, 1, 37, 127, 255, 511, 1023, 2047, 4095):
-        for weight_dtype, norm_dtype, dtype in ((fp32, fp32, bf16), (bf16, bf16, bf16), (fp32, fp32, fp32)):
-            yield case(num_columns, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
-    # Every mixture of dtypes in the fullest and the leanest form.
-    for weight_dtype in KERNEL_DTYPES:
-        for norm_dtype in dict.fromkeys((weight_dtype, fp32)):
-            for dtype in KERNEL_DTYPES:
-                yield case(768, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
-                yield case(768, weight_dtype, norm_dtype, dtype)
-    # Every set of flags.
-    for types in ("none", "first", "given"):
-        for positions in ("counted", "running", "given"):
-            for p in (0.0, 0.1):
-                yield case(768, fp32, fp32, bf16, p, types, positions)

@@ -23,13 +23,11 @@ Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.nn.functional as F
 
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
-from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, count_programs, sum_partials, unify_dtypes
+from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
 TILE = {"ROWS": 8, "BLOCK": 256}  # 256 columns are 512 bytes of a bf16 row; both kernels run it with eight warps
 
@@ -134,7 +132,7 @@ def _bias_gelu_backward(
     launch(
         _bias_gelu_backward_kernel, (num_programs, num_blocks),
         align(dy), align(x), align(bias), dx, partials, num_rows, num_columns,
-        TANH=tanh, **TILE, num_warps=8, maxnreg=NO_SQUEEZE if x.dtype == torch.float32 else None,
+        TANH=tanh, **TILE, num_warps=8, maxnreg=REGISTER_LIMIT if x.dtype == torch.float32 else None,
     )  # fmt: skip
     if partials is not None:
         sum_partials(partials, (dbias,))
@@ -203,24 +201,3 @@ class BiasGELU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return bias_gelu(x, self.bias, approximate=self.approximate)
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration."""
-
-    def case(dtype, bias_dtype, approximate, num_columns=3072):
-        def run():
-            x = torch.zeros((48, num_columns), dtype=dtype, requires_grad=True)
-            bias = None if bias_dtype is None else torch.zeros(num_columns, dtype=bias_dtype, requires_grad=True)
-            y = bias_gelu(x, bias, approximate=approximate, impl="triton")
-            y.backward(torch.zeros_like(y))
-
-        return run
-
-    fp32 = torch.float32
-    for approximate in ("none", "tanh"):
-        for dtype in KERNEL_DTYPES:
-            for bias_dtype in dict.fromkeys((None, fp32, dtype)):
-                for num_columns in (3072, 1023):  # aligned rows, and others
-                    yield case(dtype, bias_dtype, approximate, num_columns)
-    yield case(torch.bfloat16, fp32, "none", num_columns=1)  # Triton makes a constant of the one column

@@ -44,31 +44,27 @@ dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.0
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.nn.functional as F
 
 from . import philox
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
-LONGEST_ROW = 4096  # that stays in the registers of one program
-# Registers that a thread may take. Left to itself, ptxas spills a few where that lets one more block run.
-NO_SQUEEZE = 128
+LONGEST_WHOLE_ROW = 4096  # longer ones do not fit in the registers of one program
 # Of the backward by BLOCK: where there is room, the next one or two tiles are fetched while one is worked on. At up to 128
 # registers two blocks fit, and no more are started; each of these spills nothing with Triton 3.6.0 to 3.9.0.
 BACKWARD_STAGES_AND_REGISTERS = {
-    128: (1, NO_SQUEEZE),
-    256: (1, NO_SQUEEZE),
+    128: (1, REGISTER_LIMIT),
+    256: (1, REGISTER_LIMIT),
     512: (3, None),
-    1024: (3, NO_SQUEEZE),
+    1024: (3, REGISTER_LIMIT),
     2048: (2, 255),
     4096: (2, 255),
 }
-LOOPING_FORWARD = {"BLOCK": 512, "num_warps": 4, "maxnreg": NO_SQUEEZE}  # of kernels that take a row a block at a time
-LOOPING_TILE = {"ROWS": 4, "BLOCK": 256}  # of the backward that takes rows a block at a time
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tiles for rows that are taken a block of columns at a time.
+ROW_IN_BLOCKS = {"ROWS": 1, "BLOCK": 512, "num_warps": 4}
+BACKWARD_IN_BLOCKS = {"ROWS": 4, "BLOCK": 256}
 
 
 def layer_norm_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -125,93 +121,163 @@ def dropout_add_layer_norm_torch(
 
 
 @jit
-def _load_sum(
-    x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT: tl.constexpr
-):
-    """z of a tile in fp32, zero outside the mask. Absent pointers are None."""
+def _load_tile(
+    x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, first_column, num_columns, k0, k1, first_row, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z of a tile in fp32, what dropout keeps of it, and its columns, offsets and masks.
+
+    Absent pointers are None. In rows past the end z is the bias, so it must be masked before it is summed.
+    """
+    columns = first_column + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    mask = row_mask[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    keep = mask
     z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_DROPOUT:
+        head = tl.program_id(0) * 0
+        keep = philox.dropout_keep(k0, k1, rows + first_row, head, first_column, threshold, ROWS, BLOCK)
         z = tl.where(keep, z, 0.0) * scale
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return z
+    return z, keep, columns, offsets, column_mask, mask
 
 
 @jit(do_not_specialize=["num_rows", "threshold"])
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr,  # (rows, N), (rows, N), (N,), (N,), (N,), (2,)
-    y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, rest of the mean, rstd
+    y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, correction of the mean, rstd
     num_rows, statistics_stride, num_columns, threshold, scale, eps,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """One program: ROWS rows, in three passes over blocks of columns: mean, variance, output.
+
+    Where a row is one block (IS_WHOLE) the compiler sees loops of one turn and merges their equal loads and draws: the
+    row is read once and stays in registers.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
     row_mask = rows < num_rows
-    column_mask = columns < num_columns
-    mask = row_mask[:, None] & column_mask[None, :]
-    offsets = rows[:, None] * num_columns + columns[None, :]
-    keep = mask
+    end = BLOCK if IS_WHOLE else num_columns
+    k0, k1, first_row = 0, 0, 0
     if HAS_DROPOUT:
         k0, k1, first_row = philox.load_seed(seed_ptr)
-        head = tl.program_id(0) * 0
-        keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
-    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
-    # The bias is loaded for every row of the tile, so only masked columns are zero where the row is outside.
-    mean = tl.sum(tl.where(mask, z, 0.0), axis=1) / num_columns
-    centred = tl.where(mask, z - mean[:, None], 0.0)
-    # A large mean is itself rounded, which would shift the whole row: what is left of it is the mean of the centred.
-    rest = tl.sum(centred, axis=1) / num_columns
-    variance = tl.sum(centred * centred, axis=1) / num_columns - rest * rest
-    rstd = tl.rsqrt(variance + eps)
-    centred -= rest[:, None]
-    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, end, BLOCK):
+        z, _, _, _, _, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        total += tl.where(mask, z, 0.0)
+    mean = tl.sum(total, axis=1) / num_columns
+    # A large mean is itself rounded, which would shift the whole row; the mean of the centred values corrects it.
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, end, BLOCK):
+        z, _, _, _, _, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        centred = tl.where(mask, z - mean[:, None], 0.0)
+        total += centred
+        squares += centred * centred
+    correction = tl.sum(total, axis=1) / num_columns
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / num_columns - correction * correction + eps)
+    for start in range(0, end, BLOCK):
+        z, _, columns, offsets, column_mask, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        x_hat = (tl.where(mask, z - mean[:, None], 0.0) - correction[:, None]) * rstd[:, None]
+        y = x_hat * weight[None, :] + bias[None, :]
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(statistics_ptr + rows, mean, mask=row_mask)
-    tl.store(statistics_ptr + statistics_stride + rows, rest, mask=row_mask)
+    tl.store(statistics_ptr + statistics_stride + rows, correction, mask=row_mask)
     tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
+
+
+@jit
+def _load_statistics(statistics_ptr, statistics_stride, rows, row_mask):
+    """Mean, its correction and rstd of rows; all zero past the end."""
+    mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
+    correction = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
+    rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
+    return mean, correction, rstd
+
+
+@jit(do_not_specialize=["num_rows", "threshold"])
+def _gradient_means_kernel(
+    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
+    means_ptr,  # fp32 (2, rows): mean(g), mean(g * x_hat)
+    num_rows, statistics_stride, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the backward must know of a whole row before it can work on a block of it. One program: one row."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row_mask = rows < num_rows
+    mean, correction, rstd = _load_statistics(statistics_ptr, statistics_stride, rows, row_mask)
+    k0, k1, first_row = 0, 0, 0
+    if HAS_DROPOUT:
+        k0, k1, first_row = philox.load_seed(seed_ptr)
+    g_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
+    g_x_hat_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        z, _, columns, offsets, column_mask, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, 1, BLOCK,
+        )  # fmt: skip
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
+        g_sum += g
+        g_x_hat_sum += g * (((z - mean[:, None]) - correction[:, None]) * rstd[:, None])
+    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / num_columns, mask=row_mask)
+    tl.store(means_ptr + statistics_stride + rows, tl.sum(g_x_hat_sum, axis=1) / num_columns, mask=row_mask)
 
 
 @jit(do_not_specialize=["num_rows", "threshold"])
 def _layer_norm_backward_kernel(
     dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
+    means_ptr,  # of _gradient_means_kernel; None where a row is one block
     dx_ptr, dresidual_ptr,  # (rows, N); dresidual is None where it is dx
     partials_ptr,  # fp32 (1 to 3, programs, N): dweight, dbias, dx_bias
     num_rows, statistics_stride, num_columns, threshold, scale,
     HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK)
+    """One program: a block of columns, over rows at a fixed stride. Grid (programs, blocks)."""
+    first_column = 0 if means_ptr is None else tl.program_id(1) * BLOCK
+    columns = first_column + tl.arange(0, BLOCK)
     column_mask = columns < num_columns
     weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    k0, k1, first_row = 0, 0, 0
     if HAS_DROPOUT:
         k0, k1, first_row = philox.load_seed(seed_ptr)
-        head = tl.program_id(0) * 0
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         row_mask = rows < num_rows
-        mask = row_mask[:, None] & column_mask[None, :]
-        offsets = rows[:, None] * num_columns + columns[None, :]
-        mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
-        rest = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
-        rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
-        keep = mask
-        if HAS_DROPOUT:
-            keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
-        z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
+        mean, correction, rstd = _load_statistics(statistics_ptr, statistics_stride, rows, row_mask)
+        z, keep, _, offsets, _, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, first_column, num_columns, k0, k1, first_row, threshold,
+            scale, HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # Outside the mask dy is zero, so x_hat counts nothing there, whatever it is; dz is never stored there.
-        x_hat = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None]
+        # Outside the mask dy is zero, so x_hat adds nothing there, whatever it is; dz is never stored there.
+        x_hat = ((z - mean[:, None]) - correction[:, None]) * rstd[:, None]
         dweight += dy * x_hat
         dbias += dy
         g = dy * weight[None, :]
-        mean_g = tl.sum(g, axis=1) / num_columns
-        mean_g_x_hat = tl.sum(g * x_hat, axis=1) / num_columns
+        if means_ptr is None:
+            mean_g = tl.sum(g, axis=1) / num_columns
+            mean_g_x_hat = tl.sum(g * x_hat, axis=1) / num_columns
+        else:
+            mean_g = tl.load(means_ptr + rows, mask=row_mask, other=0.0)
+            mean_g_x_hat = tl.load(means_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
         dz = rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_g_x_hat[:, None])
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
@@ -219,7 +285,7 @@ def _layer_norm_backward_kernel(
             dz = tl.where(keep, dz, 0.0) * scale
         tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
         if x_bias_ptr is not None:
-            dx_bias += dz  # zero in rows outside, where rstd is zero
+            dx_bias += dz  # zero in rows past the end, where rstd is zero
     partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
     stride = tl.num_programs(0).to(tl.int64) * num_columns
     tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
@@ -228,201 +294,15 @@ def _layer_norm_backward_kernel(
         tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
 
 
-@jit
-def _load_block(
-    x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, first_column, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """z of a tile that begins at a column in its rows; what dropout keeps of it; its columns, offsets and masks."""
-    columns = first_column + tl.arange(0, BLOCK)
-    column_mask = columns < num_columns
-    mask = row_mask[:, None] & column_mask[None, :]
-    offsets = rows[:, None] * num_columns + columns[None, :]
-    keep = mask
-    if HAS_DROPOUT:
-        k0, k1, first_row = philox.load_seed(seed_ptr)
-        head = tl.program_id(0) * 0
-        keep = philox.dropout_keep(k0, k1, rows + first_row, head, first_column, threshold, ROWS, BLOCK)
-    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
-    return z, keep, columns, offsets, column_mask, mask
+def _is_whole(num_columns: int) -> bool:
+    """Whether a row is one block: kept in registers, so not too long, and read by vector loads, so a multiple of 16."""
+    return num_columns <= LONGEST_WHOLE_ROW and num_columns % 16 == 0
 
 
-@jit(do_not_specialize=["num_rows", "threshold"])
-def _looping_forward_kernel(
-    x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr,  # as above
-    num_rows, statistics_stride, num_columns, threshold, scale, eps,
-    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program goes over its row three times, a block at a time: for the mean, for the variance, for y."""
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    row_mask = rows < num_rows
-    total = tl.zeros((1, BLOCK), dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        z, _, _, _, _, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        total += tl.where(mask, z, 0.0)
-    mean = tl.sum(total, axis=1) / num_columns
-    total = tl.zeros((1, BLOCK), dtype=tl.float32)
-    squares = tl.zeros((1, BLOCK), dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        z, _, _, _, _, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        centred = tl.where(mask, z - mean[:, None], 0.0)
-        total += centred
-        squares += centred * centred
-    rest = tl.sum(total, axis=1) / num_columns
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / num_columns - rest * rest + eps)
-    for start in range(0, num_columns, BLOCK):
-        z, _, columns, offsets, column_mask, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        y = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(statistics_ptr + rows, mean, mask=row_mask)
-    tl.store(statistics_ptr + statistics_stride + rows, rest, mask=row_mask)
-    tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
-
-
-@jit
-def _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z):
-    """x_hat of a tile, whatever outside its rows, and rstd, zero there."""
-    mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
-    rest = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
-    rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
-    return ((z - mean[:, None]) - rest[:, None]) * rstd[:, None], rstd
-
-
-@jit(do_not_specialize=["num_rows", "threshold"])
-def _looping_means_kernel(
-    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
-    means_ptr,  # fp32 (2, rows): mean(g), mean(g * x_hat)
-    num_rows, statistics_stride, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program adds up its row, a block at a time."""
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    row_mask = rows < num_rows
-    g_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
-    g_x_hat_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        z, _, columns, offsets, column_mask, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        x_hat, _ = _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z)
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
-        g_sum += g
-        g_x_hat_sum += g * x_hat
-    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / num_columns, mask=row_mask)
-    tl.store(means_ptr + statistics_stride + rows, tl.sum(g_x_hat_sum, axis=1) / num_columns, mask=row_mask)
-
-
-@jit(do_not_specialize=["num_rows", "threshold"])
-def _looping_backward_kernel(
-    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr, means_ptr,  # as above
-    dx_ptr, dresidual_ptr, partials_ptr,  # as in the other backward
-    num_rows, statistics_stride, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program has a block of columns and walks over rows, whose means are known: nothing of a row is kept."""
-    first_column = tl.program_id(1) * BLOCK
-    columns = first_column + tl.arange(0, BLOCK)
-    column_mask = columns < num_columns
-    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-    dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        row_mask = rows < num_rows
-        z, keep, _, offsets, _, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, first_column, num_columns, threshold, scale,
-            HAS_DROPOUT, ROWS, BLOCK,
-        )  # fmt: skip
-        x_hat, rstd = _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean_g = tl.load(means_ptr + rows, mask=row_mask, other=0.0)
-        mean_g_x_hat = tl.load(means_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
-        dweight += dy * x_hat
-        dbias += dy
-        dz = rstd[:, None] * (dy * weight[None, :] - mean_g[:, None] - x_hat * mean_g_x_hat[:, None])
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if HAS_DROPOUT:
-            dz = tl.where(keep, dz, 0.0) * scale
-        tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
-        if x_bias_ptr is not None:
-            dx_bias += dz  # zero in rows outside, where rstd is zero
-    partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
-    stride = tl.num_programs(0).to(tl.int64) * num_columns
-    tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
-    tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
-    if x_bias_ptr is not None:
-        tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
-
-
-@jit(do_not_specialize=["num_partials"])
-def _sum_partials_kernel(
-    partials_ptr, out_0_ptr, out_1_ptr, out_2_ptr,  # fp32 (sums, partials, N); (N,) each, absent ones None
-    num_partials, num_columns,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    which = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column_mask = columns < num_columns
-    partials_ptr += which.to(tl.int64) * num_partials * num_columns
-    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for start in range(0, num_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < num_partials)[:, None] & column_mask[None, :]
-        total += tl.load(partials_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=mask, other=0)
-    total = tl.sum(total, axis=0)
-    tl.store(out_0_ptr + columns, total.to(out_0_ptr.dtype.element_ty), mask=column_mask & (which == 0))
-    if out_1_ptr is not None:
-        tl.store(out_1_ptr + columns, total.to(out_1_ptr.dtype.element_ty), mask=column_mask & (which == 1))
-    if out_2_ptr is not None:
-        tl.store(out_2_ptr + columns, total.to(out_2_ptr.dtype.element_ty), mask=column_mask & (which == 2))
-
-
-@functools.cache
-def count_programs(device: torch.device) -> int:
-    """How many programs of eight warps a kernel starts that walks over rows and keeps partial sums: two to a
-    multiprocessor, which fit at 128 registers a thread and so run in one wave."""
-    if device.type != "cuda":
-        return 3  # Triton's interpreter: few, and enough for tests to see several programs take several tiles each
-    return torch.cuda.get_device_properties(device).multi_processor_count * 2
-
-
-def sum_partials(partials: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> None:
-    """Add fp32 `partials` (sums, partials, N) over their second dimension into one to three `outputs` (N,), always in
-    the same order."""
-    _, num_partials, num_columns = partials.shape
-    absent = (None,) * (3 - len(outputs))
-    launch(
-        _sum_partials_kernel, (-(-num_columns // 32), len(outputs)),
-        partials, *outputs, *absent, num_partials, num_columns,
-        ROWS=128, BLOCK=32, num_warps=4, maxnreg=NO_SQUEEZE,
-    )  # fmt: skip
-
-
-def _tile(num_columns: int) -> dict[str, int]:
+def _whole_tile(num_columns: int) -> dict[str, int]:
     """ROWS and BLOCK: whole rows, as many as make 2048 elements."""
     block = max(128, 1 << (num_columns - 1).bit_length())
     return {"ROWS": max(1, 2048 // block), "BLOCK": block}
-
-
-def _is_looping(num_columns: int) -> bool:
-    """Whether rows are taken a block at a time: long ones, and those that are not aligned to a vector load, whose
-    elements and addresses take so many registers that some spilled."""
-    return num_columns > LONGEST_ROW or num_columns % 16 != 0
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_forward", mutates_args=())
@@ -442,15 +322,16 @@ def _layer_norm_forward(
         *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics,
         num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
     )  # fmt: skip
-    if _is_looping(num_columns):
-        launch(_looping_forward_kernel, (num_rows,), *arguments, HAS_DROPOUT=p > 0, **LOOPING_FORWARD)
+    if is_whole := _is_whole(num_columns):
+        tile = _whole_tile(num_columns)
+        tile["num_warps"] = 16 if tile["BLOCK"] > 2048 else 4
+        registers = REGISTER_LIMIT if tile["BLOCK"] == 2048 else None
     else:
-        tile = _tile(num_columns)
-        launch(
-            _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),), *arguments,
-            HAS_DROPOUT=p > 0, **tile, num_warps=16 if tile["BLOCK"] > 2048 else 4,
-            maxnreg=NO_SQUEEZE if tile["BLOCK"] == 2048 else None,
-        )  # fmt: skip
+        tile, registers = ROW_IN_BLOCKS, REGISTER_LIMIT
+    launch(
+        _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),), *arguments,
+        HAS_DROPOUT=p > 0, **tile, IS_WHOLE=is_whole, maxnreg=registers,
+    )  # fmt: skip
     return y, statistics
 
 
@@ -480,25 +361,24 @@ def _layer_norm_backward(
     outputs = (dx, dresidual if _has_own_dresidual(x, residual, p) else None)
     scalars = (num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p))
     sums = (dweight, dbias, dx_bias)[: 2 if x_bias is None else 3]
-    is_looping = _is_looping(num_columns)
-    tile = LOOPING_TILE if is_looping else _tile(num_columns)
-    block = tile["BLOCK"]
-    num_blocks = -(-num_columns // block) if is_looping else 1
+    means, num_blocks = None, 1
+    if _is_whole(num_columns):
+        tile = _whole_tile(num_columns)
+        stages, registers = BACKWARD_STAGES_AND_REGISTERS[tile["BLOCK"]]
+    else:
+        tile, stages, registers = BACKWARD_IN_BLOCKS, None, REGISTER_LIMIT
+        num_blocks = -(-num_columns // tile["BLOCK"])
+        means = torch.empty_like(statistics[:2])
+        launch(
+            _gradient_means_kernel, (num_rows,), *inputs, means, *scalars,
+            HAS_DROPOUT=p > 0, BLOCK=ROW_IN_BLOCKS["BLOCK"], num_warps=4, maxnreg=REGISTER_LIMIT,
+        )  # fmt: skip
     num_programs = min(max(1, count_programs(x.device) // num_blocks), -(-num_rows // tile["ROWS"]))
     partials = torch.empty((len(sums), num_programs, num_columns), dtype=torch.float32, device=x.device)
-    if is_looping:
-        means = torch.empty_like(statistics[:2])
-        launch(_looping_means_kernel, (num_rows,), *inputs, means, *scalars, HAS_DROPOUT=p > 0, **LOOPING_FORWARD)
-        launch(
-            _looping_backward_kernel, (num_programs, num_blocks), *inputs, means, *outputs, partials, *scalars,
-            HAS_DROPOUT=p > 0, **tile, num_warps=8, maxnreg=NO_SQUEEZE,
-        )  # fmt: skip
-    else:
-        stages, registers = BACKWARD_STAGES_AND_REGISTERS[block]
-        launch(
-            _layer_norm_backward_kernel, (num_programs,), *inputs, *outputs, partials, *scalars,
-            HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
-        )  # fmt: skip
+    launch(
+        _layer_norm_backward_kernel, (num_programs, num_blocks), *inputs, means, *outputs, partials, *scalars,
+        HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
+    )  # fmt: skip
     sum_partials(partials, sums)
     return gradients
 
@@ -597,15 +477,6 @@ def dropout_add_layer_norm(
     return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
 
 
-def unify_dtypes(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in one dtype, that of x or fp32, so that Triton compiles few kernels. Other mixtures are cast to fp32,
-    as the kernel would do, and autograd rounds their gradients, as the kernel would do."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    if dtypes == {x.dtype}:
-        return list(tensors)
-    return [None if tensor is None else tensor.float() for tensor in tensors]
-
-
 def _check(
     operation: str,
     triton: bool,
@@ -661,44 +532,3 @@ class DropoutAddLayerNorm(torch.nn.Module):
         """`seed` is needed in training mode where p > 0; see `dropout_add_layer_norm`."""
         p = self.p if self.training else 0.0
         return dropout_add_layer_norm(x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed)
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
-
-    def case(num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48):
-        def run():
-            def empty(*shape, dtype):
-                return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-            x = empty(num_rows, num_columns, dtype=dtype)
-            weight, bias = (empty(num_columns, dtype=parameter_dtype) for _ in range(2))
-            if residual_dtype is None:
-                y = layer_norm(x, weight, bias, impl="triton")
-            else:
-                residual = empty(num_rows, num_columns, dtype=residual_dtype)
-                x_bias = empty(num_columns, dtype=parameter_dtype) if has_x_bias else None
-                y = dropout_add_layer_norm(
-                    x, residual, weight, bias, p=p, x_bias=x_bias, seed=0 if p else None, impl="triton"
-                )
-            y.backward(torch.zeros_like(y))
-
-        return run
-
-    fp32, bf16, _ = KERNEL_DTYPES
-    # Every width in the leanest and the fullest form, with the least and the most bytes; unaligned, long, both.
-    for num_columns in (128, 256, 512, 768, 2048, 4096, 1023, 8192):
-        for dtype, parameter_dtype, residual_dtype in ((bf16, bf16, bf16), (bf16, fp32, bf16), (fp32, fp32, fp32)):
-            yield case(num_columns, dtype, parameter_dtype)
-            yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
-    for num_columns in (768, 1023):
-        # Every mixture of dtypes in the leanest and the fullest form, then every set of flags.
-        for dtype in KERNEL_DTYPES:
-            for parameter_dtype in dict.fromkeys((dtype, fp32)):
-                yield case(num_columns, dtype, parameter_dtype)
-                for residual_dtype in dict.fromkeys((dtype, fp32)):
-                    yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
-        for has_x_bias in (False, True):
-            for p in (0.0, 0.1):
-                yield case(num_columns, bf16, fp32, bf16, has_x_bias, p)
-    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.1, num_rows=1)  # Triton makes a constant of the one column

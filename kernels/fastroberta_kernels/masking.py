@@ -28,8 +28,6 @@ Source: Devlin et al., "BERT" (arXiv 1810.04805), section 3.1 and appendix A.1; 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -365,23 +363,3 @@ class TokenMasker(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.vocab_size}, mlm_probability={self.mlm_probability}"
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Calls that together reach every configuration of the kernel, for compilation ahead of time."""
-
-    def mask(length: int, vocab_size: int, special_token_ids: tuple[int, ...], mlm_probability: float) -> None:
-        mask_tokens(
-            torch.zeros((2, length), dtype=torch.int64),
-            mask_token_id=vocab_size - 1,
-            vocab_size=vocab_size,
-            special_token_ids=special_token_ids,
-            mlm_probability=mlm_probability,
-            seed=1,
-            sample_ids=torch.arange(2),
-            impl="triton",
-        )
-
-    # Every block, for lengths that are multiples of 16 and others; Triton makes a constant of the length 1.
-    for length in (512, 509, 1024, 1023, 2048, 2047, LONGEST_SEQUENCE, LONGEST_SEQUENCE - 1, 1):
-        yield functools.partial(mask, length, 50265, (0, 1, 2, 3, 50264), 0.15)

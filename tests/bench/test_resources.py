@@ -32,7 +32,7 @@ def test_every_kernel_fits_every_chip():
     assert "FAULT" not in done.stdout
     # No kernel that a wrapper starts is missing from the launch cases, on any chip.
     for name in KERNEL_MODULES:
-        source = Path(importlib.util.find_spec(name).origin).read_text()
+        source = Path(importlib.util.find_spec(f"fastroberta_kernels.{name}").origin).read_text()
         kernels = set(re.findall(r"\blaunch\(\s*(\w+)", source))
         assert kernels, f"{name}: no launch found"
         for kernel in kernels:
@@ -153,7 +153,7 @@ def launch_cases():
 
 def test_faults_are_found_and_named(tmp_path):
     (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS)
-    done = run_resources("bad_kernels", path=str(tmp_path))
+    done = run_resources("bad_kernels:launch_cases", path=str(tmp_path))
     assert done.returncode == 1, done.stderr
     faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
     for target in CHIPS:
@@ -170,9 +170,9 @@ def test_faults_are_found_and_named(tmp_path):
 
 def test_modules_that_launch_nothing_are_refused(tmp_path):
     (tmp_path / "idle_kernels.py").write_text("def launch_cases():\n    yield lambda: None\n")
-    done = run_resources("idle_kernels", path=str(tmp_path))
+    done = run_resources("idle_kernels:launch_cases", path=str(tmp_path))
     assert done.returncode != 0
-    assert "idle_kernels: its launch_cases() launch no kernel" in done.stderr
+    assert "idle_kernels:launch_cases: these cases launch no kernel" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -188,8 +188,12 @@ def test_modules_that_launch_nothing_are_refused(tmp_path):
         (90, 16, 81 * 1024 + 1, 4, 2),
         (90, 16, 227 * 1024, 4, 1),
         (100, 64, 48 * 1024, 8, 4),
+        (86, 32, 0, 4, 12),  # 48 warps
+        (86, 16, 0, 1, 16),  # 16 blocks
+        (120, 16, 0, 1, 24),
+        (120, 16, 99 * 1024, 4, 1),
     ],
 )
 def test_resident_blocks(target, registers, shared, warps, blocks):
     assert count_resident_blocks(target, registers, shared, warps) == blocks
-    assert Resources("k", "", target, warps=warps, blocks=blocks).occupancy == blocks * warps / 64
+    assert Resources("k", "", target, warps=warps, blocks=blocks).occupancy == blocks * warps / CHIPS[target].max_warps

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_exact_as_torch, assert_equal
-from fastroberta_kernels import _dispatch, attention, philox
+from fastroberta_kernels import _attention_cpu, _dispatch, attention, philox
 from torch.utils.checkpoint import checkpoint
 
 needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
@@ -396,7 +396,7 @@ def test_opcheck(impl, device):
     q, k, v, _ = make_inputs(2, 5, 18, 1, 32, torch.float32, device)
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     seed = torch.tensor([1, 0], device=device)
-    operator = attention.attention_torch_forward if impl == "torch" else attention.attention_forward
+    operator = _attention_cpu.attention_torch_forward if impl == "torch" else attention.attention_forward
     torch.library.opcheck(operator, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
     if impl == "triton":
         bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
