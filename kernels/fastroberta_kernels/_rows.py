@@ -44,16 +44,14 @@ def _sum_partials_kernel(
 
 @functools.cache
 def count_programs(device: torch.device) -> int:
-    """How many programs of eight warps a kernel starts that walks over rows and keeps partial sums: two to a
-    multiprocessor, which fit at 128 registers a thread and so run in one wave."""
+    """How many programs of eight warps to start in one wave: two per multiprocessor, which fit at REGISTER_LIMIT."""
     if device.type != "cuda":
-        return 3  # Triton's interpreter: few, and enough for tests to see several programs take several tiles each
+        return 3  # in Triton's interpreter: enough for several programs to take several tiles each
     return torch.cuda.get_device_properties(device).multi_processor_count * 2
 
 
 def sum_partials(partials: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> None:
-    """Add fp32 `partials` (sums, partials, N) over their second dimension into one to three `outputs` (N,), always in
-    the same order."""
+    """Sum fp32 `partials` (sums, programs, N) over programs into one to three `outputs` (N,), in a fixed order."""
     _, num_partials, num_columns = partials.shape
     absent = (None,) * (3 - len(outputs))
     launch(
@@ -64,8 +62,10 @@ def sum_partials(partials: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> N
 
 
 def unify_dtypes(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in one dtype, that of x or fp32, so that Triton compiles few kernels. Other mixtures are cast to fp32,
-    as the kernel would do, and autograd rounds their gradients, as the kernel would do."""
+    """The tensors in a common dtype, that of x if all have it and else fp32, so that Triton compiles few kernels.
+
+    Kernels compute in fp32 anyway, and autograd rounds the gradients of cast tensors just as a kernel would.
+    """
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if dtypes == {x.dtype}:
         return list(tensors)

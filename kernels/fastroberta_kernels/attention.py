@@ -1,6 +1,6 @@
 """Bidirectional softmax attention with dropout, for dense batches and for packed documents.
 
-Forward, for each sequence and head, with s = scale and Z the kept elements times 256 / (256 - threshold):
+Forward, for each sequence and head, with s = scale and Z = 256 / (256 - threshold) for kept elements, 0 for others:
 
     P = softmax(s * Q K^T)        O = (P * Z) V
 
@@ -9,30 +9,32 @@ Backward, given dO:
     delta = rowsum(dO * O)        dP = Z * (dO V^T)        dS = P * (dP - delta)
     dV = (P * Z)^T dO             dK = s * dS^T Q          dQ = s * dS K
 
-`delta` equals rowsum(P * dP) because O already holds the dropout. The scores never exist whole: the forward walks over
-blocks of keys and rescales what it has whenever a row's maximum grows (Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018; Dao, "FlashAttention-2", 2023, sections 3.1 and 3.2). Exponentials are to base 2 with
-log2(e) folded into the scale; statistics and accumulators are fp32.
+`delta` equals rowsum(P * dP), since O already includes the dropout. The full score matrix never exists: the forward walks
+over blocks of keys and rescales its sums whenever a row's maximum grows (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018; Dao, "FlashAttention-2", 2023, sections 3.1 and 3.2). Exponentials are base 2, with
+log2(e) folded into the scale. Statistics and accumulators are fp32.
 
-Saved: Q, K, V, O and, per head and query, log2 of the softmax's sum (fp32, (heads, query rows)). P and Z are computed
-again. Random numbers: element (query, key) of a head is decided by (row, head, column) of `philox`, where the row is
-batch * length + query, or the packed index of the query, and the column the key's index in its own sequence.
+Saved: Q, K, V, O and, for each head and query, log2 of the softmax's denominator (fp32, (heads, query rows)). P and Z are
+recomputed. Random numbers: element (query, key) of a head is decided by (row, head, column) of `philox`, where row is
+batch * length + query, or the packed index of the query, and column is the index of the key in its own sequence.
 
 One backward kernel, five matrix products
-    The usual pair of kernels (one for dK and dV, one for dQ) needs seven matrix products and computes every
-    exponential and random number twice. Here one program owns a head: it walks over its blocks of keys, and inside over
-    all queries, with dK and dV in registers and dQ in fp32 scratch of its own, to which it adds once per block of
-    keys. Nobody else touches the scratch, so there are no atomics and results repeat bit for bit; at 512 queries of 64
-    dimensions it is 128 KiB a head, 17 MB for one head on each of 132 multiprocessors, which stays in the L2 cache.
-    All tiles are (keys, queries), so that no product takes a transposed product as its operand; dQ is made transposed.
-    Where there are few heads their keys are divided among programs, whose parts of dQ are then summed.
+    The usual pair of kernels, one for dK and dV and one for dQ, needs seven matrix products and computes every
+    exponential and random number twice. Here one program owns a head. Its outer loop runs over blocks of keys, with dK
+    and dV in registers, and its inner loop over all queries; dQ accumulates in fp32 scratch memory, once per block of
+    keys. No other program touches that scratch, so there are no atomics and repeated runs give the same bits. At 512
+    queries of 64 dimensions it takes 128 KiB per head: 17 MB for one head on each of 132 multiprocessors, which stays in
+    the L2 cache. All tiles are (keys, queries), so that no product takes a transposed product as its operand; dQ is
+    computed transposed. If there are few heads, the keys of each are divided among programs, and their parts of dQ are
+    summed afterwards.
 
-    Counted for 768 heads of 512 x 512 x 64: 129 GFLOP instead of 180, 201M exponentials instead of 403M; 0.5 GB of
-    device memory traffic (Q, K, V, O, dO, dQ, dK, dV, scratch), and with blocks of 128 keys 0.8 GB of scratch through
-    L2. Predicted, not measured: 1.2x the speed of the pair without dropout, 1.3x with it, less where heads are few.
-    Tiles of 32 queries would read keys from shared memory half as often, but spill 72 bytes a thread on sm_80.
+    Counted for 768 heads of 512 x 512 x 64: 129 instead of 180 GFLOP, 201M instead of 403M exponentials, 0.5 GB of device
+    memory traffic (Q, K, V, O, dO, dQ, dK, dV, scratch) and, with blocks of 128 keys, 0.8 GB of scratch traffic in L2.
+    Predicted, not measured: 1.2 times the speed of the pair without dropout, 1.3 times with it, less for few heads.
 
-Bytes moved by the forward: Q and O once, K and V once per block of queries (from L2 after the first), 4 bytes a row.
+Bytes moved by the forward: Q and O once; K and V once per block of queries, from L2 after the first; 4 bytes per row.
+
+On CPUs, and with impl="torch", `_attention_cpu` does the work.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ HEAD_DIMS = (32, 64, 128)
 def locate_sequence(
     batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
 ):
-    """First query row in the flattened batch, number of queries, first key row, number of keys of a sequence."""
+    """First query row in the flattened batch, number of queries, first key row and number of keys of a sequence."""
     if VARLEN:
         first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
         first_k = tl.load(lengths_k_ptr + batch).to(tl.int64)
@@ -72,8 +74,8 @@ def locate_sequence(
     return first_q, num_q, first_k, num_k
 
 
-# Of the sizes those are compiled in that save registers: strides, which `align_heads` makes multiples of 16, and the
-# number of keys, if every sequence has as many.
+# Specialised are only the sizes that save registers: strides, which `align_heads` makes multiples of 16, and the number
+# of keys, if it is the same for all sequences.
 @jit(do_not_specialize=["length_q", "total_q", "threshold"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -84,7 +86,7 @@ def attention_forward_kernel(
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sequence against all its keys. Grid (blocks, heads, batch)."""
+    """One program: BLOCK_M queries of one head and sequence against all its keys. Grid (blocks, heads, batch)."""
     start_m = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -106,7 +108,7 @@ def attention_forward_kernel(
     out_ptr += first_q * row_stride + head * HEAD_DIM
     lse_ptr += head * total_q + first_q
 
-    # Offsets inside a tile fit in 32 bits, which halves their registers; the pointers advance in 64 bits.
+    # Offsets inside a tile fit in 32 bits, which takes half the registers; the pointers advance in 64 bits.
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_DIM)
@@ -137,7 +139,7 @@ def attention_forward_kernel(
         largest = new_largest
         k_ptr += BLOCK_N * k_row_stride
         v_ptr += BLOCK_N * v_row_stride
-    # Without any key the total is zero: the output is zero, and a finite statistic keeps the backward free of NaN.
+    # Without keys the total is zero. The output is then zero too, and a finite statistic keeps NaN out of the backward.
     has_keys = total > 0.0
     total = tl.where(has_keys, total, 1.0)
     lse = tl.where(has_keys, largest + tl.log2(total), 0.0)
@@ -159,7 +161,7 @@ def attention_backward_kernel(
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: `chunk` keys of one head of one sequence against all its queries. Grid (chunks, heads, batch)."""
+    """One program: `chunk` keys of one head and sequence against all its queries. Grid (chunks, heads, batch)."""
     first_n = tl.program_id(0) * chunk
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -177,7 +179,7 @@ def attention_backward_kernel(
         k_ptr += batch * k_batch_stride + head * k_head_stride
         v_ptr += batch * v_batch_stride + head * v_head_stride
         num_written_k = tl.full((), 0, tl.int32) + length_k
-    # In `out`, its gradient and the results the heads of a row lie side by side.
+    # In the output, its gradient and the results, the heads of a row are contiguous.
     row_stride = num_heads * HEAD_DIM
     out_ptr += first_q * row_stride + head * HEAD_DIM
     grad_ptr += first_q * row_stride + head * HEAD_DIM
@@ -201,7 +203,7 @@ def attention_backward_kernel(
         first_row += first_q
     last_n = tl.minimum(first_n + chunk, num_written_k)
     last_active_n = tl.minimum(last_n, num_k)
-    # At least one block is visited, so that queries without keys get their zero gradient.
+    # Visit at least one block, so that queries without keys get a gradient of zero.
     for start_n in range(first_n, tl.maximum(last_n, first_n + 1), BLOCK_N):
         columns = start_n + tl.arange(0, BLOCK_N)
         is_column = columns < last_active_n
@@ -210,7 +212,7 @@ def attention_backward_kernel(
         v = tl.load(v_ptr + offsets_n * v_row_stride + dims[None, :], mask=is_column[:, None], other=0.0)
         dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
         dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
-        # Blocks of ignored keys only write their zeros.
+        # Blocks of ignored keys only write zeros.
         num_visited_q = tl.where((start_n == first_n) | (start_n < last_active_n), num_q, 0)
         for start_m in range(0, num_visited_q, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
@@ -218,10 +220,10 @@ def attention_backward_kernel(
             offsets_m = rows.to(tl.int64)
             q = tl.load(q_ptr + offsets_m[:, None] * q_row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
             grad = tl.load(grad_ptr + offsets_m[:, None] * row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
-            # exp2(s - inf) = 0: rows past the end need no other mask.
+            # exp2(s - inf) = 0, so rows past the end need no other mask.
             lse = tl.load(lse_ptr + rows, mask=is_row, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=is_row, other=0.0)
-            # All tiles are (keys, queries): every product then takes its operands as they lie.
+            # With all tiles (keys, queries), every product takes its operands in their own layout.
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
             probabilities = tl.exp2(scores * qk_scale - lse[None, :])
             probabilities = tl.where(is_column[:, None], probabilities, 0.0)
@@ -245,7 +247,7 @@ def attention_backward_kernel(
         offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
         tl.store(dk_ptr + offsets_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_written)
         tl.store(dv_ptr + offsets_dk, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=is_written)
-        # What follows reads what other threads of this program wrote.
+        # Later code reads what other threads of this program wrote.
         tl.debug_barrier()
 
     if tl.num_programs(0) == 1:
@@ -285,9 +287,9 @@ LARGE_BACKWARD_BLOCKS = {(9, 2, 64): (64, 128, 8, 1), (10, 2, 64): (64, 128, 8, 
 # `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
-# With fewer programs than this the keys of a head are divided among up to MAX_CHUNKS programs.
+# With fewer programs than MIN_PROGRAMS, the keys of a head are divided among up to MAX_CHUNKS programs.
 MIN_PROGRAMS, MAX_CHUNKS = 256, 8
-# The third dimension of a grid holds 65535 programs. A multiple of four, so that parts of int32 tensors stay aligned.
+# The third dimension of a grid is at most 65535. A multiple of four keeps slices of int32 tensors aligned.
 MAX_SEQUENCES = 65_532
 
 
@@ -302,14 +304,14 @@ def choose_blocks(
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, row and head; packed documents have no batch."""
+    """Strides of batch, row and head. Packed documents have no batch dimension."""
     batch, row, head, *_ = tensor.stride() if tensor.dim() == 4 else (0, *tensor.stride())
     return batch, row, head
 
 
 def align_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where vectors of a head start anywhere: reading those element by element takes four times
-    the registers for addresses, and some kernels have none left."""
+    """The tensor, or a copy if its heads are not aligned for vector loads. Loading single elements would take four times
+    as many registers for addresses, which some kernels do not have."""
     if all(stride % 16 == 0 for stride in strides_of(tensor)) and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -318,9 +320,9 @@ def align_heads(tensor: torch.Tensor) -> torch.Tensor:
 def split_documents(
     q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Number of sequences of each launch, and its part of the lengths; any tensor stands for those that are not read.
+    """Yield the number of sequences of each launch and its slices of the two length tensors.
 
-    Everything else is counted from the start of the whole, by the bounds of the documents.
+    Where the kernel reads no lengths, `q` is passed as a placeholder. All other arguments refer to the whole batch.
     """
     lengths_k = align(lengths_k)
     if cu_seqlens_q is None:
@@ -333,7 +335,7 @@ def split_documents(
 
 
 def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
-    """Seed, scale and threshold of dropout; any tensor stands for the seed that is not read."""
+    """Seed, scale and threshold of dropout. Without dropout the seed is not read, and `q` is a placeholder."""
     return (q if seed is None else align(seed)), philox.dropout_scale(dropout_p), philox.dropout_threshold(dropout_p)
 
 
@@ -350,10 +352,10 @@ def attention_forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and log2 of the softmax sums, fp32 (heads, query rows)."""
+    """Output, and log2 of the softmax denominators, fp32 (heads, query rows)."""
     is_varlen = cu_seqlens_q is not None
     q, k, v = align_heads(q), align_heads(k), align_heads(v)
-    # Packed tensors may have rows that belong to no document.
+    # Packed tensors may have rows outside all documents.
     new = torch.zeros if is_varlen else torch.empty
     out = new(q.shape, dtype=q.dtype, device=q.device)
     num_heads, head_dim = q.shape[-2:]
@@ -410,7 +412,7 @@ def attention_backward(
 def launch_backward(
     grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
 ):  # fmt: skip
-    """Fill dq, dk and dv, whose heads lie side by side in a row of any stride (dk and dv share theirs)."""
+    """Fill dq, dk and dv. Their heads are contiguous in a row; rows may have any stride, the same for dk and dv."""
     is_varlen = cu_seqlens_q is not None
     q, k, v = align_heads(q), align_heads(k), align_heads(v)
     num_heads, head_dim = q.shape[-2:]
@@ -421,7 +423,7 @@ def launch_backward(
     num_chunks = min(-(-MIN_PROGRAMS // max(1, num_sequences * num_heads)), MAX_CHUNKS, num_blocks)
     blocks_in_chunk = -(-num_blocks // num_chunks)
     num_chunks = -(-num_blocks // blocks_in_chunk)
-    # Each program has its own part of these: one head, one chunk, all queries.
+    # Each program has a part of its own: one head, one chunk, all queries.
     delta = torch.empty((num_chunks, num_heads, total_q), dtype=torch.float32, device=q.device)
     partial = torch.empty((num_chunks, num_heads, total_q, head_dim), dtype=torch.float32, device=q.device)
     if is_varlen and num_chunks > 1:
@@ -476,21 +478,21 @@ def attention(
     key_lengths: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of every query to all keys of its sequence.
+    """Softmax attention of each query to all keys of its sequence.
 
     Args:
         q: (batch, length_q, heads, head_dim), fp32, bf16 or fp16. k, v: (batch, length_k, heads, head_dim), same dtype.
-            Views of one fused projection (batch, length, 3, heads, head_dim) are read where they lie.
-        dropout_p: probability of dropping a probability, rounded to 1/256; kept ones are scaled so the mean is exact.
-        scale: factor of the scores; None is head_dim ** -0.5.
-        seed: int, or int64 tensor (key,) or (key, first_row); needed where dropout_p > 0.
-        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys gives zeros.
+            Views of one fused projection (batch, length, 3, heads, head_dim) are read in place.
+        dropout_p: dropout probability, rounded to a multiple of 1/256. Kept values are scaled so that the mean is exact.
+        scale: factor of the scores; None means head_dim ** -0.5.
+        seed: int, or int64 tensor (key,) or (key, first_row); required if dropout_p > 0.
+        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys yields zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (batch, length_q, heads, head_dim) in the dtype of q.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; dropout without a seed; Triton with a head_dim
-            above 128 (smaller ones are padded to 32, 64 or 128) or another dtype.
+        ValueError: mismatched shapes, dtypes or devices; dropout without a seed; with Triton also a head_dim above 128
+            (smaller ones are padded to 32, 64 or 128) or any other dtype.
     """
     seed = check_arguments("attention", q, k, v, dropout_p, seed)
     if q.dim() != 4:
@@ -518,19 +520,19 @@ def varlen_attention(
     seed: int | torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """`attention` of packed documents: each query sees the keys of its own document.
+    """`attention` for packed documents: each query attends to the keys of its own document.
 
     Args:
         q: (tokens_q, heads, head_dim). k, v: (tokens_k, heads, head_dim).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): where each document starts, and the end of the last. Empty
-            documents are allowed; empty ones at the end keep the shape, and so a captured CUDA graph, the same.
-        max_seqlen_q, max_seqlen_k: no document is longer; ints, so that nothing is read back from the device. Too small
-            values leave rows out on a GPU; the PyTorch implementation refuses them.
-        dropout_p, scale, seed, impl: as in `attention`; the dropout row of a query is its index in `q`.
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): the start of each document, and the end of the last. Empty
+            documents are allowed; at the end they keep shapes static, for instance for a CUDA graph.
+        max_seqlen_q, max_seqlen_k: upper bounds of document lengths, as ints so that nothing is read from the device. If
+            they are too small, rows are left out on a GPU, and PyTorch raises.
+        dropout_p, scale, seed, impl: as in `attention`. The dropout row of a query is its index in `q`.
     Returns:
         (tokens_q, heads, head_dim); zeros for documents without keys and for rows after the last document.
     Raises:
-        ValueError: as `attention`, and for lengths that are not int32 or not of one size.
+        ValueError: as in `attention`; also if the lengths are not int32 or differ in size.
     """
     seed = check_arguments("varlen_attention", q, k, v, dropout_p, seed)
     if q.dim() != 3:
@@ -551,11 +553,11 @@ def check_arguments(
     dropout_p: float,
     seed: int | torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Refuse what no implementation can compute; the seed as a tensor, or None without dropout."""
+    """Check what all implementations require. Returns the seed as a tensor, or None without dropout."""
     if k.shape != v.shape or q.shape[-2:] != k.shape[-2:] or q.dim() != k.dim():
         raise ValueError(
-            f"{operation}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must have one shape, "
-            "q their heads and head_dim"
+            f"{operation}: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; k and v must have one shape, and "
+            "q the same heads and head_dim"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{operation}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
@@ -575,11 +577,11 @@ def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int |
 
 
 def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
-    """Run the kernels, with heads padded by zeros to a dimension that they know."""
+    """Run the kernels, with heads padded by zeros to a supported dimension."""
     head_dim = q.shape[-1]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"attention: the kernel takes float32, bfloat16 and float16, got {q.dtype}; cast, or impl='torch'"
+            f"attention: the kernel takes float32, bfloat16 and float16, got {q.dtype}; cast, or pass impl='torch'"
         )
     if cu_seqlens_q is None and q.shape[0] > MAX_SEQUENCES:
         raise ValueError(
@@ -598,9 +600,9 @@ def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with the parameters of `torch.nn.MultiheadAttention(batch_first=True)`: state dicts fit both.
+    """Self-attention with the parameters and state_dict of `torch.nn.MultiheadAttention(batch_first=True)`.
 
-    Dropout acts on the attention probabilities, in training mode only, and needs `seed` there.
+    Dropout acts on attention probabilities, in training mode only, where it needs `seed`.
     """
 
     def __init__(
@@ -616,7 +618,7 @@ class SelfAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initialisation of torch.nn.MultiheadAttention."""
+        """Initialise as torch.nn.MultiheadAttention does."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
@@ -630,7 +632,7 @@ class SelfAttention(nn.Module):
         seed: int | torch.Tensor | None = None,
         impl: str | None = None,
     ) -> torch.Tensor:
-        """x (batch, length, embed_dim) -> the same shape. `seed` is needed in training mode with dropout."""
+        """x (batch, length, embed_dim) -> the same shape. `seed` is required in training mode with dropout."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         out = attention(

@@ -1,4 +1,4 @@
-"""LayerNorm, alone or fused with the bias, the dropout and the residual that come before it in a post-LN transformer.
+"""LayerNorm, alone or fused with what precedes it in a post-layer-norm transformer: bias, dropout and residual.
 
 For each row of N columns, with keep bits m (0 or 1) and scale s = 1 / P(keep):
 
@@ -12,33 +12,30 @@ For each row of N columns, with keep bits m (0 or 1) and scale s = 1 / P(keep):
     dresidual = dz,  dx = s * m * dz
     dweight   = sum over rows of dy * x_hat,  dbias = sum of dy,  dx_bias = sum of dx
 
-Shapes: x, residual, y (..., N), the leading dimensions together are the rows; weight, bias, x_bias (N,).
-Dtypes: x fp32, bf16 or fp16, each other tensor any of the three; y has the dtype of x, gradients that of their tensor.
-Everything is computed in fp32, and z is never rounded to a narrower dtype. Mean and variance come from two passes over
-registers, the second over the centred values, corrected for the rounding of the mean (the corrected two-pass algorithm
-of Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37, 1983): a large
-mean costs no accuracy.
+Shapes: x, residual, y (..., N), of which the leading dimensions are flattened into rows; weight, bias, x_bias (N,).
+Dtypes: fp32, bf16 or fp16, in any mixture. y has the dtype of x, each gradient that of its tensor. All arithmetic is
+fp32, and z is never rounded to a narrower dtype. Mean and variance take two passes over registers, the second over
+centred values and corrected for the rounding of the mean (the corrected two-pass algorithm of Chan, Golub, LeVeque,
+"Algorithms for Computing the Sample Variance", The American Statistician 37, 1983), so a large mean costs no accuracy.
 
-Saved for the backward: the inputs, and 12 bytes a row: the mean, what rounding it to fp32 left over, and rstd. z is
-recomputed from x and residual rather than stored: the residual of a post-LN layer is kept anyway, by the linear layer
-that reads it next to this one, so storing z would occupy as many bytes as keeping x, move as many (the backward reads
-one tensor less, the forward writes one more), and round z to the dtype of x. Recomputing x_hat from y would fail where
-a weight is zero.
+Saved for the backward: the inputs, and 12 bytes per row: the mean, its correction, and rstd. z is recomputed from x and
+residual, not stored. The residual of a post-layer-norm layer is kept anyway, by the linear layer that reads it next to
+this one. Storing z would therefore take as much memory as keeping x and as much traffic (the backward reads one tensor
+less, the forward writes one more), and it would round z to the dtype of x. Recomputing x_hat from y would fail where a
+weight is zero.
 Bytes moved per element, for tensors of b bytes: forward 3b (x, residual, y); backward 5b with dropout (dy, x, residual,
-dx, dresidual), 4b without, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b.
-Rows longer than 4096 columns, or of a number of columns that is no multiple of 16, are taken a block of columns at a
-time by kernels of their own: these read x and residual three times in the forward, and dy, x and residual twice in the
-backward (a row again soon after, so from L2).
+dx, dresidual), 4b without it, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b.
+Rows are kept in registers. Those longer than 4096 columns, or not a multiple of 16 long, are taken a block of columns at
+a time: the forward then reads x and residual three times, the backward dy, x and residual twice, mostly from L2.
 
-Random numbers: the dropout decisions of `philox`, head 0, the row number being the flattened leading index. The
-backward draws them again, so no mask is stored.
+Random numbers: the dropout decisions of `philox` for head 0, where a row's number is its index in the flattened leading
+dimensions. The backward draws them again, so no mask is stored.
 
-Determinism: no atomics. Each program of the backward walks over rows at a fixed stride and keeps partial sums of the
-parameter gradients in registers; a second kernel adds those in a fixed order. The programs are as many as the GPU holds
-at one time, so the order, and with it the last bits of a parameter's gradient, depends on the GPU's model; on one model
-results are the same bits each time.
+Determinism: no atomics; the parameters' gradients are summed as described in `_rows`. There are as many programs as the
+GPU can hold, so the order of the sums, and with it a gradient's last bits, depends on the GPU model. On one model
+repeated runs give the same bits.
 
-Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450, section 3; the sublayer LayerNorm(residual +
+Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450, section 3. The sublayer LayerNorm(residual +
 dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 5.4.
 """
 
@@ -51,9 +48,9 @@ from . import philox
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
-LONGEST_WHOLE_ROW = 4096  # longer ones do not fit in the registers of one program
-# Of the backward by BLOCK: where there is room, the next one or two tiles are fetched while one is worked on. At up to 128
-# registers two blocks fit, and no more are started; each of these spills nothing with Triton 3.6.0 to 3.9.0.
+LONGEST_WHOLE_ROW = 4096  # longer rows do not fit in the registers of one program
+# num_stages and maxnreg of the backward by BLOCK. Where registers allow, the next one or two tiles are prefetched. None of
+# these spills with Triton 3.6.0 to 3.9.0.
 BACKWARD_STAGES_AND_REGISTERS = {
     128: (1, REGISTER_LIMIT),
     256: (1, REGISTER_LIMIT),
@@ -68,18 +65,18 @@ BACKWARD_IN_BLOCKS = {"ROWS": 4, "BLOCK": 256}
 
 
 def layer_norm_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """`layer_norm` in plain PyTorch."""
-    # In fp32 at least: of narrow inputs ATen adds up the parameters' gradients on a CPU in their dtype, 5% off after 2,048
-    # rows.
+    """`layer_norm` in PyTorch operations."""
+    # In fp32 at least: on a CPU ATen sums the parameters' gradients in the dtype of the input, which is 5% off in bf16
+    # after 2,048 rows.
     dtype = torch.promote_types(x.dtype, torch.promote_types(weight.dtype, torch.float32))
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """residual + scale * mask * x in one pass, a quarter off the time of the CPU path beside the same in single steps.
+    """residual + scale * mask * x in one pass, which makes the CPU path a quarter faster than separate operations.
 
-    The scale stays out of the mask, because in bf16 the mask would round it and so shift every mean; autograd's own
-    derivative of addcmul does that.
+    The scale is not folded into the mask: in bf16 it would be rounded and shift every mean. Autograd's derivative of
+    addcmul does just that, hence this one.
     """
 
     @staticmethod
@@ -107,13 +104,13 @@ def dropout_add_layer_norm_torch(
     x_bias: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`dropout_add_layer_norm` in plain PyTorch; `seed` as `philox.as_seed` makes it."""
+    """`dropout_add_layer_norm` in PyTorch operations; `seed` is as `philox.as_seed` returns it."""
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
     if p > 0:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         keep = philox.dropout_keep_torch(seed, p, x.shape[:-1].numel(), x.shape[-1]).view(x.shape)
-        mask = keep.view(torch.uint8).to(dtype)  # bytes convert to floating point eight times faster than booleans
+        mask = keep.view(torch.uint8).to(dtype)  # uint8 converts to floating point eight times faster than bool
         z = _DropoutAdd.apply(x.to(dtype), residual.to(dtype), mask, philox.dropout_scale(p))
     else:
         z = residual + x
@@ -155,8 +152,8 @@ def _layer_norm_forward_kernel(
 ):  # fmt: skip
     """One program: ROWS rows, in three passes over blocks of columns: mean, variance, output.
 
-    Where a row is one block (IS_WHOLE) the compiler sees loops of one turn and merges their equal loads and draws: the
-    row is read once and stays in registers.
+    Where a row is one block (IS_WHOLE), the loops have one iteration. The compiler unrolls them and merges their equal
+    loads and draws, so the row is read once and stays in registers.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < num_rows
@@ -216,7 +213,7 @@ def _gradient_means_kernel(
     num_rows, statistics_stride, num_columns, threshold, scale,
     HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the backward must know of a whole row before it can work on a block of it. One program: one row."""
+    """The means over a row that the backward needs before it can work on a block of that row. One program: one row."""
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     row_mask = rows < num_rows
     mean, correction, rstd = _load_statistics(statistics_ptr, statistics_stride, rows, row_mask)
@@ -295,12 +292,12 @@ def _layer_norm_backward_kernel(
 
 
 def _is_whole(num_columns: int) -> bool:
-    """Whether a row is one block: kept in registers, so not too long, and read by vector loads, so a multiple of 16."""
+    """Whether rows are taken as one block. Unaligned ones are not: without vector loads their addresses would spill."""
     return num_columns <= LONGEST_WHOLE_ROW and num_columns % 16 == 0
 
 
 def _whole_tile(num_columns: int) -> dict[str, int]:
-    """ROWS and BLOCK: whole rows, as many as make 2048 elements."""
+    """ROWS and BLOCK for whole rows, as many as make up 2048 elements."""
     block = max(128, 1 << (num_columns - 1).bit_length())
     return {"ROWS": max(1, 2048 // block), "BLOCK": block}
 
@@ -353,7 +350,7 @@ def _layer_norm_backward(
     statistics: torch.Tensor,
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dresidual, dx_bias, dweight, dbias; what is absent, or the same as dx, is empty."""
+    """dx, dresidual, dx_bias, dweight and dbias; those that are absent or equal to dx are empty."""
     gradients = _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p)
     dx, dresidual, dx_bias, dweight, dbias = gradients
     num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
@@ -394,7 +391,7 @@ def _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, 
 
 
 def _has_own_dresidual(x: torch.Tensor, residual: torch.Tensor | None, p: float) -> bool:
-    """Whether the residual's gradient differs from that of x."""
+    """Whether the gradients of residual and x differ."""
     return residual is not None and (p > 0 or residual.dtype != x.dtype)
 
 
@@ -408,7 +405,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dstatistics):
-    saved = ctx.saved_tensors  # once: checkpointing recomputes for one access only
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows a single access
     dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
     x, residual, x_bias = saved[:3]
     if residual is None:
@@ -427,11 +424,12 @@ def layer_norm(
     """LayerNorm over the last dimension.
 
     Args:
-        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), the dtype of x or fp32.
+        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), fp32, bf16 or fp16.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: mismatched shapes, dtypes or devices.
     """
     triton = use_triton("layer_norm", impl, x, weight, bias)
     _check("layer_norm", triton, x, {"weight": weight, "bias": bias})
@@ -457,12 +455,13 @@ def dropout_add_layer_norm(
 
     Args:
         x: (..., N), fp32, bf16 or fp16. residual: (..., N). weight, bias, x_bias: (N,).
-        p: probability of dropping an element, rounded to 1/256; 0 outside training.
-        seed: see `philox`; needed where p > 0. A tensor can change between replays of a CUDA graph.
+        p: dropout probability, rounded to a multiple of 1/256; pass 0 outside training.
+        seed: see `philox`; required if p > 0. A tensor may change between replays of a CUDA graph.
+        impl: as in `layer_norm`.
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1], or p > 0 without a seed.
+        ValueError: mismatched shapes, dtypes or devices, p outside [0, 1], or p > 0 without a seed.
     """
     triton = use_triton("dropout_add_layer_norm", impl, x, residual, weight, bias, x_bias)
     _check("dropout_add_layer_norm", triton, x, {"weight": weight, "bias": bias, "x_bias": x_bias}, residual)
@@ -485,7 +484,7 @@ def _check(
     residual: torch.Tensor | None = None,
 ) -> None:
     if x.dim() == 0:
-        raise ValueError(f"{operation}: x is a scalar; it needs a last dimension to normalise over")
+        raise ValueError(f"{operation}: x is a scalar; it needs a dimension to normalise over")
     tensors = {"x": x, "residual": residual, **vectors}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -499,7 +498,7 @@ def _check(
 
 
 class LayerNorm(torch.nn.Module):
-    """`torch.nn.LayerNorm` over one dimension, on `layer_norm`; the same parameters, defaults and state_dict."""
+    """`layer_norm` as a module, with the parameters, defaults and state_dict of `torch.nn.LayerNorm` over one dimension."""
 
     def __init__(self, normalized_shape: int, eps: float = 1e-5):
         super().__init__()
@@ -512,8 +511,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class DropoutAddLayerNorm(torch.nn.Module):
-    """LayerNorm(residual + dropout(x + x_bias)); drops in training mode only. Parameters are those of
-    `torch.nn.LayerNorm`."""
+    """`dropout_add_layer_norm` as a module, with the parameters of `torch.nn.LayerNorm`. Drops in training mode only."""
 
     def __init__(self, hidden_size: int, p: float = 0.1, eps: float = 1e-5):
         super().__init__()
@@ -529,6 +527,6 @@ class DropoutAddLayerNorm(torch.nn.Module):
         x_bias: torch.Tensor | None = None,
         seed: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`seed` is needed in training mode where p > 0; see `dropout_add_layer_norm`."""
+        """See `dropout_add_layer_norm`. `seed` is required in training mode if p > 0."""
         p = self.p if self.training else 0.0
         return dropout_add_layer_norm(x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed)
