@@ -142,7 +142,7 @@ def dropout_keep_torch(
         for half in (0, 1):
             eight = (words[2 * half + 1] << 32) | words[2 * half]
             keep[start : start + rows_at_once, ..., half] = compare_bytes(eight, threshold)
-    # On every little-endian processor, which PyTorch requires, bytes of an int64 lie in the order given at the top.
+    # In memory the bytes of an int64 lie in the order given at the top: little-endian.
     keep = keep.view(torch.bool).flatten(-2)[..., :num_columns]
     return keep if num_heads is not None else keep[:, 0]
 

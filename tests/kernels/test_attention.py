@@ -228,6 +228,20 @@ def test_dropout_and_result_do_not_depend_on_block_sizes(blocks, device, monkeyp
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "capability, forward, backward",
+    [(80, (128, 64), (16, 128)), (86, (128, 64), (16, 128)), (90, (128, 128), (64, 128)), (120, (128, 64), (16, 128))],
+)
+def test_tiles_are_chosen_by_chip(capability, forward, backward):
+    q, k, v, _ = (tensor.requires_grad_() for tensor in make_inputs(1, 16, 16, 1, 64, torch.bfloat16))
+    with _dispatch.record_launches(capability) as launches:
+        out = attention.attention(q, k, v, impl="triton")
+        out.backward(torch.zeros_like(out))
+    tiles = [(launch.options["BLOCK_M"], launch.options["BLOCK_N"]) for launch in launches]
+    assert tiles == [forward, backward]
+
+
+@needs_triton
 @pytest.mark.parametrize("max_chunks", [1, 2, 3])
 def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, device, monkeypatch):
     """One program a head writes dq itself; several leave parts to be summed, also where some chunks have no keys."""

@@ -13,7 +13,7 @@ import fastroberta_kernels
 import pytest
 import torch
 from fastroberta_kernels import _dispatch
-from fastroberta_kernels._dispatch import jit, launch, record_launches, tl, use_triton
+from fastroberta_kernels._dispatch import get_capability, jit, launch, record_launches, tl, use_triton
 
 PACKAGE = Path(fastroberta_kernels.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -103,6 +103,13 @@ def test_recording_collects_launches_and_starts_none(device):
     launch(fill_kernel, (1,), output, 3, COUNT=8)
     assert output.tolist() == [3] * 8, "recording must end with its context, also after an exception"
     assert len(launches) == 1
+
+
+def test_recording_stands_in_for_another_chip():
+    assert get_capability(ON_CPU.device) == 80
+    with record_launches(90):
+        assert get_capability(ON_CPU.device) == 90
+    assert get_capability(ON_CPU.device) == 80
 
 
 def test_importing_the_kernels_imports_no_trainer_and_no_transformers():
