@@ -61,6 +61,7 @@ class Resources(NamedTuple):
     local_bytes: int = 0  # of a thread: spilled registers
     shared_bytes: int = 0  # of a block
     blocks: int = 0  # resident on a multiprocessor
+    issue_cycles: int = 0  # least cycles in which a multiprocessor issues 512 x 512 scores; attention only
     seconds: float = 0.0  # to compile, or to find in Triton's cache
     fault: str = ""
 
@@ -153,21 +154,53 @@ def _describe(launch: Any) -> str:
     return " ".join([*types, *left_out, *options])
 
 
-def _read_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory of a thread, as read by the cuobjdump in Triton's wheel."""
+def _run_cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump in Triton's wheel prints about a cubin."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(cuobjdump), option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of a thread."""
+    text = _run_cuobjdump(cubin, "-res-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump -res-usage: no usage found in {text!r}")
     registers, stack, local = map(int, usage.groups())
     return registers, stack + local
+
+
+def count_loop_instructions(sass: str) -> int:
+    """Instructions of the loop with the most matrix products, in the machine code of a kernel; 0 if there is none.
+
+    Of loops with as many products, the shortest counts.
+    """
+    code = [(int(address, 16), text) for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    loops = [(0, 0)]
+    for address, text in code:
+        branch = re.search(r"BRA(?:\.\S+)?\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) <= address:
+            body = [text for place, text in code if int(branch[1], 16) <= place <= address]
+            loops.append((sum(re.search(r"MMA\b", text) is not None for text in body), -len(body)))
+    products, length = max(loops)
+    return -length if products else 0
+
+
+def _count_issue_cycles(compiled: Any, options: dict[str, Any]) -> int:
+    """Cycles in which the four schedulers of a multiprocessor can issue the inner loop for 512 x 512 scores, at least.
+
+    This is a floor for one resource. Tensor cores, shared memory and latencies come on top.
+    """
+    if "BLOCK_M" not in options:
+        return 0
+    turns = 512 * 512 / (options["BLOCK_M"] * options["BLOCK_N"])
+    loop = count_loop_instructions(_run_cuobjdump(compiled.asm["cubin"], "-sass"))
+    return round(loop * turns * compiled.metadata.num_warps / 4)
 
 
 def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
@@ -202,7 +235,19 @@ def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
             faults.append(f"needs {shared} bytes of shared memory, has {CHIPS[target].shared_per_block}")
         blocks = count_resident_blocks(target, registers, shared, warps)
         rows.append(
-            Resources(name, configuration, target, warps, registers, local, shared, blocks, seconds, "; ".join(faults))
+            Resources(
+                name,
+                configuration,
+                target,
+                warps,
+                registers,
+                local,
+                shared,
+                blocks,
+                _count_issue_cycles(compiled, launch.options),
+                seconds,
+                "; ".join(faults),
+            )
         )
     return rows
 
@@ -224,15 +269,25 @@ def print_table(rows: Sequence[Resources]) -> None:
     """Print a line for each kernel, configuration and chip, then the faults.
 
     Where the JIT compiles several kernels for one line (by divisibility, or by which tensor has which type), the one
-    with the most registers is shown.
+    with the most registers is shown. `issue` is for attention: see `_count_issue_cycles`.
     """
     shown: dict[tuple, Resources] = {}
     for row in rows:
         key = (row.kernel, row.configuration, row.target)
         shown[key] = max(shown.get(key, row), row, key=lambda row: row.registers)
-    lines = [("kernel", "configuration", "chip", "warps", "registers", "spilled", "shared", "blocks", "occupancy")]
+    lines = [
+        ("kernel", "configuration", "chip", "warps", "registers", "spilled", "shared", "blocks", "occupancy", "issue")
+    ]
     for row in shown.values():
-        numbers = (row.warps, row.registers, row.local_bytes, row.shared_bytes, row.blocks, f"{row.occupancy:.0%}")
+        numbers = (
+            row.warps,
+            row.registers,
+            row.local_bytes,
+            row.shared_bytes,
+            row.blocks,
+            f"{row.occupancy:.0%}",
+            row.issue_cycles or "-",
+        )
         lines.append((row.kernel, row.configuration, f"sm_{row.target}", *map(str, numbers)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:

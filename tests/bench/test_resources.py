@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastroberta_kernels import _dispatch, attention, cross_entropy, embedding, gelu, layer_norm, masking
 
-from bench.resources import CHIPS, KERNEL_MODULES, Resources, count_resident_blocks
+from bench.resources import CHIPS, KERNEL_MODULES, Resources, count_loop_instructions, count_resident_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +173,25 @@ def test_modules_that_launch_nothing_are_refused(tmp_path):
     done = run_resources("idle_kernels:launch_cases", path=str(tmp_path))
     assert done.returncode != 0
     assert "idle_kernels:launch_cases: these cases launch no kernel" in done.stderr
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HGMMA.64x16x16.F32 R24, gdesc[UR4], R24 ;
+        /*0020*/                   FADD R2, R2, R3 ;
+        /*0030*/                   FADD R2, R2, R3 ;
+        /*0040*/              @P0  BRA 0x20 ;
+        /*0050*/                   HGMMA.64x16x16.F32 R24, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA `(.L_x_1) ;
+        /*0070*/               @P0 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_the_loop_with_the_most_products_is_counted():
+    assert count_loop_instructions(SASS) == 7
+    assert count_loop_instructions(SASS.replace("HGMMA", "FFMA")) == 0
 
 
 @pytest.mark.parametrize(
