@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def attention_cases() -> Iterator[Callable[[], None]]:
     """Forward and backward in every configuration, on tiny batches of real widths.
 
-    Whether the number of keys is a multiple of 16 makes a difference only where no sequence has fewer.
+    509 keys are no multiple of 16, which matters to Triton only if all sequences have the same number.
     """
     lengths = torch.tensor([512], dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -52,7 +52,7 @@ def run_varlen_case(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None
 
 
 def layer_norm_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
+    """Forward and backward with every width, every mixture of dtypes and every set of flags, but not their product."""
 
     def case(num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48):
         def run():
@@ -74,13 +74,13 @@ def layer_norm_cases() -> Iterator[Callable[[], None]]:
         return run
 
     fp32, bf16, _ = DTYPES
-    # Every width in the leanest and the fullest form, with the least and the most bytes; unaligned, long, both.
+    # Every width, unaligned and long ones included, with the fewest and the most inputs, in the narrowest and widest dtype.
     for num_columns in (128, 256, 512, 768, 2048, 4096, 1023, 8192):
         for dtype, parameter_dtype, residual_dtype in ((bf16, bf16, bf16), (bf16, fp32, bf16), (fp32, fp32, fp32)):
             yield case(num_columns, dtype, parameter_dtype)
             yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
     for num_columns in (768, 1023):
-        # Every mixture of dtypes in the leanest and the fullest form, then every set of flags.
+        # Every mixture of dtypes with the fewest and the most inputs, then every set of flags.
         for dtype in DTYPES:
             for parameter_dtype in dict.fromkeys((dtype, fp32)):
                 yield case(num_columns, dtype, parameter_dtype)
@@ -89,7 +89,7 @@ def layer_norm_cases() -> Iterator[Callable[[], None]]:
         for has_x_bias in (False, True):
             for p in (0.0, 0.1):
                 yield case(num_columns, bf16, fp32, bf16, has_x_bias, p)
-    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.1, num_rows=1)  # Triton makes a constant of the one column
+    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.1, num_rows=1)  # Triton compiles a size of 1 in as a constant
 
 
 def gelu_cases() -> Iterator[Callable[[], None]]:
@@ -108,13 +108,13 @@ def gelu_cases() -> Iterator[Callable[[], None]]:
     for approximate in ("none", "tanh"):
         for dtype in DTYPES:
             for bias_dtype in dict.fromkeys((None, fp32, dtype)):
-                for num_columns in (3072, 1023):  # aligned rows, and others
+                for num_columns in (3072, 1023):  # aligned rows, and unaligned ones
                     yield case(dtype, bias_dtype, approximate, num_columns)
-    yield case(torch.bfloat16, fp32, "none", num_columns=1)  # Triton makes a constant of the one column
+    yield case(torch.bfloat16, fp32, "none", num_columns=1)  # Triton compiles a size of 1 in as a constant
 
 
 def embedding_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
+    """Forward and backward with every width, every mixture of dtypes and every set of flags, but not their product."""
 
     def case(num_columns, weight_dtype, norm_dtype, dtype, p=0.0, types="none", positions="counted"):
         def run():
@@ -142,11 +142,11 @@ def embedding_cases() -> Iterator[Callable[[], None]]:
         return run
 
     fp32, bf16, _ = DTYPES
-    # Every width, aligned rows and others, in the fullest form; 1 is a number of columns that Triton makes a constant of.
+    # Every width, aligned and unaligned, with all inputs. Triton compiles a size of 1 in as a constant.
     for num_columns in (64, 128, 256, 512, 768, 2048, 4096, 1, 37, 127, 255, 511, 1023, 2047, 4095):
         for weight_dtype, norm_dtype, dtype in ((fp32, fp32, bf16), (bf16, bf16, bf16), (fp32, fp32, fp32)):
             yield case(num_columns, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
-    # Every mixture of dtypes in the fullest and the leanest form.
+    # Every mixture of dtypes with the most and the fewest inputs.
     for weight_dtype in DTYPES:
         for norm_dtype in dict.fromkeys((weight_dtype, fp32)):
             for dtype in DTYPES:
@@ -160,7 +160,7 @@ def embedding_cases() -> Iterator[Callable[[], None]]:
 
 
 def cross_entropy_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration; none depends on the width, the vocabulary or the number of rows."""
+    """Forward and backward in every configuration. None depends on the width, the vocabulary or the number of rows."""
 
     def case(dtype, label_smoothing, needs_gradient):
         def run():
@@ -188,7 +188,7 @@ def cross_entropy_cases() -> Iterator[Callable[[], None]]:
 
 
 def masking_cases() -> Iterator[Callable[[], None]]:
-    """Calls that together reach every configuration of the kernel, for compilation ahead of time."""
+    """The kernel in every configuration."""
 
     def mask(length: int, vocab_size: int, special_token_ids: tuple[int, ...], mlm_probability: float) -> None:
         mask_tokens(
@@ -202,6 +202,6 @@ def masking_cases() -> Iterator[Callable[[], None]]:
             impl="triton",
         )
 
-    # Every block, for lengths that are multiples of 16 and others; Triton makes a constant of the length 1.
+    # Every block size, with lengths that are multiples of 16 and others. Triton compiles a length of 1 in as a constant.
     for length in (512, 509, 1024, 1023, 2048, 2047, LONGEST_SEQUENCE, LONGEST_SEQUENCE - 1, 1):
         yield functools.partial(mask, length, 50265, (0, 1, 2, 3, 50264), 0.15)

@@ -176,11 +176,12 @@ def test_every_module_can_be_copied_with_its_neighbours(tmp_path):
         assert not re.search(r"^\s*(from|import) fastroberta", (PACKAGE / f"{module}.py").read_text(), re.MULTILINE)
         copy_modules(list_neighbours(module), tmp_path / f"copy_of_{module}")
     imports = "".join(f"import copy_of_{module}.{module}, fastroberta_kernels.{module}\n" for module in MODULES)
-    assert run_python(imports + "print('imported')", PYTHONPATH=str(tmp_path)) == "imported"
+    assert run_python(imports + "print('imported')", PYTHONPATH=f"{tmp_path}{os.pathsep}{PACKAGE.parent}") == "imported"
 
 
 def test_a_copied_kernel_runs_beside_the_original(tmp_path):
     assert list_neighbours("masking") == {"masking", "philox", "_dispatch"}
+    assert list_neighbours("gelu") == {"gelu", "_rows", "_dispatch"}  # as the README says
     copy_modules(list_neighbours("masking"), tmp_path / "somebody_elses")
     code = """
 import torch
@@ -198,7 +199,7 @@ for result in results[1:]:
 assert torch.ops.somebody_elses.mask_tokens is not torch.ops.fastroberta_kernels.mask_tokens
 print(int((results[0].input_ids != ids).sum()) > 0)
 """
-    environment = {"PYTHONPATH": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     assert run_python(code, **environment) == "True"
