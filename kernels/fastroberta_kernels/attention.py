@@ -279,11 +279,17 @@ BACKWARD_BLOCKS = {
     (4, 64): (16, 16, 8, 1),
     (4, 128): (16, 16, 8, 1),
 }
-# Larger tiles where a chip does better with them, by (major compute capability, bytes, head_dim). On sm_90 and sm_100 the
-# tensor cores run at half speed or less on tiles of 16 queries; a 64 x 128 backward needs 29% fewer issue slots with
-# dropout on sm_90, 43% fewer without. On sm_80 the same tile spills.
-LARGE_FORWARD_BLOCKS = {(9, 2, 64): (128, 128, 8, 2)}
-LARGE_BACKWARD_BLOCKS = {(9, 2, 64): (64, 128, 8, 1), (10, 2, 64): (64, 128, 8, 1)}
+# Exceptions by (compute capability times ten, bytes, head_dim). On sm_90 and sm_100 tensor cores run at half speed or less
+# on tiles of 16 queries: on sm_90 a 64 x 128 backward needs 29% fewer issue slots with dropout, 43% fewer without. It
+# spills on sm_80, as the 128 x 128 forward does on sm_100.
+CHIP_FORWARD_BLOCKS = {(90, 2, 64): (128, 128, 8, 2)}
+CHIP_BACKWARD_BLOCKS = {
+    (86, 2, 128): (16, 32, 8, 1),  # twice as many keys spill
+    (89, 2, 128): (16, 32, 8, 1),
+    (120, 2, 128): (16, 32, 8, 1),
+    (90, 2, 64): (64, 128, 8, 1),
+    (100, 2, 64): (64, 128, 8, 1),
+}
 # `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
@@ -296,11 +302,11 @@ MAX_SEQUENCES = 65_532
 def choose_blocks(
     q: torch.Tensor,
     blocks: dict[tuple[int, int], tuple[int, int, int, int]],
-    large_blocks: dict[tuple[int, int, int], tuple[int, int, int, int]],
+    chip_blocks: dict[tuple[int, int, int], tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
     """BLOCK_M, BLOCK_N, num_warps and num_stages for the dtype and head_dim of `q` on its chip."""
     key = q.element_size(), q.shape[-1]
-    return large_blocks.get((get_capability(q.device) // 10, *key), blocks[key])
+    return chip_blocks.get((get_capability(q.device), *key), blocks[key])
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -361,7 +367,7 @@ def attention_forward(
     num_heads, head_dim = q.shape[-2:]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
     lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
-    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS, LARGE_FORWARD_BLOCKS)
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS, CHIP_FORWARD_BLOCKS)
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(
@@ -418,7 +424,7 @@ def launch_backward(
     num_heads, head_dim = q.shape[-2:]
     num_sequences = cu_seqlens_q.numel() - 1 if is_varlen else q.shape[0]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
-    block_m, block_n, num_warps, num_stages = choose_blocks(q, BACKWARD_BLOCKS, LARGE_BACKWARD_BLOCKS)
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, BACKWARD_BLOCKS, CHIP_BACKWARD_BLOCKS)
     num_blocks = max(1, -(-max_seqlen_k // block_n))
     num_chunks = min(-(-MIN_PROGRAMS // max(1, num_sequences * num_heads)), MAX_CHUNKS, num_blocks)
     blocks_in_chunk = -(-num_blocks // num_chunks)
