@@ -283,13 +283,7 @@ BACKWARD_BLOCKS = {
 # on tiles of 16 queries: on sm_90 a 64 x 128 backward needs 29% fewer issue slots with dropout, 43% fewer without. It
 # spills on sm_80, as the 128 x 128 forward does on sm_100.
 CHIP_FORWARD_BLOCKS = {(90, 2, 64): (128, 128, 8, 2)}
-CHIP_BACKWARD_BLOCKS = {
-    (86, 2, 128): (16, 32, 8, 1),  # twice as many keys spill
-    (89, 2, 128): (16, 32, 8, 1),
-    (120, 2, 128): (16, 32, 8, 1),
-    (90, 2, 64): (64, 128, 8, 1),
-    (100, 2, 64): (64, 128, 8, 1),
-}
+CHIP_BACKWARD_BLOCKS = {(90, 2, 64): (64, 128, 8, 1), (100, 2, 64): (64, 128, 8, 1)}
 # `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}

@@ -25,8 +25,8 @@ def run_resources(*modules: str, path: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_every_kernel_fits_every_chip():
-    done = run_resources()
+def test_every_kernel_fits_every_data_center_chip():
+    done = run_resources("--chips", "80", "90", "100")
     print(done.stdout.splitlines()[-1] if done.stdout else done.stderr)  # how many, in what time
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "FAULT" not in done.stdout
@@ -36,7 +36,7 @@ def test_every_kernel_fits_every_chip():
         kernels = set(re.findall(r"\blaunch\(\s*(\w+)", source))
         assert kernels, f"{name}: no launch found"
         for kernel in kernels:
-            for target in CHIPS:
+            for target in (80, 90, 100):
                 row = rf"^\w+\.{kernel} .* sm_{target} "
                 assert re.search(row, done.stdout, re.MULTILINE), f"{name} launches {kernel}: not on sm_{target}"
 
