@@ -1,21 +1,21 @@
-"""What every Triton kernel takes of a GPU, known without one: compiled ahead of time for three generations of chips.
+"""The resources of every Triton kernel, measured without a GPU: kernels are compiled ahead of time for five chips.
 
-Each kernel module yields its `launch_cases`; run while launches are recorded, they tell which kernels start with which
-arguments. A stand-in for Triton's CUDA driver names the chip to compile for, and Triton's own JIT then does what it
-does before a launch: it looks at the arguments (types, divisibility by 16, equality to 1) and compiles each distinct
-combination once, down to the machine code that ptxas makes.
+The calls in `bench.launch_cases` are made while launches are recorded, which tells which kernels start with which
+arguments. A stand-in for Triton's CUDA driver names the chip to compile for. Triton's own JIT then does what it does
+before a launch: it specialises on the arguments (types, divisibility by 16, equality to 1) and compiles each distinct
+combination once, down to machine code.
 
-A row is at fault where compilation fails, where registers spill to local memory, or where a block needs more shared
-memory than the chip has.
+A configuration is at fault if it does not compile, spills registers to local memory, or needs more shared memory than a
+block of the chip may have.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import multiprocessing
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -25,27 +25,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KERNEL_MODULES = tuple(
-    f"fastroberta_kernels.{name}"
-    for name in ("attention", "layer_norm", "gelu", "embedding", "cross_entropy", "masking")
-)
+KERNEL_MODULES = ("attention", "layer_norm", "gelu", "embedding", "cross_entropy", "masking")
 
 
 class Chip(NamedTuple):
-    """Limits of a streaming multiprocessor (CUDA C++ programming guide, "Technical specifications")."""
+    """Limits of a multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
 
     name: str
-    shared_per_block: int  # bytes a block may ask for
-    shared_per_multiprocessor: int  # bytes; each resident block takes 1024 more than it asks for
+    shared_per_block: int  # bytes a block may request
+    shared_per_multiprocessor: int  # bytes; each resident block takes 1024 more than it requests
+    max_warps: int
+    max_blocks: int
 
 
+# Keys are compute capabilities times ten. Code and limits of sm_89 are those of sm_86, but for the number of blocks.
 CHIPS = {
-    80: Chip("A100", 163 * 1024, 164 * 1024),
-    90: Chip("H100", 227 * 1024, 228 * 1024),
-    100: Chip("B200", 227 * 1024, 228 * 1024),
+    80: Chip("A100", 163 * 1024, 164 * 1024, 64, 32),
+    86: Chip("RTX 3090", 99 * 1024, 100 * 1024, 48, 16),
+    90: Chip("H100", 227 * 1024, 228 * 1024, 64, 32),
+    100: Chip("B200", 227 * 1024, 228 * 1024, 64, 32),
+    120: Chip("RTX 5090", 99 * 1024, 100 * 1024, 48, 24),
 }
-# The same on all three chips.
-MAX_WARPS, MAX_BLOCKS, REGISTERS = 64, 32, 65536
+REGISTERS = 65536  # of a multiprocessor, on every chip
 REGISTER_UNIT, WARP_UNIT, SHARED_UNIT, RESERVED_SHARED = 256, 4, 128, 1024  # allocation granularity
 
 
@@ -60,13 +61,14 @@ class Resources(NamedTuple):
     local_bytes: int = 0  # of a thread: spilled registers
     shared_bytes: int = 0  # of a block
     blocks: int = 0  # resident on a multiprocessor
+    issue_cycles: int = 0  # least cycles in which a multiprocessor issues 512 x 512 scores; attention only
     seconds: float = 0.0  # to compile, or to find in Triton's cache
     fault: str = ""
 
     @property
     def occupancy(self) -> float:
         """Resident warps as a share of those a multiprocessor can hold."""
-        return self.blocks * self.warps / MAX_WARPS
+        return self.blocks * self.warps / CHIPS[self.target].max_warps
 
 
 def round_up(value: int, unit: int) -> int:
@@ -76,18 +78,19 @@ def round_up(value: int, unit: int) -> int:
 
 def count_resident_blocks(target: int, registers: int, shared_bytes: int, warps: int) -> int:
     """How many blocks of a kernel a multiprocessor of `target` can hold at once."""
+    chip = CHIPS[target]
     warps_by_registers = REGISTERS // round_up(max(registers, 1) * 32, REGISTER_UNIT) // WARP_UNIT * WARP_UNIT
     shared_of_block = round_up(shared_bytes + RESERVED_SHARED, SHARED_UNIT)
     return min(
-        MAX_BLOCKS,
-        MAX_WARPS // warps,
+        chip.max_blocks,
+        chip.max_warps // warps,
         warps_by_registers // round_up(warps, WARP_UNIT),
-        CHIPS[target].shared_per_multiprocessor // shared_of_block,
+        chip.shared_per_multiprocessor // shared_of_block,
     )
 
 
 class _Target:
-    """What Triton's JIT asks of a driver before it compiles; the device number is the compute capability."""
+    """What Triton's JIT asks of a driver before it compiles. The device number is the compute capability."""
 
     def __init__(self, target: int):
         self.target = target
@@ -105,39 +108,39 @@ class _Target:
 
 
 def _leave_interpreter() -> None:
-    """Start of a worker process, before it imports Triton: kernels made for the interpreter cannot be compiled."""
-    os.environ.pop("TRITON_INTERPRET", None)  # a test session sets it for its children too
+    """Set up a worker process before it imports Triton: kernels defined for the interpreter cannot be compiled."""
+    os.environ.pop("TRITON_INTERPRET", None)  # test sessions set it, and worker processes inherit it
 
 
 @functools.cache
-def _record(modules: tuple[str, ...]) -> dict[str, list[Any]]:
-    """The launches of each kernel of `modules`, collected once in a worker process."""
+def _record(cases: tuple[str, ...], target: int) -> dict[str, list[Any]]:
+    """The launches of each kernel on a chip, collected once in each worker process."""
     import torch
     from fastroberta_kernels._dispatch import record_launches
 
     torch.set_num_threads(1)
     launches_of: dict[str, list[Any]] = {}
-    for name in modules:
-        with record_launches() as launches:
-            for case in importlib.import_module(name).launch_cases():
+    for name in cases:
+        with record_launches(target) as launches:
+            for case in pkgutil.resolve_name(name)():
                 case()
         if not launches:
-            raise ValueError(f"{name}: its launch_cases() launch no kernel, so nothing would be checked")
+            raise ValueError(f"{name}: these cases launch no kernel, so nothing would be checked")
         for launch in launches:
-            # By where it is written: a kernel that several modules launch is compiled once.
+            # By the module that defines it: a kernel that several modules launch is compiled once.
             home = launch.kernel.__module__.removeprefix("fastroberta_kernels.")
             launches_of.setdefault(f"{home}.{launch.kernel.__name__}", []).append(launch)
     return launches_of
 
 
-def _list_kernels(modules: tuple[str, ...]) -> list[str]:
-    """The kernels of `modules`, those with the most launches first: both processes then end at about the same time."""
-    launches_of = _record(modules)
+def _list_kernels(cases: tuple[str, ...], target: int) -> list[str]:
+    """The kernels of `cases`, most launches first, so that both processes finish at about the same time."""
+    launches_of = _record(cases, target)
     return sorted(launches_of, key=lambda kernel: len(launches_of[kernel]), reverse=True)
 
 
 def _describe(launch: Any) -> str:
-    """Tensor types in order of appearance, arguments left out, constexprs and options."""
+    """Tensor types in order of appearance, omitted arguments, constexprs and options."""
     import torch
 
     named = dict(zip(launch.kernel.arg_names, launch.arguments))
@@ -151,16 +154,20 @@ def _describe(launch: Any) -> str:
     return " ".join([*types, *left_out, *options])
 
 
-def _read_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread uses, as the cuobjdump in Triton's wheel reads them."""
+def _run_cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump in Triton's wheel prints about a cubin."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run([str(cuobjdump), option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory of a thread."""
+    text = _run_cuobjdump(cubin, "-res-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump -res-usage: no usage found in {text!r}")
@@ -168,14 +175,42 @@ def _read_usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+def count_loop_instructions(sass: str) -> int:
+    """Instructions of the loop with the most matrix products, in the machine code of a kernel; 0 if there is none.
+
+    Of loops with as many products, the shortest counts.
+    """
+    code = [(int(address, 16), text) for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    loops = [(0, 0)]
+    for address, text in code:
+        branch = re.search(r"BRA(?:\.\S+)?\s+(?:\S+,\s*)?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) <= address:
+            body = [text for place, text in code if int(branch[1], 16) <= place <= address]
+            loops.append((sum(re.search(r"MMA\b", text) is not None for text in body), -len(body)))
+    products, length = max(loops)
+    return -length if products else 0
+
+
+def _count_issue_cycles(compiled: Any, options: dict[str, Any]) -> int:
+    """Cycles in which the four schedulers of a multiprocessor can issue the inner loop for 512 x 512 scores, at least.
+
+    This is a floor for one resource. Tensor cores, shared memory and latencies come on top.
+    """
+    if "BLOCK_M" not in options:
+        return 0
+    turns = 512 * 512 / (options["BLOCK_M"] * options["BLOCK_N"])
+    loop = count_loop_instructions(_run_cuobjdump(compiled.asm["cubin"], "-sass"))
+    return round(loop * turns * compiled.metadata.num_warps / 4)
+
+
 def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
-    """Compile all configurations of a kernel of `modules` for a target."""
+    """Compile all configurations of a kernel for a target."""
     from triton.runtime import driver
 
-    modules, name, target = job
+    cases, name, target = job
     driver.set_active(_Target(target))
     rows, seen, failed = [], set(), set()
-    for launch in _record(modules)[name]:
+    for launch in _record(cases, target)[name]:
         configuration = _describe(launch)
         if configuration in failed:
             continue
@@ -187,7 +222,7 @@ def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
             reason = (str(error).strip() or "no message").splitlines()[-1]
             rows.append(Resources(name, configuration, target, fault=f"{type(error).__name__}: {reason}"))
             continue
-        if id(compiled) in seen:  # the JIT found it in its table: the same types, the same constants
+        if id(compiled) in seen:  # the JIT has compiled it before: same types, same constants
             continue
         seen.add(id(compiled))
         seconds = time.perf_counter() - start
@@ -197,39 +232,62 @@ def _compile(job: tuple[tuple[str, ...], str, int]) -> list[Resources]:
         if local:
             faults.append(f"spills {local} bytes a thread")
         if shared > CHIPS[target].shared_per_block:
-            faults.append(f"needs {shared} bytes of shared memory, {CHIPS[target].shared_per_block} are there")
+            faults.append(f"needs {shared} bytes of shared memory, has {CHIPS[target].shared_per_block}")
         blocks = count_resident_blocks(target, registers, shared, warps)
         rows.append(
-            Resources(name, configuration, target, warps, registers, local, shared, blocks, seconds, "; ".join(faults))
+            Resources(
+                name,
+                configuration,
+                target,
+                warps,
+                registers,
+                local,
+                shared,
+                blocks,
+                _count_issue_cycles(compiled, launch.options),
+                seconds,
+                "; ".join(faults),
+            )
         )
     return rows
 
 
-def measure_resources(modules: Sequence[str] = KERNEL_MODULES, targets: Iterable[int] = CHIPS) -> list[Resources]:
-    """Compile every configuration that the modules' `launch_cases` reach, in two processes.
+def measure_resources(names: Sequence[str] = KERNEL_MODULES, targets: Iterable[int] = CHIPS) -> list[Resources]:
+    """Compile every configuration the launch cases reach, in two processes.
 
     Args:
-        modules: import names of kernel modules. targets: compute capabilities times ten, keys of `CHIPS`.
+        names: modules of `fastroberta_kernels`, or other functions that yield cases, as "module:function".
+        targets: compute capabilities times ten, keys of `CHIPS`.
     """
+    cases = tuple(name if ":" in name else f"bench.launch_cases:{name}_cases" for name in names)
     with multiprocessing.get_context("spawn").Pool(2, _leave_interpreter) as pool:
-        modules = tuple(modules)
-        jobs = [(modules, kernel, target) for kernel in pool.apply(_list_kernels, (modules,)) for target in targets]
+        jobs = [(cases, kernel, target) for target in targets for kernel in pool.apply(_list_kernels, (cases, target))]
         return [row for rows in pool.imap(_compile, jobs) for row in rows]
 
 
 def print_table(rows: Sequence[Resources]) -> None:
-    """A line for each kernel, configuration and chip, then the faults.
+    """Print a line for each kernel, configuration and chip, then the faults.
 
-    Where the JIT makes several kernels of one line (by the alignment of sizes, or by which tensor has which type), the
-    one with the most registers is shown.
+    Where the JIT compiles several kernels for one line (by divisibility, or by which tensor has which type), the one
+    with the most registers is shown. `issue` is for attention: see `_count_issue_cycles`.
     """
     shown: dict[tuple, Resources] = {}
     for row in rows:
         key = (row.kernel, row.configuration, row.target)
         shown[key] = max(shown.get(key, row), row, key=lambda row: row.registers)
-    lines = [("kernel", "configuration", "chip", "warps", "registers", "spilled", "shared", "blocks", "occupancy")]
+    lines = [
+        ("kernel", "configuration", "chip", "warps", "registers", "spilled", "shared", "blocks", "occupancy", "issue")
+    ]
     for row in shown.values():
-        numbers = (row.warps, row.registers, row.local_bytes, row.shared_bytes, row.blocks, f"{row.occupancy:.0%}")
+        numbers = (
+            row.warps,
+            row.registers,
+            row.local_bytes,
+            row.shared_bytes,
+            row.blocks,
+            f"{row.occupancy:.0%}",
+            row.issue_cycles or "-",
+        )
         lines.append((row.kernel, row.configuration, f"sm_{row.target}", *map(str, numbers)))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
@@ -242,18 +300,21 @@ def print_table(rows: Sequence[Resources]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m bench resources`: print the table; the exit status is 1 where a row is at fault."""
+    """`python -m bench resources`: print the table. The exit status is 1 if a configuration is at fault."""
     parser = argparse.ArgumentParser(prog="python -m bench resources", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "modules",
+        "names",
         nargs="*",
         default=KERNEL_MODULES,
-        metavar="MODULE",
-        help="import names of modules that have launch_cases(); default: all of fastroberta_kernels",
+        metavar="NAME",
+        help="modules of fastroberta_kernels, or MODULE:FUNCTION that yields launch cases (default: all modules)",
     )
-    modules = parser.parse_args(argv).modules
+    parser.add_argument(
+        "--chips", type=int, nargs="+", default=list(CHIPS), choices=CHIPS, help="compute capabilities (default: all)"
+    )
+    arguments = parser.parse_args(argv)
     start = time.perf_counter()
-    rows = measure_resources(modules)
+    rows = measure_resources(arguments.names, arguments.chips)
     print_table(rows)
     import triton
 

@@ -143,7 +143,8 @@ class Ours:
         """Loss and gradient norm of one sequence without dropout."""
         masked, count = mask_one_sequence(self.trainer)
         self.trainer.optimizer.zero_grad()
-        result = self.trainer.model.loss(*(value.to(self.device) for value in masked))
+        result = self.trainer.model.eval().loss(*(value.to(self.device) for value in masked))
+        self.trainer.model.train()
         (result.loss / count).backward()
         norm = torch.cat([p.grad.flatten() for p in self.trainer.model.parameters()]).double().norm()
         return {"loss": result.loss.item() / count, "gradient_norm": norm.item()}

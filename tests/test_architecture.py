@@ -24,10 +24,9 @@ FLOORS = [
 ]
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],
-    ["philox"],
-    ["attention", "layer_norm", "masking", "lamb"],
-    ["gelu", "embedding"],
-    ["cross_entropy"],
+    ["philox", "_rows"],
+    ["_attention_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb"],
+    ["attention", "cross_entropy"],
     ["huggingface"],
 ]
 

@@ -192,6 +192,16 @@ def test_documents_do_not_see_each_other():
     assert relative(model.loss(*batch, AttentionScope(cu_seqlens=whole)).loss, model.loss(*batch).loss) < 1e-6
 
 
+def bounds_of(scope, size):
+    return torch.arange(0, size * 24 + 1, 12, dtype=torch.int32) if scope == "document" else None
+
+
+@pytest.mark.parametrize("site", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_training_with_dropout_needs_keys(site):
+    with pytest.raises(ValueError, match=r"needs dropout_keys and first_sample; pass both, or call eval\(\)"):
+        make_model(**{site: 0.1}).train().loss(*make_batch())
+
+
 @pytest.mark.parametrize("scope", ["block", "document"])
 def test_dropout_does_not_depend_on_how_the_batch_is_cut(scope):
     model = make_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
@@ -199,17 +209,16 @@ def test_dropout_does_not_depend_on_how_the_batch_is_cut(scope):
 
     def loss(size, first):
         batch = make_batch(size, 24, first)
-        bounds = torch.arange(0, size * 24 + 1, 12, dtype=torch.int32) if scope == "document" else None
-        return model.loss(*batch, AttentionScope(cu_seqlens=bounds), keys, torch.tensor(first + 100)).loss
+        return model.loss(
+            *batch, AttentionScope(cu_seqlens=bounds_of(scope, size)), keys, torch.tensor(first + 100)
+        ).loss
 
     whole = loss(6, 0)
     parts = loss(2, 0) + loss(3, 2) + loss(1, 5)
     assert relative(parts, whole) < 1e-6
-    assert relative(loss(6, 0), make_batch_loss_without_dropout(model)) > 1e-3  # dropout did something
-
-
-def make_batch_loss_without_dropout(model):
-    return model.loss(*make_batch(6, 24)).loss
+    model.eval()  # dropout did something, and only in training mode
+    assert relative(whole, model.loss(*make_batch(6, 24)).loss) > 1e-3
+    assert torch.equal(loss(6, 0), model.loss(*make_batch(6, 24), AttentionScope(cu_seqlens=bounds_of(scope, 6))).loss)
 
 
 @pytest.mark.parametrize("sizes", [(16,), (4,) * 4, (1,) * 16], ids=["1x16", "4x4", "16x1"])

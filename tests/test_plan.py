@@ -95,7 +95,7 @@ def measure_step(
     """Bytes that a step sends, and bytes kept after it."""
     before = count_bytes_kept()
     config = make_config(mode, precision)
-    model = RobertaForMaskedLM(TINY, 1, gradient_checkpointing)
+    model = RobertaForMaskedLM(TINY, 1, gradient_checkpointing).eval()  # without dropout
     model.init_weights(1)
     model.compute_dtype = COMPUTE_DTYPES[precision]
     if mode == "full":

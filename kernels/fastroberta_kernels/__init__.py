@@ -1,4 +1,4 @@
-"""Fused kernels of RoBERTa for any PyTorch model: one module for each operation, imported when it is first used."""
+"""Fused kernels for RoBERTa-like models in PyTorch: one module per operation, imported on first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    # A function and its module may share a name (attention, layer_norm), so the public names here are the modules.
+    # Functions share names with their modules (attention, layer_norm), so the public names here are the modules.
     if name in __all__:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -1,12 +1,12 @@
-"""CUDA C++ without a toolkit: the sources in csrc are compiled when first used, by NVRTC, and kept for the next run.
+"""CUDA C++ without a toolkit: sources in csrc are compiled on first use by NVRTC, and cached for later runs.
 
-NVRTC is a library that every CUDA build of PyTorch brings along; NVIDIA's package `cuda-core` drives it. No nvcc, no
-host compiler and no build step at install are needed. Importing this module does nothing of all that.
+NVRTC is a library that comes with every CUDA build of PyTorch; NVIDIA's package `cuda-core` drives it. No nvcc, host
+compiler or build step at installation is needed. Importing this module does none of that.
 
-The compiled code is kept in `$XDG_CACHE_HOME/fastroberta` (default `~/.cache/fastroberta`), which must belong to the
-user alone (mode 0700): the GPU executes what lies there. A folder that others can write to is not used, and then the
-source is compiled anew in every process. A file's name is a hash of all that its content depends on (source, options,
-NVRTC's version, architecture), it appears by one atomic rename, and it starts with a checksum of the rest.
+Compiled code is cached in `$XDG_CACHE_HOME/fastroberta` (default `~/.cache/fastroberta`), which must belong to the user
+alone (mode 0700), since the GPU executes what is there. A folder that others can write to is not used; sources are then
+compiled again in every process. A file's name is a hash of all that its content depends on (source, options, NVRTC
+version, architecture). It appears by one atomic rename and starts with a checksum of the rest.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DIALECT = "c++17"
 
 
 def use_cuda(operation: str, source: str, kernels: tuple[str, ...], impl: str | None, device: torch.device) -> bool:
-    """Decide whether the CUDA `kernels` of `source` run on `device`; compile and load them if so.
+    """Whether the CUDA `kernels` of `source` run on `device`. If so, compile and load them.
 
-    `impl=None` takes them on CUDA devices and falls back to PyTorch, with one warning, where they cannot be compiled.
+    `impl=None` uses them on CUDA devices, and falls back to PyTorch with one warning if they cannot be compiled.
 
     Raises:
-        ValueError: `impl` is unknown, or 'cuda' for tensors elsewhere. RuntimeError: 'cuda', but it cannot be compiled.
+        ValueError: unknown `impl`, or 'cuda' for tensors on another device. RuntimeError: 'cuda', but compilation fails.
     """
     if impl not in (None, "cuda", "torch"):
         raise ValueError(f"{operation}: impl={impl!r} is unknown; use None, 'cuda' or 'torch'")
@@ -86,7 +86,7 @@ def import_core() -> Any:
 
 
 def read_source(source: str) -> str:
-    """The text of a file in csrc: inside the package where it was installed, beside it in a checkout."""
+    """The text of a file in csrc: inside an installed package, beside the package in a checkout."""
     installed = importlib.resources.files(__package__) / "csrc" / source
     if installed.is_file():
         return installed.read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ def read_source(source: str) -> str:
 
 
 def compile_source(text: str, name: str, arch: str) -> bytes:
-    """CUDA C++ to a cubin for `arch` ("sm_90"). Needs NVRTC, but neither a GPU nor a driver."""
+    """Compile CUDA C++ to a cubin for `arch` ("sm_90"). Needs NVRTC, but neither GPU nor driver."""
     core = import_core()
     options = core.ProgramOptions(name=name, arch=arch, std=DIALECT)
     return bytes(core.Program(text, "c++", options).compile("cubin").code)
@@ -110,7 +110,7 @@ def nvrtc_version() -> str:
 
 
 def get_cubin(source: str, arch: str) -> bytes:
-    """The compiled code of csrc/`source`, from the cache where it is there and whole."""
+    """The compiled code of csrc/`source`, from the cache if it is there and intact."""
     text = read_source(source)
     key = "\0".join([text, DIALECT, arch, nvrtc_version()])
     folder = private_cache_folder()
@@ -125,9 +125,9 @@ def get_cubin(source: str, arch: str) -> bytes:
 
 
 def private_cache_folder() -> Path | None:
-    """The cache folder, made if need be; None (with a warning) where it cannot be made or others can write to it."""
+    """The cache folder, created if missing. None, with a warning, if it cannot be created or others can write to it."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path there is to be ignored (XDG Base Directory Specification).
+    # The XDG Base Directory Specification says to ignore a relative path.
     try:
         folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastroberta"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -138,15 +138,15 @@ def private_cache_folder() -> Path | None:
     is_ours = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and status.st_mode & 0o077 == 0)
     if not stat.S_ISDIR(status.st_mode) or not is_ours:
         warn_once(
-            f"compiled CUDA kernels are not kept: {folder} must be a folder that belongs to this user alone; "
-            f"delete it, or run chmod 700 on it if nobody else wrote to it"
+            f"compiled CUDA kernels are not kept: {folder} must be a folder that belongs to this user alone; delete it, "
+            "or run chmod 700 on it if you trust its contents"
         )
         return None
     return folder
 
 
 def read_checked(file: Path) -> bytes | None:
-    """The content after its checksum; None where the file is missing or damaged."""
+    """The content after the checksum. None if the file is missing or damaged."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -156,7 +156,7 @@ def read_checked(file: Path) -> bytes | None:
 
 
 def write_checked(file: Path, content: bytes) -> None:
-    """Write checksum and content, whole or not at all; a full or read-only disk costs only the next compilation."""
+    """Write checksum and content atomically. On a full or read-only disk nothing is cached."""
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=file.parent)  # mode 0600
@@ -180,9 +180,9 @@ def load_kernel(source: str, kernel: str, arch: str) -> Any:
 
 
 def launch(source: str, kernel: str, grid: int, block: int, device: torch.device, *arguments: Any) -> None:
-    """Start a kernel on PyTorch's current stream of `device`; an empty grid is skipped.
+    """Launch a kernel on PyTorch's current stream of `device`. An empty grid is skipped.
 
-    Arguments become what the kernels of csrc take: tensors and None pointers, int `long long`, float `double`.
+    Arguments are passed as the kernels in csrc expect: tensors and None as pointers, int as `long long`, float as `double`.
     """
     if grid == 0:
         return

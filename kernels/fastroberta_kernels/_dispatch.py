@@ -1,16 +1,17 @@
-"""Which implementation runs, and the one door through which every Triton kernel is started.
+"""Choice of implementation, and the single entry point through which every Triton kernel is launched.
 
-Each operation has two implementations: a Triton kernel and a plain PyTorch twin. `impl=None` takes Triton for CUDA
-tensors and PyTorch elsewhere; `impl="triton"` and `impl="torch"` are obeyed or refused, never replaced silently.
+Each operation has two implementations, a Triton kernel and one in PyTorch operations. `impl=None` picks Triton for CUDA
+tensors and PyTorch for all others. `impl="triton"` and `impl="torch"` are honoured or refused, never replaced silently.
 
-Triton is optional: without it `jit` leaves a function as it is (nothing launches it) and the twins do all the work.
+Triton is optional. Without it `jit` returns the function unchanged, nothing launches it, and PyTorch does all the work.
 With `TRITON_INTERPRET=1` in the environment before the first import, Triton kernels run on CPU tensors in Triton's
-interpreter, which is how the tests hold kernel and twin together on a machine without a GPU.
+interpreter; that is how the tests compare both implementations on machines without a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # a platform without Triton: the twins are the implementation
+except ImportError:  # a platform without Triton
     triton = None
     tl = None
 
@@ -30,13 +31,13 @@ except ImportError:  # a platform without Triton: the twins are the implementati
         return function or jit
 
 
-# torch.library names are global to a process. Taking them from the package lets a copy of these files in another
-# package be imported beside the original.
+# Names in torch.library are global to a process. They are derived from the package, so that a copy of these files in
+# another package can be imported beside the original.
 NAMESPACE = (__package__ or "fastroberta_kernels").replace(".", "_")
 
 
 class Launch(NamedTuple):
-    """One kernel launch as the wrappers made it, kept by `record_launches` for compilation ahead of time."""
+    """A kernel launch as a wrapper made it, collected by `record_launches` for ahead-of-time compilation."""
 
     kernel: Any
     arguments: tuple
@@ -44,6 +45,7 @@ class Launch(NamedTuple):
 
 
 _record: Callable[[Launch], None] | None = None
+_recorded_capability = 80
 
 
 def is_interpreting() -> bool:
@@ -52,10 +54,10 @@ def is_interpreting() -> bool:
 
 
 def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) -> bool:
-    """Decide which implementation of `operation` runs on `tensors`, the first of which names the device.
+    """Whether `operation` uses Triton for `tensors`. The first tensor determines the device; others may be None.
 
     Raises:
-        ValueError: `impl` is unknown, the tensors lie on different devices, or Triton is asked for where it cannot run.
+        ValueError: unknown `impl`, tensors on different devices, or Triton requested where it cannot run.
     """
     device = tensors[0].device
     for index, tensor in enumerate(tensors):
@@ -81,10 +83,10 @@ def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) 
 
 
 def align(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor, contiguous and on a 16-byte border; a copy where it is not.
+    """The tensor if it is contiguous and starts at a multiple of 16 bytes, else a copy that is.
 
-    Triton compiles another kernel for a pointer that lies elsewhere (a view into a larger tensor can): a slow one, with
-    more registers, for each combination of such arguments. None of those is ever launched.
+    For other pointers, such as views into a larger tensor, Triton would compile one more kernel for each combination of
+    arguments, slower and with more registers. A copy is cheaper.
     """
     if tensor is None:
         return None
@@ -93,10 +95,9 @@ def align(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start a Triton kernel. `options` are its constexpr parameters, `num_warps` and `num_stages`.
+    """Launch a Triton kernel on its tensors' device. `options` are its constexprs, `num_warps`, `num_stages`, `maxnreg`.
 
-    Triton launches on the current CUDA device, which need not be the one the tensors lie on: this sets it.
-    An empty grid is skipped, so that empty tensors need no special case in the wrappers.
+    An empty grid is skipped, so wrappers need no special case for empty tensors.
     """
     if 0 in grid:
         return
@@ -108,16 +109,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
-@contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Inside the context, launches are collected instead of started; outputs stay unwritten.
+def get_capability(device: torch.device) -> int:
+    """Ten times the compute capability of a CUDA device. Elsewhere it is the one given to `record_launches`, or 80."""
+    return _read_capability(device) if device.type == "cuda" else _recorded_capability
 
-    This is how every configuration is compiled ahead of time with the argument types that the wrappers really pass.
+
+@functools.cache
+def _read_capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def record_launches(capability: int = 80) -> Iterator[list[Launch]]:
+    """Inside the context, launches are collected instead of started. Outputs stay unwritten.
+
+    Every configuration can thus be compiled ahead of time with the very arguments that the wrappers pass. They choose
+    what a chip of `capability` (ten times the compute capability) would get.
     """
-    global _record
+    global _record, _recorded_capability
     launches: list[Launch] = []
-    _record = launches.append
+    _record, _recorded_capability = launches.append, capability
     try:
         yield launches
     finally:
-        _record = None
+        _record, _recorded_capability = None, 80

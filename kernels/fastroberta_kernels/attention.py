@@ -1,6 +1,6 @@
 """Bidirectional softmax attention with dropout, for dense batches and for packed documents.
 
-Forward, for each sequence and head, with s = scale and Z the kept elements times 256 / (256 - threshold):
+Forward, for each sequence and head, with s = scale and Z = 256 / (256 - threshold) for kept elements, 0 for others:
 
     P = softmax(s * Q K^T)        O = (P * Z) V
 
@@ -9,278 +9,56 @@ Backward, given dO:
     delta = rowsum(dO * O)        dP = Z * (dO V^T)        dS = P * (dP - delta)
     dV = (P * Z)^T dO             dK = s * dS^T Q          dQ = s * dS K
 
-`delta` equals rowsum(P * dP) because O already holds the dropout. The scores never exist whole: the forward walks over
-blocks of keys and rescales what it has whenever a row's maximum grows (Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018; Dao, "FlashAttention-2", 2023, sections 3.1 and 3.2). Exponentials are to base 2 with
-log2(e) folded into the scale; statistics and accumulators are fp32.
+`delta` equals rowsum(P * dP), since O already includes the dropout. The full score matrix never exists: the forward walks
+over blocks of keys and rescales its sums whenever a row's maximum grows (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018; Dao, "FlashAttention-2", 2023, sections 3.1 and 3.2). Exponentials are base 2, with
+log2(e) folded into the scale. Statistics and accumulators are fp32.
 
-Saved: Q, K, V, O and, per head and query, log2 of the softmax's sum (fp32, (heads, query rows)). P and Z are computed
-again. Random numbers: element (query, key) of a head is decided by (row, head, column) of `philox`, where the row is
-batch * length + query, or the packed index of the query, and the column the key's index in its own sequence.
+Saved: Q, K, V, O and, for each head and query, log2 of the softmax's denominator (fp32, (heads, query rows)). P and Z are
+recomputed. Random numbers: element (query, key) of a head is decided by (row, head, column) of `philox`, where row is
+batch * length + query, or the packed index of the query, and column is the index of the key in its own sequence.
 
 One backward kernel, five matrix products
-    The usual pair of kernels (one for dK and dV, one for dQ) needs seven matrix products and computes every
-    exponential and random number twice. Here one program owns a head: it walks over its blocks of keys, and inside over
-    all queries, with dK and dV in registers and dQ in fp32 scratch of its own, to which it adds once per block of
-    keys. Nobody else touches the scratch, so there are no atomics and results repeat bit for bit; at 512 queries of 64
-    dimensions it is 128 KiB a head, 17 MB for one head on each of 132 multiprocessors, which stays in the L2 cache.
-    All tiles are (keys, queries), so that no product takes a transposed product as its operand; dQ is made transposed.
-    Where there are few heads their keys are divided among programs, whose parts of dQ are then summed.
+    The usual pair of kernels, one for dK and dV and one for dQ, needs seven matrix products and computes every
+    exponential and random number twice. Here one program owns a head. Its outer loop runs over blocks of keys, with dK
+    and dV in registers, and its inner loop over all queries; dQ accumulates in fp32 scratch memory, once per block of
+    keys. No other program touches that scratch, so there are no atomics and repeated runs give the same bits. At 512
+    queries of 64 dimensions it takes 128 KiB per head: 17 MB for one head on each of 132 multiprocessors, which stays in
+    the L2 cache. All tiles are (keys, queries), so that no product takes a transposed product as its operand; dQ is
+    computed transposed. If there are few heads, the keys of each are divided among programs, and their parts of dQ are
+    summed afterwards.
 
-    Counted for 768 heads of 512 x 512 x 64: 129 GFLOP instead of 180, 201M exponentials instead of 403M; 0.5 GB of
-    device memory traffic (Q, K, V, O, dO, dQ, dK, dV, scratch), and with blocks of 128 keys 0.8 GB of scratch through
-    L2. Predicted, not measured: 1.2x the speed of the pair without dropout, 1.3x with it, less where heads are few.
-    Tiles of 32 queries would read keys from shared memory half as often, but spill 72 bytes a thread on sm_80.
+    Counted for 768 heads of 512 x 512 x 64: 129 instead of 180 GFLOP, 201M instead of 403M exponentials, 0.5 GB of device
+    memory traffic (Q, K, V, O, dO, dQ, dK, dV, scratch) and, with blocks of 128 keys, 0.8 GB of scratch traffic in L2.
+    Predicted, not measured: 1.2 times the speed of the pair without dropout, 1.3 times with it, less for few heads.
 
-Bytes moved by the forward: Q and O once, K and V once per block of queries (from L2 after the first), 4 bytes a row.
+Bytes moved by the forward: Q and O once; K and V once per block of queries, from L2 after the first; 4 bytes per row.
+
+On CPUs, and with impl="torch", `_attention_cpu` does the work.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import philox
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._attention_cpu import attention_torch, varlen_attention_torch
+from ._dispatch import NAMESPACE, align, get_capability, jit, launch, tl, use_triton
 from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)
-# The twin works on so many scores a thread at once: they and what is made of them stay in a core's cache, and each thread
-# has a head of its own in the matrix products.
-SCORES_AT_ONCE = 262_144
-
-
-def attention_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    seed: int | torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`attention` in plain PyTorch."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # Without dropout ATen's fused attention is as fast and keeps no probabilities, but its backward in narrow dtypes takes
-    # up to 2.5 times as long.
-    is_narrow = q.dtype in (torch.bfloat16, torch.float16)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if dropout_p > 0 or (is_narrow and needs_gradient):
-        seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
-        return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
-    mask = has_keys = None
-    if key_lengths is not None:
-        # Where all keys are masked a softmax is undefined: such a sequence sees all of them, and is then zeroed.
-        has_keys = (key_lengths > 0)[:, None, None, None]
-        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None, None, None]) | ~has_keys
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
-    ).transpose(1, 2)
-    return out if has_keys is None else torch.where(has_keys, out, 0.0)
-
-
-def varlen_attention_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    seed: int | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`varlen_attention` in plain PyTorch."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
-    return attention_torch_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
-    )[0]
-
-
-def list_pieces(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
-) -> Iterator[tuple[slice, slice, slice, tuple[int, int, int, int]]]:
-    """The work, in pieces whose scores stay in a core's cache: some heads of a sequence, or some whole sequences.
-
-    Sequences without queries or without keys have no piece. Lengths are read on the host.
-
-    Returns:
-        For each piece its query rows and key rows in the flattened batch, its heads, and the shape of its scores:
-        (sequences, heads, queries, keys).
-    """
-    num_heads = q.shape[-2]
-    scores_at_once = SCORES_AT_ONCE * torch.get_num_threads()
-    if cu_seqlens_q is None and lengths_k is None:
-        batch, num_q, num_k = q.shape[0], q.shape[1], k.shape[1]
-        at_once = max(1, scores_at_once // max(1, num_heads * num_q * num_k))
-        bounds = [(b, min(b + at_once, batch)) for b in range(0, batch, at_once)]
-        sequences = [(b0 * num_q, b1 * num_q, b0 * num_k, b1 * num_k, b1 - b0) for b0, b1 in bounds]
-    elif cu_seqlens_q is None:
-        batch, num_q, num_k = q.shape[0], q.shape[1], k.shape[1]
-        lengths = lengths_k.clamp(0, num_k).tolist()
-        sequences = [(b * num_q, (b + 1) * num_q, b * num_k, b * num_k + length, 1) for b, length in enumerate(lengths)]
-    else:
-        starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
-        sequences = [(*bounds, 1) for bounds in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
-    for q0, q1, k0, k1, count in sequences:
-        num_q, num_k = (q1 - q0) // count, (k1 - k0) // count
-        if num_q <= 0 or num_k <= 0:
-            continue
-        step = num_heads if count > 1 else max(1, scores_at_once // (num_q * num_k))
-        for first in range(0, num_heads, step):
-            last = min(first + step, num_heads)
-            yield slice(q0, q1), slice(k0, k1), slice(first, last), (count, last - first, num_q, num_k)
-
-
-def take_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int) -> torch.Tensor:
-    """Rows and heads of (tokens, heads, head_dim) as `count` sequences: (count * heads, length, head_dim)."""
-    return tensor_thd[rows, heads].unflatten(0, (count, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def put_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int, piece: torch.Tensor) -> None:
-    """The inverse of `take_piece`."""
-    tensor_thd[rows, heads].unflatten(0, (count, -1)).copy_(piece.unflatten(0, (count, -1)).transpose(1, 2))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention_torch_forward", mutates_args=())
-def attention_torch_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    lengths_k: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax by its definition, piece by piece, and its probabilities for the backward.
-
-    The sign of a saved probability is its dropout decision: what was dropped is stored as its negative.
-    """
-    out = q.new_zeros(q.shape)
-    q_thd, k_thd, v_thd, out_thd = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (q, k, v, out))
-    num_heads = q_thd.shape[1]
-    saved = q.new_empty(num_heads * q_thd.shape[0] * max_seqlen_k)
-    statistics_dtype = torch.promote_types(q.dtype, torch.float32)
-    nothing = q.new_empty((), dtype=statistics_dtype)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]
-    keep_scale = philox.dropout_scale(dropout_p)
-    used = 0
-    for rows, columns, heads, shape in list_pieces(q, k, cu_seqlens_q, lengths_k):
-        count, _, num_q, num_k = shape
-        if num_q > max_seqlen_q or num_k > max_seqlen_k:
-            raise ValueError(
-                f"attention: a sequence has {num_q} queries and {num_k} keys, more than max_seqlen_q={max_seqlen_q} "
-                f"or max_seqlen_k={max_seqlen_k}; pass the true maxima"
-            )
-        if seed is not None and heads.start == 0:  # for all heads of these sequences
-            rows_seed = torch.stack((seed[0], seed[1] + rows.start))
-            keep = philox.dropout_keep_torch(rows_seed, dropout_p, count * num_q, num_k, num_heads)
-            keep = keep.view(torch.int8).unflatten(0, (count, num_q)).transpose(1, 2)
-        q_hqd = take_piece(q_thd, rows, heads, count).to(statistics_dtype)
-        k_hkd = take_piece(k_thd, columns, heads, count).to(statistics_dtype)
-        v_hkd = take_piece(v_thd, columns, heads, count)
-        scores = torch.baddbmm(nothing, q_hqd, k_hkd.transpose(1, 2), beta=0, alpha=scale)
-        torch.softmax(scores, -1, out=scores)
-        kept = saved[used : used + scores.numel()].view(scores.shape)
-        used += scores.numel()
-        kept.copy_(scores)
-        if seed is None:
-            out_hqd = torch.bmm(kept, v_hkd)
-        else:
-            # The sign bit where dropped. Arithmetic that mixes integers and floats would be several times slower.
-            dropped = keep[:, heads].to(bits).sub_(1).bitwise_and_(torch.iinfo(bits).min)
-            kept.view(bits).view(shape).bitwise_or_(dropped)
-            out_hqd = torch.bmm(kept.relu(), v_hkd).mul_(keep_scale)
-        put_piece(out_thd, rows, heads, count, out_hqd)
-    return out, saved
-
-
-@attention_torch_forward.register_fake
-def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
-    return q.new_empty(q.shape), q.new_empty(q.numel() // q.shape[-1] * max_seqlen_k)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention_torch_backward", mutates_args=())
-def attention_torch_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    saved: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    lengths_k: torch.Tensor | None,
-    dropout_p: float,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the queries, keys and values."""
-    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    grad_thd, q_thd, k_thd, v_thd, dq_thd, dk_thd, dv_thd = (
-        tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (grad, q, k, v, dq, dk, dv)
-    )
-    keep_scale = philox.dropout_scale(dropout_p)
-    nothing = q.new_empty(())
-    used = 0
-    for rows, columns, heads, (count, *sizes) in list_pieces(q, k, cu_seqlens_q, lengths_k):
-        size = count * math.prod(sizes)
-        probabilities = saved[used : used + size].view(-1, *sizes[1:])
-        used += size
-        grad_hqd, q_hqd = (take_piece(tensor, rows, heads, count) for tensor in (grad_thd, q_thd))
-        k_hkd, v_hkd = (take_piece(tensor, columns, heads, count) for tensor in (k_thd, v_thd))
-        dprobabilities = torch.baddbmm(nothing, grad_hqd, v_hkd.transpose(1, 2), beta=0, alpha=keep_scale)
-        if dropout_p > 0:
-            kept = probabilities.relu()
-            # The derivative of relu passes a gradient where its input is positive: where dropout kept.
-            dprobabilities = torch.ops.aten.threshold_backward(dprobabilities, probabilities, 0)
-            probabilities = probabilities.abs()
-        else:
-            kept = probabilities
-        dv_hkd = torch.baddbmm(nothing, kept.transpose(1, 2), grad_hqd, beta=0, alpha=keep_scale)
-        dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, q.dtype)
-        put_piece(dq_thd, rows, heads, count, torch.baddbmm(nothing, dscores, k_hkd, beta=0, alpha=scale))
-        dk_hkd = torch.baddbmm(nothing, dscores.transpose(1, 2), q_hqd, beta=0, alpha=scale)
-        put_piece(dk_thd, columns, heads, count, dk_hkd)
-        put_piece(dv_thd, columns, heads, count, dv_hkd)
-    return dq, dk, dv
-
-
-@attention_torch_backward.register_fake
-def _(grad, q, k, v, saved, cu_seqlens_q, lengths_k, dropout_p, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def save_for_torch_backward(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, lengths_k, _, _, _, ctx.dropout_p, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, output[1], cu_seqlens_q, lengths_k)
-    ctx.set_materialize_grads(False)
-
-
-def backward_torch(ctx, grad, _):
-    q, k, v, saved, cu_seqlens_q, lengths_k = ctx.saved_tensors
-    gradients = attention_torch_backward(grad, q, k, v, saved, cu_seqlens_q, lengths_k, ctx.dropout_p, ctx.scale)
-    return *gradients, None, None, None, None, None, None, None
-
-
-attention_torch_forward.register_autograd(backward_torch, setup_context=save_for_torch_backward)
 
 
 @jit
 def locate_sequence(
     batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
 ):
-    """First query row in the flattened batch, number of queries, first key row, number of keys of a sequence."""
+    """First query row in the flattened batch, number of queries, first key row and number of keys of a sequence."""
     if VARLEN:
         first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
         first_k = tl.load(lengths_k_ptr + batch).to(tl.int64)
@@ -296,8 +74,8 @@ def locate_sequence(
     return first_q, num_q, first_k, num_k
 
 
-# Of the sizes those are compiled in that save registers: strides, which `align_heads` makes multiples of 16, and the
-# number of keys, if every sequence has as many.
+# Specialised are only the sizes that save registers: strides, which `align_heads` makes multiples of 16, and the number
+# of keys, if it is the same for all sequences.
 @jit(do_not_specialize=["length_q", "total_q", "threshold"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -308,7 +86,7 @@ def attention_forward_kernel(
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sequence against all its keys. Grid (blocks, heads, batch)."""
+    """One program: BLOCK_M queries of one head and sequence against all its keys. Grid (blocks, heads, batch)."""
     start_m = tl.program_id(0) * BLOCK_M
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -330,7 +108,7 @@ def attention_forward_kernel(
     out_ptr += first_q * row_stride + head * HEAD_DIM
     lse_ptr += head * total_q + first_q
 
-    # Offsets inside a tile fit in 32 bits, which halves their registers; the pointers advance in 64 bits.
+    # Offsets inside a tile fit in 32 bits, which takes half the registers; the pointers advance in 64 bits.
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_DIM)
@@ -361,7 +139,7 @@ def attention_forward_kernel(
         largest = new_largest
         k_ptr += BLOCK_N * k_row_stride
         v_ptr += BLOCK_N * v_row_stride
-    # Without any key the total is zero: the output is zero, and a finite statistic keeps the backward free of NaN.
+    # Without keys the total is zero. The output is then zero too, and a finite statistic keeps NaN out of the backward.
     has_keys = total > 0.0
     total = tl.where(has_keys, total, 1.0)
     lse = tl.where(has_keys, largest + tl.log2(total), 0.0)
@@ -383,7 +161,7 @@ def attention_backward_kernel(
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: `chunk` keys of one head of one sequence against all its queries. Grid (chunks, heads, batch)."""
+    """One program: `chunk` keys of one head and sequence against all its queries. Grid (chunks, heads, batch)."""
     first_n = tl.program_id(0) * chunk
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -401,7 +179,7 @@ def attention_backward_kernel(
         k_ptr += batch * k_batch_stride + head * k_head_stride
         v_ptr += batch * v_batch_stride + head * v_head_stride
         num_written_k = tl.full((), 0, tl.int32) + length_k
-    # In `out`, its gradient and the results the heads of a row lie side by side.
+    # In the output, its gradient and the results, the heads of a row are contiguous.
     row_stride = num_heads * HEAD_DIM
     out_ptr += first_q * row_stride + head * HEAD_DIM
     grad_ptr += first_q * row_stride + head * HEAD_DIM
@@ -425,7 +203,7 @@ def attention_backward_kernel(
         first_row += first_q
     last_n = tl.minimum(first_n + chunk, num_written_k)
     last_active_n = tl.minimum(last_n, num_k)
-    # At least one block is visited, so that queries without keys get their zero gradient.
+    # Visit at least one block, so that queries without keys get a gradient of zero.
     for start_n in range(first_n, tl.maximum(last_n, first_n + 1), BLOCK_N):
         columns = start_n + tl.arange(0, BLOCK_N)
         is_column = columns < last_active_n
@@ -434,7 +212,7 @@ def attention_backward_kernel(
         v = tl.load(v_ptr + offsets_n * v_row_stride + dims[None, :], mask=is_column[:, None], other=0.0)
         dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
         dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
-        # Blocks of ignored keys only write their zeros.
+        # Blocks of ignored keys only write zeros.
         num_visited_q = tl.where((start_n == first_n) | (start_n < last_active_n), num_q, 0)
         for start_m in range(0, num_visited_q, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
@@ -442,10 +220,10 @@ def attention_backward_kernel(
             offsets_m = rows.to(tl.int64)
             q = tl.load(q_ptr + offsets_m[:, None] * q_row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
             grad = tl.load(grad_ptr + offsets_m[:, None] * row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
-            # exp2(s - inf) = 0: rows past the end need no other mask.
+            # exp2(s - inf) = 0, so rows past the end need no other mask.
             lse = tl.load(lse_ptr + rows, mask=is_row, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=is_row, other=0.0)
-            # All tiles are (keys, queries): every product then takes its operands as they lie.
+            # With all tiles (keys, queries), every product takes its operands in their own layout.
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
             probabilities = tl.exp2(scores * qk_scale - lse[None, :])
             probabilities = tl.where(is_column[:, None], probabilities, 0.0)
@@ -469,7 +247,7 @@ def attention_backward_kernel(
         offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
         tl.store(dk_ptr + offsets_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_written)
         tl.store(dv_ptr + offsets_dk, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=is_written)
-        # What follows reads what other threads of this program wrote.
+        # Later code reads what other threads of this program wrote.
         tl.debug_barrier()
 
     if tl.num_programs(0) == 1:
@@ -483,7 +261,8 @@ def attention_backward_kernel(
             tl.store(dq_ptr + offsets_m * dq_row_stride + dims[None, :], dq, mask=is_row)
 
 
-# (bytes of the dtype, head_dim) -> BLOCK_M, BLOCK_N, num_warps, num_stages.
+# (bytes of the dtype, head_dim) -> BLOCK_M, BLOCK_N, num_warps, num_stages. These fit every chip, also those with 99 KB
+# of shared memory (sm_86, sm_89, sm_120).
 FORWARD_BLOCKS = {
     (2, 32): (128, 32, 4, 3),
     (2, 64): (128, 64, 8, 2),
@@ -500,24 +279,39 @@ BACKWARD_BLOCKS = {
     (4, 64): (16, 16, 8, 1),
     (4, 128): (16, 16, 8, 1),
 }
-# Registers that a thread may take, where ptxas, left to itself, spills some of them so that one more block can run.
+# Exceptions by (compute capability times ten, bytes, head_dim). On sm_90 and sm_100 tensor cores run at half speed or less
+# on tiles of 16 queries: on sm_90 a 64 x 128 backward needs 29% fewer issue slots with dropout, 43% fewer without. It
+# spills on sm_80, as the 128 x 128 forward does on sm_100.
+CHIP_FORWARD_BLOCKS = {(90, 2, 64): (128, 128, 8, 2)}
+CHIP_BACKWARD_BLOCKS = {(90, 2, 64): (64, 128, 8, 1), (100, 2, 64): (64, 128, 8, 1)}
+# `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
-# With fewer programs than this the keys of a head are divided among up to MAX_CHUNKS programs.
+# With fewer programs than MIN_PROGRAMS, the keys of a head are divided among up to MAX_CHUNKS programs.
 MIN_PROGRAMS, MAX_CHUNKS = 256, 8
-# The third dimension of a grid holds 65535 programs. A multiple of four, so that parts of int32 tensors stay aligned.
+# The third dimension of a grid is at most 65535. A multiple of four keeps slices of int32 tensors aligned.
 MAX_SEQUENCES = 65_532
 
 
+def choose_blocks(
+    q: torch.Tensor,
+    blocks: dict[tuple[int, int], tuple[int, int, int, int]],
+    chip_blocks: dict[tuple[int, int, int], tuple[int, int, int, int]],
+) -> tuple[int, int, int, int]:
+    """BLOCK_M, BLOCK_N, num_warps and num_stages for the dtype and head_dim of `q` on its chip."""
+    key = q.element_size(), q.shape[-1]
+    return chip_blocks.get((get_capability(q.device), *key), blocks[key])
+
+
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, row and head; packed documents have no batch."""
+    """Strides of batch, row and head. Packed documents have no batch dimension."""
     batch, row, head, *_ = tensor.stride() if tensor.dim() == 4 else (0, *tensor.stride())
     return batch, row, head
 
 
 def align_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where vectors of a head start anywhere: reading those element by element takes four times
-    the registers for addresses, and some kernels have none left."""
+    """The tensor, or a copy if its heads are not aligned for vector loads. Loading single elements would take four times
+    as many registers for addresses, which some kernels do not have."""
     if all(stride % 16 == 0 for stride in strides_of(tensor)) and tensor.data_ptr() % 16 == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -526,9 +320,9 @@ def align_heads(tensor: torch.Tensor) -> torch.Tensor:
 def split_documents(
     q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Number of sequences of each launch, and its part of the lengths; any tensor stands for those that are not read.
+    """Yield the number of sequences of each launch and its slices of the two length tensors.
 
-    Everything else is counted from the start of the whole, by the bounds of the documents.
+    Where the kernel reads no lengths, `q` is passed as a placeholder. All other arguments refer to the whole batch.
     """
     lengths_k = align(lengths_k)
     if cu_seqlens_q is None:
@@ -541,7 +335,7 @@ def split_documents(
 
 
 def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
-    """Seed, scale and threshold of dropout; any tensor stands for the seed that is not read."""
+    """Seed, scale and threshold of dropout. Without dropout the seed is not read, and `q` is a placeholder."""
     return (q if seed is None else align(seed)), philox.dropout_scale(dropout_p), philox.dropout_threshold(dropout_p)
 
 
@@ -558,16 +352,16 @@ def attention_forward(
     dropout_p: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output, and log2 of the softmax sums, fp32 (heads, query rows)."""
+    """Output, and log2 of the softmax denominators, fp32 (heads, query rows)."""
     is_varlen = cu_seqlens_q is not None
     q, k, v = align_heads(q), align_heads(k), align_heads(v)
-    # Packed tensors may have rows that belong to no document.
+    # Packed tensors may have rows outside all documents.
     new = torch.zeros if is_varlen else torch.empty
     out = new(q.shape, dtype=q.dtype, device=q.device)
     num_heads, head_dim = q.shape[-2:]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
     lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
-    block_m, block_n, num_warps, num_stages = FORWARD_BLOCKS[q.element_size(), head_dim]
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS, CHIP_FORWARD_BLOCKS)
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(
@@ -618,18 +412,18 @@ def attention_backward(
 def launch_backward(
     grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
 ):  # fmt: skip
-    """Fill dq, dk and dv, whose heads lie side by side in a row of any stride (dk and dv share theirs)."""
+    """Fill dq, dk and dv. Their heads are contiguous in a row; rows may have any stride, the same for dk and dv."""
     is_varlen = cu_seqlens_q is not None
     q, k, v = align_heads(q), align_heads(k), align_heads(v)
     num_heads, head_dim = q.shape[-2:]
     num_sequences = cu_seqlens_q.numel() - 1 if is_varlen else q.shape[0]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
-    block_m, block_n, num_warps, num_stages = BACKWARD_BLOCKS[q.element_size(), head_dim]
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, BACKWARD_BLOCKS, CHIP_BACKWARD_BLOCKS)
     num_blocks = max(1, -(-max_seqlen_k // block_n))
     num_chunks = min(-(-MIN_PROGRAMS // max(1, num_sequences * num_heads)), MAX_CHUNKS, num_blocks)
     blocks_in_chunk = -(-num_blocks // num_chunks)
     num_chunks = -(-num_blocks // blocks_in_chunk)
-    # Each program has its own part of these: one head, one chunk, all queries.
+    # Each program has a part of its own: one head, one chunk, all queries.
     delta = torch.empty((num_chunks, num_heads, total_q), dtype=torch.float32, device=q.device)
     partial = torch.empty((num_chunks, num_heads, total_q, head_dim), dtype=torch.float32, device=q.device)
     if is_varlen and num_chunks > 1:
@@ -684,21 +478,21 @@ def attention(
     key_lengths: torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of every query to all keys of its sequence.
+    """Softmax attention of each query to all keys of its sequence.
 
     Args:
         q: (batch, length_q, heads, head_dim), fp32, bf16 or fp16. k, v: (batch, length_k, heads, head_dim), same dtype.
-            Views of one fused projection (batch, length, 3, heads, head_dim) are read where they lie.
-        dropout_p: probability of dropping a probability, rounded to 1/256; kept ones are scaled so the mean is exact.
-        scale: factor of the scores; None is head_dim ** -0.5.
-        seed: int, or int64 tensor (key,) or (key, first_row); needed where dropout_p > 0.
-        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys gives zeros.
+            Views of one fused projection (batch, length, 3, heads, head_dim) are read in place.
+        dropout_p: dropout probability, rounded to a multiple of 1/256. Kept values are scaled so that the mean is exact.
+        scale: factor of the scores; None means head_dim ** -0.5.
+        seed: int, or int64 tensor (key,) or (key, first_row); required if dropout_p > 0.
+        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys yields zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (batch, length_q, heads, head_dim) in the dtype of q.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; dropout without a seed; Triton with a head_dim
-            above 128 (smaller ones are padded to 32, 64 or 128) or another dtype.
+        ValueError: mismatched shapes, dtypes or devices; dropout without a seed; with Triton also a head_dim above 128
+            (smaller ones are padded to 32, 64 or 128) or any other dtype.
     """
     seed = check_arguments("attention", q, k, v, dropout_p, seed)
     if q.dim() != 4:
@@ -726,19 +520,19 @@ def varlen_attention(
     seed: int | torch.Tensor | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """`attention` of packed documents: each query sees the keys of its own document.
+    """`attention` for packed documents: each query attends to the keys of its own document.
 
     Args:
         q: (tokens_q, heads, head_dim). k, v: (tokens_k, heads, head_dim).
-        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): where each document starts, and the end of the last. Empty
-            documents are allowed; empty ones at the end keep the shape, and so a captured CUDA graph, the same.
-        max_seqlen_q, max_seqlen_k: no document is longer; ints, so that nothing is read back from the device. Too small
-            values leave rows out on a GPU; the PyTorch implementation refuses them.
-        dropout_p, scale, seed, impl: as in `attention`; the dropout row of a query is its index in `q`.
+        cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): the start of each document, and the end of the last. Empty
+            documents are allowed; at the end they keep shapes static, for instance for a CUDA graph.
+        max_seqlen_q, max_seqlen_k: upper bounds of document lengths, as ints so that nothing is read from the device. If
+            they are too small, rows are left out on a GPU, and PyTorch raises.
+        dropout_p, scale, seed, impl: as in `attention`. The dropout row of a query is its index in `q`.
     Returns:
         (tokens_q, heads, head_dim); zeros for documents without keys and for rows after the last document.
     Raises:
-        ValueError: as `attention`, and for lengths that are not int32 or not of one size.
+        ValueError: as in `attention`; also if the lengths are not int32 or differ in size.
     """
     seed = check_arguments("varlen_attention", q, k, v, dropout_p, seed)
     if q.dim() != 3:
@@ -759,11 +553,11 @@ def check_arguments(
     dropout_p: float,
     seed: int | torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Refuse what no implementation can compute; the seed as a tensor, or None without dropout."""
+    """Check what all implementations require. Returns the seed as a tensor, or None without dropout."""
     if k.shape != v.shape or q.shape[-2:] != k.shape[-2:] or q.dim() != k.dim():
         raise ValueError(
-            f"{operation}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: k and v must have one shape, "
-            "q their heads and head_dim"
+            f"{operation}: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; k and v must have one shape, and "
+            "q the same heads and head_dim"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{operation}: q is {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one dtype")
@@ -783,11 +577,11 @@ def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int |
 
 
 def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
-    """Run the kernels, with heads padded by zeros to a dimension that they know."""
+    """Run the kernels, with heads padded by zeros to a supported dimension."""
     head_dim = q.shape[-1]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
-            f"attention: the kernel takes float32, bfloat16 and float16, got {q.dtype}; cast, or impl='torch'"
+            f"attention: the kernel takes float32, bfloat16 and float16, got {q.dtype}; cast, or pass impl='torch'"
         )
     if cu_seqlens_q is None and q.shape[0] > MAX_SEQUENCES:
         raise ValueError(
@@ -806,9 +600,9 @@ def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with the parameters of `torch.nn.MultiheadAttention(batch_first=True)`: state dicts fit both.
+    """Self-attention with the parameters and state_dict of `torch.nn.MultiheadAttention(batch_first=True)`.
 
-    Dropout acts on the attention probabilities, in training mode only, and needs `seed` there.
+    Dropout acts on attention probabilities, in training mode only, where it needs `seed`.
     """
 
     def __init__(
@@ -824,7 +618,7 @@ class SelfAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initialisation of torch.nn.MultiheadAttention."""
+        """Initialise as torch.nn.MultiheadAttention does."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
@@ -838,41 +632,10 @@ class SelfAttention(nn.Module):
         seed: int | torch.Tensor | None = None,
         impl: str | None = None,
     ) -> torch.Tensor:
-        """x (batch, length, embed_dim) -> the same shape. `seed` is needed in training mode with dropout."""
+        """x (batch, length, embed_dim) -> the same shape. `seed` is required in training mode with dropout."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         out = attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, seed=seed, key_lengths=key_lengths, impl=impl
         )
         return self.out_proj(out.flatten(2))
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration, on tiny batches of real widths.
-
-    Whether the number of keys is a multiple of 16 makes a difference only where no sequence has fewer.
-    """
-    lengths = torch.tensor([512], dtype=torch.int32)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in HEAD_DIMS:
-            for dropout_p in (0.0, 0.1):
-                for length, key_lengths in ((512, None), (509, None), (512, lengths)):
-                    yield functools.partial(run_dense_case, dtype, head_dim, dropout_p, length, key_lengths)
-                yield functools.partial(run_varlen_case, dtype, head_dim, dropout_p)
-
-
-def run_dense_case(
-    dtype: torch.dtype, head_dim: int, dropout_p: float, length: int, key_lengths: torch.Tensor | None
-) -> None:
-    qkv = torch.zeros(1, length, 3, 2, head_dim, dtype=dtype, requires_grad=True)
-    q, k, v = qkv.unbind(2)
-    out = attention(q, k, v, dropout_p=dropout_p, seed=0, key_lengths=key_lengths, impl="triton")
-    out.backward(torch.zeros_like(out))
-
-
-def run_varlen_case(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
-    qkv = torch.zeros(512, 3, 2, head_dim, dtype=dtype, requires_grad=True)
-    bounds = torch.tensor([0, 512], dtype=torch.int32)
-    q, k, v = qkv.unbind(1)
-    out = varlen_attention(q, k, v, bounds, bounds, 512, 512, dropout_p=dropout_p, seed=0, impl="triton")
-    out.backward(torch.zeros_like(out))

@@ -1,48 +1,49 @@
-"""Linear layer and cross-entropy in one operation, so that the logits never exist as a whole; RoBERTa's loss head.
+"""Linear layer and cross-entropy in one operation that never holds all logits; RoBERTa's masked-language-model head.
 
 For hidden states h (N, d), weight W (V, d), bias b (V,) and targets t (N,), with x = h W^T + b over the first C rows
-of W (C = `num_classes`, V unless given):
+of W (C = `num_classes`, by default V):
 
     lse_i  = log sum_c exp(x_ic)
     loss_i = lse_i - (1 - e) x_i,t_i - (e / C) sum_c x_ic + z lse_i^2      e: label smoothing, z: z-loss
     dx_ic  = (1 + 2 z lse_i) exp(x_ic - lse_i) - (1 - e) [c = t_i] - e / C
 
-and loss_i = 0, dx_i = 0 where t_i is `ignore_index`; then dh = dx W, dW = dx^T h, db = sum_i dx_i. Rows of W from C on
-(a vocabulary padded for aligned matrix products) take no probability and get a zero gradient. The z-loss is that of
-PaLM (Chowdhery et al., arXiv 2204.02311, section 5), label smoothing as in torch.nn.CrossEntropyLoss.
+loss_i and dx_i are zero where t_i is `ignore_index`. Then dh = dx W, dW = dx^T h, db = sum_i dx_i. Rows of W from C on (a
+vocabulary padded for aligned matrix products) get no probability and no gradient. The z-loss is that of PaLM (Chowdhery
+et al., arXiv 2204.02311, section 5). Label smoothing is that of torch.nn.CrossEntropyLoss.
 
 Shapes and dtypes
-    hidden (N, d) fp32, bf16 or fp16; weight and bias may be wider (fp32 masters) and are cast to hidden's dtype once.
-    targets int64. Matrix products run in hidden's dtype; softmax, loss, dW and db are accumulated in fp32; gradients
-    come out in the dtype of what they belong to.
+    hidden (N, d) fp32, bf16 or fp16. weight and bias may be wider (fp32 masters); they are cast to hidden's dtype once.
+    targets int64. Matrix products run in hidden's dtype. Softmax and loss are computed, and dW and db accumulated, in
+    fp32. Each gradient has the dtype of its tensor.
 
-How the memory stays small
-    Rows are taken in chunks. A chunk's logits come from one matrix product; a kernel with one program a row reads them
-    once for lse (online softmax), loss and whether the target is the first argmax, then overwrites them by their
-    gradient; two more matrix products turn that into dh (of the chunk) and a part of dW. All of it happens in the
-    forward pass, where the upstream gradient g is not yet known: the backward only multiplies by g (and by 1/count for
-    "mean") in fp32. So dx is rounded at its natural size of at most 1 and cannot underflow in fp16.
-    A chunk has R = N/5 rows rounded up to 128, but at least 1024 (below that, reading and writing dW for every chunk
-    takes about as long as its product) and at most 4096. The peak beyond inputs and gradients is R rows of logits:
+How memory stays small
+    Rows are processed in chunks. One matrix product yields the logits of a chunk. A kernel with one program per row reads
+    them once for lse (online softmax), the loss, and whether the target is the first argmax, then overwrites them with
+    their gradient. Two more matrix products turn that into the chunk's dh and its part of dW. All this happens in the
+    forward, where the upstream gradient g is not yet known. The backward only multiplies by g (and by 1/count for "mean")
+    in fp32. dx is thus rounded at its natural scale of at most 1, and cannot underflow in fp16.
+    A chunk has R = N/5 rows rounded up to a multiple of 128, but at least 1024 (below which reading and writing dW for
+    every chunk takes about as long as its product) and at most 4096. Beyond inputs and gradients the peak is R rows of
+    logits:
         N = 4928: R = 1024, 103 of 496 MB (21%);  N = 9856: R = 2048, 206 of 992 MB (21%);  N = 65536: R = 4096, 6%
-    with V = 50304 in bf16; and V d elements of the cast weight where an fp32 weight meets bf16 hidden states.
-    On a CPU a chunk has 512 rows, and rows that are ignored are left out before any product.
+    with V = 50304 in bf16, and V d elements of the cast weight where an fp32 weight meets bf16 hidden states.
+    On a CPU a chunk has 512 rows, and ignored rows are left out before any product.
 
-Saved for the backward: dh in hidden's dtype, dW and db in fp32 (on a CPU, dW of bf16 weights in bf16 where one chunk
-holds all rows); and the inputs, by reference. The first backward scales dW in place. A second one through a retained
-graph, and every one with reduction="none" (whose upstream gradient is one number a row), computes the chunks again.
+Saved for the backward: dh in hidden's dtype, dW and db in fp32 (on a CPU, dW of bf16 weights in bf16 if one chunk holds
+all rows), and the inputs by reference. The first backward scales dW in place. A second one through a retained graph, and
+any with reduction="none" (whose upstream gradient differs by row), recomputes the chunks.
 
-Bytes moved, beside the matrix products' own: the logits once read, once read again from the L2 cache, once written
-(4 bytes a logit in bf16 from and to HBM) and once read for db: N V 6 bytes, 1.5 GB for N = 4928; dW read and written
-for every chunk after the first.
+Bytes moved, besides those of the matrix products: the logits are read once, read again from L2 and written once (4 bytes
+per bf16 logit to and from HBM), and read once for db: 6 N V bytes, 1.5 GB for N = 4928. dW is read and written for every
+chunk after the first.
 
-Determinism: no atomics, fixed order, bitwise repeatable wherever the matrix products are. No random numbers.
+Determinism: no atomics and a fixed order, so repeated runs give the same bits wherever matrix products do. No random
+numbers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """What `linear_cross_entropy` returns; the counts are int64 scalars on the device, outside the graph."""
+    """The result of `linear_cross_entropy`. The counts are int64 scalars on the device, without gradients."""
 
     loss: torch.Tensor
     num_correct: torch.Tensor
@@ -64,15 +65,15 @@ class LinearCrossEntropyOutput(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the unscaled sum of losses; those that are not asked for are empty."""
+    """Gradients of the unscaled sum of losses. Those not requested are empty."""
 
     hidden: torch.Tensor  # (N, d), hidden's dtype
     weight: torch.Tensor  # (V, d) fp32, or as _empty_gradients says
     bias: torch.Tensor  # (V,) fp32
 
 
-# Measured on one core: sixteen rows of 50265 logits in fp32 and the 4096 x 768 part of dW are near the cache's size.
-# Products of a multiple of sixteen rows take 20 to 30% less time than those of an odd number.
+# Sixteen rows of 50265 fp32 logits, and a 4096 x 768 part of dW, are about as large as a core's cache. Products of a
+# multiple of sixteen rows were measured to take 20 to 30% less time than those of an odd number.
 _ROWS_IN_CACHE = 16
 _CLASSES_IN_CACHE = 4096
 _CHUNK_ROWS_TORCH = 512
@@ -81,11 +82,11 @@ _CHUNK_ROWS_TORCH = 512
 def _loss_and_gradients_torch(
     hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-    """Losses (N,) fp32, correct (N,) bool, and gradients; the plain PyTorch way, chunk of rows by chunk of rows."""
+    """Losses (N,) fp32, correct (N,) bool, and gradients in PyTorch operations, chunk by chunk."""
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
     matrix = weight.to(hidden.dtype)
     matrix_bias = None if bias is None else bias.to(hidden.dtype)
-    # Ignored rows are left out before any work is done.
+    # Leave out ignored rows before any work is done.
     kept = (targets != ignore_index).nonzero().squeeze(1)
     loss = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
     correct = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
@@ -111,13 +112,13 @@ def _loss_and_gradients_torch(
             x_target = x.gather(1, target)
             largest = x.amax(1, keepdim=True)
             probability = torch.softmax(x, 1)
-            # The largest probability is exp(0) over the sum of exponentials.
+            # The largest probability is exp(0) divided by the sum of exponentials.
             lse = largest - probability.amax(1, keepdim=True).log()
             row_loss = lse - x_target
             if label_smoothing:
                 row_loss += label_smoothing * (x_target - x.mean(1, keepdim=True))
             loss[rows[block]] = (row_loss + z_loss * lse.square()).squeeze(1)
-            # argmax is slow, and needed only to tell a tie from a hit.
+            # argmax is slow, and only needed to tell a hit from a tie.
             hits = (x_target == largest).squeeze(1).nonzero().squeeze(1)
             if hits.numel():
                 correct[rows[block][hits]] = x[hits].argmax(1) == target[hits, 0]
@@ -132,7 +133,7 @@ def _loss_and_gradients_torch(
                 logits[block, num_classes:] = 0
                 if needs[2]:
                     block_sums.append(probability.sum(0))
-        logits[rows.numel() :] = 0  # what fills up holds the bias, and one of -inf times zero would be NaN in dW
+        logits[rows.numel() :] = 0  # padding rows hold the bias; an entry of -inf times zero would be NaN in dW
         if needs[2]:
             gradients.bias[:num_classes] += torch.stack(block_sums).sum(0)
         if needs[0]:
@@ -158,7 +159,7 @@ def _empty_gradients(hidden, weight, needs: list[bool], use_kernel: bool) -> Gra
     (num_rows, width), num_entries = hidden.shape, weight.shape[0]
     weight_dtype = torch.float32
     if not use_kernel and hidden.dtype == weight.dtype == torch.bfloat16 and num_rows <= _CHUNK_ROWS_TORCH:
-        weight_dtype = torch.bfloat16  # a single product, rounded once: nothing is accumulated
+        weight_dtype = torch.bfloat16  # a single product is rounded once; nothing is accumulated
     return Gradients(
         hidden.new_empty((num_rows, width) if needs[0] else (0,)),
         hidden.new_empty((num_entries, width) if needs[1] else (0,), dtype=weight_dtype),
@@ -166,7 +167,7 @@ def _empty_gradients(hidden, weight, needs: list[bool], use_kernel: bool) -> Gra
     )
 
 
-# Of the sizes only the stride decides how memory is read, and it is always a multiple of 64.
+# Of the sizes, only the stride affects how memory is read, and it is always a multiple of 64.
 @jit(do_not_specialize=["num_classes", "ignore_index"])
 def _softmax_rows_kernel(
     logits_ptr,  # (rows, row_stride): overwritten by the gradient
@@ -189,8 +190,8 @@ def _softmax_rows_kernel(
     logits_ptr += row * row_stride
     num_steps = tl.cdiv(row_stride, LANES * VECTOR)
     target = tl.load(targets_ptr + row)
-    # Each lane keeps its own maximum and sum over vectors of neighbouring columns: one rescaling a vector, and no
-    # exchange between lanes until the end. The row is padded to whole vectors; the mask of classes follows the load.
+    # Each lane keeps its own maximum and sum over vectors of neighbouring columns: one rescaling per vector, and no
+    # exchange between lanes until the end. Rows are padded to whole vectors, so classes are masked after the load.
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     if target == ignore_index:
         tl.store(loss_ptr + row, 0.0)
@@ -201,7 +202,7 @@ def _softmax_rows_kernel(
                 column = step * LANES * VECTOR + columns
                 tl.store(logits_ptr + column, zeros, mask=column < row_stride)
     else:
-        # A target that is no class cannot raise here without stopping the device: its loss is not a number.
+        # Raising an error for a target that is no class would wait for the device. Its loss is NaN instead.
         in_range = (target >= 0) & (target < num_classes)
         x_target = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
         lane_max = tl.full((LANES,), -2.0e38, dtype=tl.float32)  # finite: a lane may see no class
@@ -216,7 +217,7 @@ def _softmax_rows_kernel(
             exponentials = tl.exp2((x - new_max[:, None]) * LOG2_E)
             lane_sum = lane_sum * tl.exp2((lane_max - new_max) * LOG2_E) + tl.sum(exponentials, axis=1)
             lane_max = new_max
-            # The target is the first argmax unless a logit is larger, or as large and earlier.
+            # The target is the first argmax unless some logit is larger, or equal and earlier.
             beats = (x > x_target) | ((x == x_target) & (column < target))
             lane_beaten = tl.maximum(lane_beaten, tl.max(beats.to(tl.int32), axis=1))
             if SMOOTH:
@@ -232,7 +233,7 @@ def _softmax_rows_kernel(
         tl.store(correct_ptr + row, (1 - tl.max(lane_beaten, axis=0)) * (x_target == x_target).to(tl.int32))
         if WRITE_GRADIENT:
             scale = tl.load(row_gradient_ptr + row)
-            # exp(x - lse) would carry the rounding of lse into every probability.
+            # exp(x - lse) would carry the rounding error of lse into every probability.
             of_exponential = scale * (1.0 + 2.0 * z_loss * lse) / total
             of_target = scale
             if SMOOTH:
@@ -251,15 +252,15 @@ def _softmax_rows_kernel(
 
 
 def _chunk_rows(num_rows: int) -> int:
-    """Rows of logits that exist at a time; the module's docstring has the arithmetic."""
+    """Rows of logits that exist at a time; see the arithmetic at the top of this file."""
     return min(4096, max(1024, -(-num_rows // (5 * 128)) * 128))
 
 
 def _accumulate_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
-    """total (fp32) = left @ right, or += where it is not the first, summed and kept in fp32."""
+    """total (fp32) = left @ right if `first`, else total += left @ right, accumulated in fp32."""
     if total.dtype == left.dtype:
         torch.mm(left, right, out=total) if first else torch.addmm(total, left, right, out=total)
-    elif not total.is_cuda:  # the interpreter; ATen has products with a wider output on CUDA alone
+    elif not total.is_cuda:  # the interpreter; ATen supports products with a wider output on CUDA only
         _accumulate_product(total, left.float(), right.float(), first)
     elif first:
         torch.mm(left, right, out_dtype=torch.float32, out=total)
@@ -270,7 +271,7 @@ def _accumulate_product(total: torch.Tensor, left: torch.Tensor, right: torch.Te
 def _loss_and_gradients_triton(
     hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-    """Losses (N,) fp32, correct (N,) int32, and gradients, with the Triton kernel between the matrix products."""
+    """Losses (N,) fp32, correct (N,) int32, and gradients, with the Triton kernel between matrix products."""
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), align(targets)
     matrix = weight.to(hidden.dtype).contiguous()
@@ -283,9 +284,9 @@ def _loss_and_gradients_triton(
     if num_rows == 0:
         gradients.weight.zero_()
         gradients.bias.zero_()
-    # Rows start on 128-byte borders, which both the matrix products and the kernel's vector loads need to be fast.
+    # Rows start at multiples of 128 bytes, which makes both matrix products and the kernel's vector loads fast.
     row_stride = -(-num_entries // 64) * 64
-    lanes, vector = 512, 16 // hidden.element_size()  # one 16-byte load a thread and step
+    lanes, vector = 512, 16 // hidden.element_size()  # one 16-byte load per thread and step
     chunk_rows = min(_chunk_rows(num_rows), num_rows)
     buffer = hidden.new_empty(chunk_rows, row_stride)
     for start in range(0, num_rows, max(1, chunk_rows)):
@@ -327,12 +328,12 @@ def _loss_and_gradients_triton(
 
 def _check_targets(targets: torch.Tensor, ignore_index: int, num_classes: int) -> None:
     if targets.is_cuda:
-        return  # reading the answer would stop the device
+        return  # checking would wait for the device
     bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= num_classes))]
     if bad.numel():
         raise ValueError(
-            f"linear_cross_entropy: target {bad[0].item()} is outside the {num_classes} classes; correct the targets, "
-            f"or mark rows to skip with ignore_index={ignore_index}"
+            f"linear_cross_entropy: target {bad[0].item()} is outside the {num_classes} classes; correct it, or set the "
+            f"targets of rows to skip to ignore_index={ignore_index}"
         )
 
 
@@ -351,14 +352,14 @@ def _forward_op(
     consume: bool,
     use_kernel: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, number correct, number of targets; gradients of the sum of losses by hidden, weight, bias.
+    """Loss, number correct, number of targets, and the gradients of the summed loss for hidden, weight and bias.
 
-    `consume` lets the backward scale the returned gradients in place, which spares a second dW: for callers that do
-    not look at them.
+    `consume` lets the backward scale the returned gradients in place, which saves a second dW. It is for callers that do
+    not use them.
     """
     _check_targets(targets, ignore_index, num_classes)
     run = _loss_and_gradients_triton if use_kernel else _loss_and_gradients_torch
-    in_backward = reduction == "none"  # only there is the upstream gradient of every row known
+    in_backward = reduction == "none"  # the upstream gradients of rows are known only there
     loss, correct, gradients = run(
         hidden,
         weight,
@@ -404,7 +405,7 @@ def _backward_op(
     needs: list[bool],
     use_kernel: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients again, each row's loss weighted by `row_gradient` (N,) where it is given."""
+    """Recompute the gradients, with the loss of each row weighted by `row_gradient` (N,) if given."""
     run = _loss_and_gradients_triton if use_kernel else _loss_and_gradients_torch
     if row_gradient is not None:
         row_gradient = align(row_gradient.float())
@@ -426,7 +427,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, bias, targets, num_targets)
     ctx.mark_non_differentiable(num_correct, num_targets, *gradients)
     ctx.set_materialize_grads(False)
-    # Not among the saved tensors: the first backward takes them away and scales them in place.
+    # Not saved tensors, since the first backward scales them in place and drops them.
     ctx.gradients = None if ctx.reduction == "none" else gradients
 
 
@@ -434,7 +435,7 @@ def _backward(ctx, loss_gradient, *_):
     if loss_gradient is None:
         return (None,) * 12
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy: its backward cannot be differentiated; drop create_graph=True")
+        raise RuntimeError("linear_cross_entropy: the backward cannot be differentiated; drop create_graph=True")
     hidden, weight, bias, targets, num_targets = ctx.saved_tensors
     gradients, ctx.gradients = ctx.gradients, None
     per_row = ctx.reduction == "none"
@@ -453,7 +454,7 @@ def _backward(ctx, loss_gradient, *_):
     if ctx.reduction == "mean":
         scale = scale / num_targets.clamp(min=1)
     if scale is not None and hidden.is_cuda:
-        # One dimension keeps it fp32: CUDA would round a scalar tensor to bf16 before multiplying, a CPU does not.
+        # With one dimension it stays fp32. CUDA, unlike a CPU, would round a scalar tensor to bf16 before multiplying.
         scale = scale.reshape(1)
     results = []
     for gradient, tensor, need in zip(gradients, (hidden, weight, bias), ctx.needs):
@@ -483,23 +484,24 @@ def linear_cross_entropy(
     num_classes: int | None = None,
     impl: str | None = None,
 ) -> LinearCrossEntropyOutput:
-    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, a chunk of rows at a time.
+    """Cross-entropy of `hidden @ weight.T + bias` and `targets`, one chunk of rows at a time.
 
     Args:
-        hidden: (N, d), fp32, bf16 or fp16; under autocast it is cast as for a linear layer.
-        weight: (V, d), of hidden's dtype or wider. bias: (V,) or None.
-        targets: int64 (N,): a class in [0, num_classes), or `ignore_index` for rows without loss and gradient.
-        label_smoothing: probability spread evenly over all classes, in [0, 1).
+        hidden: (N, d), fp32, bf16 or fp16. Under autocast it is cast as for a linear layer.
+        weight: (V, d), in hidden's dtype or wider. bias: (V,) or None.
+        targets: int64 (N,): a class in [0, num_classes), or `ignore_index` for rows without loss or gradient.
+        label_smoothing: the probability spread evenly over all classes, in [0, 1).
         z_loss: weight of the squared log of the softmax's denominator.
-        reduction: "mean" over the rows that are not ignored (zero, not NaN, where there are none), "sum", or "none",
-            which computes the logits a second time in the backward.
-        num_classes: how many rows of weight are classes; the rest is padding. All of them by default.
+        reduction: "mean" over rows that are not ignored (zero, not NaN, if there are none), "sum", or "none", which
+            computes the logits again in the backward.
+        num_classes: how many rows of weight are classes; the others are padding. By default all of them.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        loss in fp32, () or (N,); num_correct: rows whose target is the first largest logit; num_targets: rows that
-        are not ignored.
+        loss: fp32, () or (N,). num_correct: rows whose target is the first largest logit. num_targets: rows that are not
+        ignored.
     Raises:
-        ValueError: shapes, dtypes, devices or settings that do not fit; on a CPU a target that is no class (on CUDA,
-            where checking would stop the device, the loss is then NaN).
+        ValueError: mismatched shapes, dtypes, devices or settings; on a CPU a target that is no class. On CUDA, where
+            checking would wait for the device, the loss is then NaN.
     """
     name = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -509,11 +511,11 @@ def linear_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{name}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one for each row of weight"
+            f"{name}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one entry per row of weight"
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 ({hidden.shape[0]},), one a "
+            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 ({hidden.shape[0]},), one per "
             "row of hidden"
         )
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -553,23 +555,23 @@ def linear_cross_entropy(
     return LinearCrossEntropyOutput(loss, num_correct, num_targets)
 
 
-# In plain PyTorch, on any device; made to be fast on a CPU.
+# In PyTorch operations, on any device; tuned for CPUs.
 linear_cross_entropy_torch = functools.partial(linear_cross_entropy, impl="torch")
 
-# Hugging Face's `hidden_act` names and the form of GELU that each stands for.
+# Hugging Face's `hidden_act` -> form of GELU.
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 class MaskedLMHead(torch.nn.Module):
-    """RoBERTa's head on masked tokens only: gather, dense, GELU, LayerNorm, tied decoder, loss.
+    """RoBERTa's head for masked tokens only: gather, dense, GELU, LayerNorm, tied decoder, loss.
 
-    Parameters carry the names of Hugging Face's `lm_head`: dense.weight, dense.bias, layer_norm.weight,
-    layer_norm.bias, bias. The decoder's weight is the word embedding and is passed in. Parameters may stay in fp32
-    while hidden states are bf16 or fp16: matrix products cast them to the dtype of the hidden states.
+    Parameters have the names of Hugging Face's `lm_head`: dense.weight, dense.bias, layer_norm.weight, layer_norm.bias,
+    bias. The decoder's weight is the word embedding and is passed in. Parameters may be fp32 while hidden states are bf16
+    or fp16: matrix products cast them.
 
     Args:
-        vocab_size: rows of the decoder's weight, padding included. hidden_act: "gelu" (erf), or "gelu_new" and
-            "gelu_pytorch_tanh" (tanh approximation).
+        vocab_size: rows of the decoder's weight, padding included.
+        hidden_act: "gelu" (erf), or "gelu_new" or "gelu_pytorch_tanh" (tanh approximation).
     Raises:
         ValueError: an unknown hidden_act.
     """
@@ -605,19 +607,19 @@ class MaskedLMHead(torch.nn.Module):
         """Loss and counts over the labels that are not -100.
 
         Args:
-            hidden: (B, L, d) with `positions`; without, (..., d), the rows that labels are for.
-            decoder_weight: (vocab_size, d). labels: int64, (B, K) or hidden's leading shape; -100 has no loss.
-            positions: int64 (B, K), in [0, L): where in its sequence each label stands. Slots that are not used may
-                hold any position, with label -100.
-            The others are those of `linear_cross_entropy`.
+            hidden: (B, L, d) with `positions`, otherwise (..., d), one row per label.
+            decoder_weight: (vocab_size, d). labels: int64, (B, K) or the leading shape of hidden; -100 means no loss.
+            positions: int64 (B, K), in [0, L): the position of each label in its sequence. Unused slots may hold any
+                position, with label -100.
+            For the others see `linear_cross_entropy`.
         Raises:
-            ValueError: positions and labels or hidden do not fit, or as `linear_cross_entropy`.
+            ValueError: positions do not match labels or hidden, or as in `linear_cross_entropy`.
         """
         if positions is not None:
             if hidden.dim() != 3 or positions.shape != labels.shape or positions.shape[:1] != hidden.shape[:1]:
                 raise ValueError(
                     f"MaskedLMHead: hidden {tuple(hidden.shape)}, positions {tuple(positions.shape)} and labels "
-                    f"{tuple(labels.shape)} do not fit; expected (B, L, d), (B, K) and (B, K)"
+                    f"{tuple(labels.shape)} do not match; expected (B, L, d), (B, K) and (B, K)"
                 )
             num_sequences, length, _ = hidden.shape
             first_rows = torch.arange(num_sequences, device=hidden.device)[:, None] * length
@@ -642,34 +644,6 @@ class MaskedLMHead(torch.nn.Module):
         *,
         impl: str | None = None,
     ) -> torch.Tensor:
-        """The whole logits (..., num_classes) of hidden states (..., d), for inference."""
+        """All logits (..., num_classes) of hidden states (..., d), for inference."""
         weight, bias = decoder_weight[:num_classes], self.bias[:num_classes]
         return F.linear(self._transform(hidden, impl), weight.to(hidden.dtype), bias.to(hidden.dtype))
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration; none depends on the width, the vocabulary or the number of rows."""
-
-    def case(dtype, label_smoothing, needs_gradient):
-        def run():
-            hidden = torch.zeros((2, 16), dtype=dtype, requires_grad=needs_gradient)
-            weight = torch.zeros((50304, 16), dtype=dtype)
-            targets = torch.zeros(2, dtype=torch.int64)
-            output = linear_cross_entropy(
-                hidden,
-                weight,
-                None,
-                targets,
-                label_smoothing=label_smoothing,
-                num_classes=50265,
-                impl="triton",
-            )
-            if needs_gradient:
-                output.loss.backward()
-
-        return run
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for label_smoothing in (0.0, 0.1):
-            for needs_gradient in (False, True):
-                yield case(dtype, label_smoothing, needs_gradient)

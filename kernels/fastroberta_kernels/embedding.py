@@ -1,4 +1,4 @@
-"""The embeddings of RoBERTa and BERT in one operation: three table rows, LayerNorm, dropout; positions counted inside.
+"""The embeddings of RoBERTa and BERT in one operation: three table lookups, LayerNorm, dropout; it also counts positions.
 
 For token i of a sequence, with id w, position q and token type t, keep bits m (0 or 1) and scale s = 1 / P(keep):
 
@@ -8,46 +8,44 @@ For token i of a sequence, with id w, position q and token type t, keep bits m (
 
     g      = s * m * dy
     dx     = rstd * (g * weight - mean(g * weight) - x_hat * mean(g * weight * x_hat))
-    dword[w] = sum of dx over the tokens with id w, and so for positions and token types
+    dword[w] = sum of dx over the tokens with id w; likewise for positions and token types
     dweight  = sum of g * x_hat,  dbias = sum of g
 
-Positions: RoBERTa's rule gives padding the position `padding_idx` and every other token `padding_idx` + 1 + the number
-of tokens before it that are not padding (Liu et al., arXiv 1907.11692, as fairseq and Hugging Face count); BERT's rule
-is 0, 1, 2, ... The table rows `padding_idx` get no gradient, as in torch.nn.Embedding.
+Positions: RoBERTa gives padding the position `padding_idx`, and any other token `padding_idx` + 1 + the number of tokens
+before it that are not padding (Liu et al., arXiv 1907.11692, as counted by fairseq and Hugging Face). BERT counts
+0, 1, 2, ... The table rows `padding_idx` get no gradient, as in torch.nn.Embedding.
 
 Shapes: input_ids (B, L) int64; tables (rows, d); weight, bias (d,); output (B, L, d).
-Dtypes: tables, weight and bias fp32, bf16 or fp16; the sum, the statistics and all gradients are computed in fp32 and
-rounded once, the output to `dtype`, gradients to the dtype of what they belong to.
+Dtypes: tables, weight and bias fp32, bf16 or fp16. The sum, the statistics and all gradients are computed in fp32 and
+rounded once: the output to `dtype`, each gradient to the dtype of its tensor.
 
-Saved for the backward: the inputs, and the positions (4 bytes a token). The sum and its statistics are computed
-again from the tables, which costs the reading of rows that a saved sum would cost as well.
-Bytes moved for N tokens and elements of b bytes: forward N d (b word row + b output); the tables of positions and token
-types stay in the cache. Backward: N d (b dy + b word row + 4 dx written + 8 dx read for words and for positions), and
-V d b to fill the word gradient with zeros.
+Saved for the backward: the inputs, and positions (4 bytes per token). The sum and its statistics are recomputed from the
+tables, which reads no more than a saved sum would.
+Bytes moved for N tokens and elements of b bytes: forward N d (b word row + b output), while the tables of positions and
+token types stay in cache. Backward: N d (b dy + b word row + 4 dx written + 8 dx read for words and for positions), and
+V d b to zero the word gradient.
 
-Determinism: no atomics. Ids are sorted (a stable sort), each program adds the gradients of 32 neighbours in sorted
-order; ids whose tokens lie in several such blocks are put together from one partial sum a block by a second kernel.
-So a very frequent token is summed by many programs, in an order that depends on the ids alone: bitwise repeatable.
+Determinism: no atomics. Ids are sorted (a stable sort), and each program sums the gradients of 32 neighbours in sorted
+order. Where the tokens of one id extend over several such blocks, a second kernel adds up one partial sum per block. Even
+a very frequent token is thus summed by many programs, in an order that depends on the ids alone.
 
-Random numbers: the dropout decisions of `philox`, head 0, the row number b * L + l. The backward draws them again.
+Random numbers: the dropout decisions of `philox` for head 0, row b * L + l. The backward draws them again.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
 
 from . import philox
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
-from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, unify_dtypes
+from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, unify_dtypes
 
-MAX_COLUMNS = 4096  # as many as XLM-R XXL has; a row stays in registers, and the backward of longer ones spills
+MAX_COLUMNS = 4096  # the width of XLM-R XXL. Rows stay in registers, and the backward of longer ones spills
 
 
 def create_positions_torch(input_ids: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
-    """Positions (B, L) int64 by RoBERTa's rule, or (1, L) by BERT's where `padding_idx` is None."""
+    """Positions (B, L) int64 by RoBERTa's rule, or (1, L) by BERT's if `padding_idx` is None."""
     if padding_idx is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     is_token = input_ids != padding_idx
@@ -79,7 +77,7 @@ def embedding_layer_norm_torch(
     seed: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """`embedding_layer_norm` in plain PyTorch; `seed` as `philox.as_seed` makes it."""
+    """`embedding_layer_norm` in PyTorch operations; `seed` is as `philox.as_seed` returns it."""
     position_padding_idx = padding_idx if padding_positions else None
     if position_ids is None:
         position_ids = create_positions_torch(input_ids, position_padding_idx)
@@ -101,7 +99,7 @@ def _load_normalized(
     word_ptr, position_ptr, type_ptr, ids, positions, types, num_words, num_positions, num_types, num_columns,
     columns, row_mask, eps,
 ):  # fmt: skip
-    """x_hat (rows, columns) and rstd (rows,) of the summed table rows; NaN where an id is outside its table."""
+    """x_hat (rows, columns) and rstd (rows,) of the summed table rows. NaN if an id is outside its table."""
     column_mask = columns < num_columns
     inside = row_mask & (ids >= 0) & (ids < num_words) & (positions >= 0) & (positions < num_positions)
     if type_ptr is not None:
@@ -116,14 +114,14 @@ def _load_normalized(
         x += tl.load(type_ptr + types[:, None] * num_columns, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=1) / num_columns
     x = tl.where(column_mask[None, :], x - mean[:, None], 0.0)
-    # What rounding the mean left over; then the second pass over the centred values.
+    # Subtract what rounding the mean left over, before the second pass over centred values.
     x = tl.where(column_mask[None, :], x - (tl.sum(x, axis=1) / num_columns)[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / num_columns + eps)
     rstd = tl.where(inside | (row_mask == 0), rstd, float("nan"))
     return x * rstd[:, None], rstd
 
 
-# Of the sizes only the number of columns decides how rows are read.
+# Of the sizes, only the number of columns affects how rows are read.
 @jit(do_not_specialize=["length", "num_words", "num_positions", "num_types", "padding_idx", "threshold"])
 def _embedding_forward_kernel(
     ids_ptr, position_ids_ptr, type_ids_ptr,  # (B, L) int64; the last two may be None
@@ -223,14 +221,16 @@ def _embedding_backward_kernel(
 
 @jit(do_not_specialize=["num_rows", "num_table_rows"])
 def _sum_blocks_kernel(
-    sorted_ptr, order_ptr,  # (N,): ids in ascending order, and where each stood
+    sorted_ptr, order_ptr,  # (N,): ids in ascending order, and their original places
     rows_ptr, table_ptr, partials_ptr,  # fp32 (N, d); (table rows, d) filled with zeros; fp32 (blocks, 2, d)
     num_rows, num_table_rows, num_columns,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the rows of equal ids among COUNT sorted neighbours. A run of equal ids that lies wholly inside goes to the
-    table; the part of a run that began earlier goes to the block's partial 0, that of a run that begins here and goes
-    on to partial 1."""
+    """Sum the rows of equal ids among COUNT sorted neighbours.
+
+    The sum of a run of equal ids that lies inside the block goes to the table. The part of a run that began earlier goes
+    to the block's partial 0, the part of a run that begins here and goes on to partial 1.
+    """
     block = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column_mask = columns < num_columns
@@ -270,7 +270,7 @@ def _join_blocks_kernel(
     num_rows, num_table_rows, num_columns,
     COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the partials of the run that begins in this block and goes on into later ones, if there is one."""
+    """Sum the partials of the run that begins in this block and goes on into later ones, if any."""
     block = tl.program_id(0).to(tl.int64)
     first = block * COUNT
     last = tl.minimum(first + COUNT, num_rows) - 1
@@ -293,15 +293,15 @@ def _join_blocks_kernel(
 
 
 _BLOCK_ENTRIES = 32
-_MAX_PROGRAMS = 768  # of the backward: as many partial sums of dweight and dbias; fixed, so that bits do not change
+_MAX_PROGRAMS = 768  # of the backward, and partial sums of dweight and dbias. Fixed, so bits do not depend on the GPU
 
 
 def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """A table (num_table_rows, d) of sums of `rows` (N, d) fp32 over equal `ids` (N,), zero where there are none."""
+    """A table (num_table_rows, d): the sums of `rows` (N, d) fp32 with equal `ids` (N,), zero for absent ids."""
     num_rows, num_columns = rows.shape
     table = rows.new_zeros((num_table_rows, num_columns), dtype=dtype)
-    sorted_ids, order = torch.sort(ids.to(torch.int32), stable=True)  # half the digits to sort by
-    # Only a full block's last run can go on, so only those ends are ever read.
+    sorted_ids, order = torch.sort(ids.to(torch.int32), stable=True)  # half the bits to sort by
+    # Only the last run of a full block can go on, so no other ends are read.
     last_ids = sorted_ids[_BLOCK_ENTRIES - 1 :: _BLOCK_ENTRIES].contiguous()
     run_ends = torch.searchsorted(sorted_ids, last_ids, right=True)
     num_blocks = -(-num_rows // _BLOCK_ENTRIES)
@@ -338,9 +338,9 @@ def _sum_by_id(rows: torch.Tensor, ids: torch.Tensor, num_table_rows: int, dtype
 
 
 def _tile(num_columns: int, elements: int, widest_for_four: int) -> dict[str, int]:
-    """Rows and columns of a program's tile of about `elements`, and its warps: eight above `widest_for_four` columns.
+    """ROWS, BLOCK and num_warps for a tile of about `elements`, with eight warps above `widest_for_four` columns.
 
-    Other tiles spilled a register or two with Triton 3.7.
+    Other tiles spilled one or two registers with Triton 3.7.
     """
     block = max(64, 1 << (num_columns - 1).bit_length())
     num_warps = 2 if block == 64 else 4 if block <= widest_for_four else 8
@@ -377,7 +377,7 @@ def _forward_op(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, L, d) and positions (B, L) int32. `padding_idx` is -1 where there is none."""
+    """Output (B, L, d) and positions (B, L) int32. `padding_idx` is -1 for none."""
     _check_ids(input_ids, word_weight, "token id")
     _check_ids(position_ids, position_weight, "position")
     _check_ids(token_type_ids, token_type_weight, "token type")
@@ -385,9 +385,9 @@ def _forward_op(
     y = word_weight.new_empty((batch, length, num_columns), dtype=dtype)
     positions = input_ids.new_empty((batch, length), dtype=torch.int32)
     tile = _tile(num_columns, 2048, 512)
-    # Left to itself, ptxas takes few registers for one more block, and spills where the output or the row is wide.
-    is_squeezed = tile["BLOCK"] == 4096 or (tile["BLOCK"] == 1024 and dtype == torch.float32)
-    registers = NO_SQUEEZE if is_squeezed else None
+    # Given no limit, ptxas spills for these in order to fit one more block.
+    needs_limit = tile["BLOCK"] == 4096 or (tile["BLOCK"] == 1024 and dtype == torch.float32)
+    registers = REGISTER_LIMIT if needs_limit else None
     launch(
         _embedding_forward_kernel,
         (batch * -(-length // tile["ROWS"]),),
@@ -440,14 +440,13 @@ def _backward_op(
     eps: float,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the word, position and token type tables, of weight and bias; empty where a table needs none."""
+    """Gradients of the word, position and token type tables, weight and bias. Empty for tables that need none."""
     num_rows, num_columns = input_ids.numel(), word_weight.shape[1]
     needs_word, needs_position, needs_type = needs
     dx = dy.new_empty((num_rows, num_columns), dtype=torch.float32)
     tile = _tile(num_columns, 1024, 2048)
-    # As in the forward: ptxas spills here for one more block.
-    squeezed = p == 0 or word_weight.dtype != torch.float32
-    registers = {512: NO_SQUEEZE, 1024: NO_SQUEEZE if squeezed else None, 2048: 255}.get(tile["BLOCK"])
+    needs_limit = p == 0 or word_weight.dtype != torch.float32
+    registers = {512: REGISTER_LIMIT, 1024: REGISTER_LIMIT if needs_limit else None, 2048: 255}.get(tile["BLOCK"])
     programs = min(_MAX_PROGRAMS, -(-num_rows // tile["ROWS"]))
     partials = dx.new_empty(2, programs, num_columns)
     launch(
@@ -478,7 +477,7 @@ def _backward_op(
     if needs_position or (needs_type and token_type_ids is None):
         by_position = _sum_by_id(dx, positions.flatten(), position_weight.shape[0], torch.float32)
     if needs_type and token_type_ids is None:
-        # Every token is of type 0, and every token has a position.
+        # All tokens are of type 0, so its gradient is the sum over all positions.
         dtype_ = torch.zeros_like(token_type_weight, dtype=torch.float32)
         dtype_[0] = by_position.sum(0)
     elif needs_type:
@@ -546,19 +545,20 @@ def embedding_layer_norm(
     Args:
         input_ids: int64 (B, L). word_weight, position_weight: (rows, d). token_type_weight: (rows, d) or None.
         norm_weight, norm_bias: (d,), LayerNorm's.
-        token_type_ids: int64 (B, L); None takes row 0 for every token.
-        position_ids: int64, (B, L) or broadcast to it; None counts them.
-        padding_idx: the id of padding, whose row of word_weight gets no gradient; with None there is no such row.
-        padding_positions: positions are counted by RoBERTa's rule, and row `padding_idx` of position_weight gets no
-            gradient either; False for BERT, whose positions are 0 to L - 1. Without padding_idx always so.
-        p: dropout probability; eps: LayerNorm's. seed: see `philox`; needed where p > 0.
-        dtype: of the output; word_weight's by default.
+        token_type_ids: int64 (B, L). None means row 0 for every token.
+        position_ids: int64, (B, L) or broadcastable to it. None means that positions are counted.
+        padding_idx: the id of padding, whose row of word_weight gets no gradient. None if there is no padding.
+        padding_positions: True for RoBERTa, whose row `padding_idx` of position_weight gets no gradient either. False for
+            BERT, whose positions are 0 to L - 1, as they are without padding_idx.
+        p: dropout probability. eps: LayerNorm's. seed: see `philox`; required if p > 0.
+        dtype: dtype of the output; by default that of word_weight.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (B, L, d).
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; sequences too long for the position table; p > 0
-            without a seed; on a CPU an id outside its table (on CUDA, where checking would stop the device, that
-            token's output is not a number).
+        ValueError: mismatched shapes, dtypes or devices; sequences too long for the position table; p > 0 without a seed;
+            Triton with more than 4096 columns; on a CPU an id outside its table. On CUDA, where checking would wait for
+            the device, the output of such a token is NaN.
     """
     name = "embedding_layer_norm"
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
@@ -586,8 +586,8 @@ def embedding_layer_norm(
         first = padding_idx + 1 if counts_tokens else 0
         if first + length > position_weight.shape[0]:
             raise ValueError(
-                f"{name}: {length} tokens are too many for {position_weight.shape[0]} positions, of which the first "
-                f"token takes number {first}; split or cut the sequences to {position_weight.shape[0] - first}"
+                f"{name}: {length} tokens are too many for {position_weight.shape[0]} positions, counted from {first}; "
+                f"split or truncate the sequences to {position_weight.shape[0] - first} tokens"
             )
     if token_type_ids is not None:
         if token_type_weight is None:
@@ -598,7 +598,7 @@ def embedding_layer_norm(
                 f"{(batch, length)}"
             )
     if philox.dropout_threshold(p) and seed is None:
-        raise ValueError(f"{name}: dropout with p={p} needs a seed; pass seed, or p=0 outside training")
+        raise ValueError(f"{name}: dropout with p={p} needs a seed; pass seed=, or p=0 outside training")
     tensors = (word_weight, position_weight, token_type_weight, norm_weight, norm_bias)
     use_kernel = use_triton(name, impl, input_ids, *tensors, token_type_ids, position_ids)
     seed = philox.as_seed(seed, input_ids.device) if p > 0 else None
@@ -620,10 +620,11 @@ def embedding_layer_norm(
         if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             raise ValueError(f"{name}: a weight is {tensor.dtype}; use float32, bfloat16 or float16, or impl='torch'")
     if num_columns > MAX_COLUMNS:
-        raise ValueError(f"{name}: {num_columns} columns, the kernel takes at most {MAX_COLUMNS}; pass impl='torch'")
+        raise ValueError(
+            f"{name}: rows have {num_columns} columns, and the kernel takes at most {MAX_COLUMNS}; pass impl='torch'"
+        )
     ids = [None if tensor is None else tensor.contiguous() for tensor in (input_ids, position_ids, token_type_ids)]
-    # Tables of one dtype, and a norm of that or fp32: so Triton compiles few kernels. Other mixtures are cast to fp32, as
-    # the kernel would do, and autograd rounds their gradients, as the kernel would do.
+    # Triton compiles few kernels if tables share a dtype (see `unify_dtypes`).
     tables = list(tensors[:3])
     if any(table is not None and table.dtype != word_weight.dtype for table in tables):
         tables = [None if table is None else table.float() for table in tables]
@@ -634,10 +635,10 @@ def embedding_layer_norm(
 
 
 class Embeddings(torch.nn.Module):
-    """RoBERTa's embeddings, on `embedding_layer_norm`; drops in training mode only.
+    """`embedding_layer_norm` as a module: RoBERTa's embeddings, or BERT's with padding_positions=False.
 
-    Parameters carry Hugging Face's names: word_embeddings.weight, position_embeddings.weight,
-    token_type_embeddings.weight, LayerNorm.weight, LayerNorm.bias. With padding_positions=False these are BERT's.
+    Drops in training mode only. Parameters have Hugging Face's names: word_embeddings.weight, position_embeddings.weight,
+    token_type_embeddings.weight, LayerNorm.weight, LayerNorm.bias.
     """
 
     def __init__(
@@ -672,7 +673,7 @@ class Embeddings(torch.nn.Module):
         dtype: torch.dtype | None = None,
         impl: str | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, L, hidden_size) in `dtype`; arguments as those of `embedding_layer_norm`."""
+        """Hidden states (B, L, hidden_size) in `dtype`. For the arguments see `embedding_layer_norm`."""
         return embedding_layer_norm(
             input_ids,
             self.word_embeddings.weight,
@@ -690,49 +691,3 @@ class Embeddings(torch.nn.Module):
             dtype=dtype,
             impl=impl,
         )
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
-
-    def case(num_columns, weight_dtype, norm_dtype, dtype, p=0.0, types="none", positions="counted"):
-        def run():
-            def empty(*shape, dtype=weight_dtype):
-                return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-            ids = torch.zeros((4, 32), dtype=torch.int64)
-            y = embedding_layer_norm(
-                ids,
-                empty(64, num_columns),
-                empty(48, num_columns),
-                None if types == "none" else empty(2, num_columns),
-                empty(num_columns, dtype=norm_dtype),
-                empty(num_columns, dtype=norm_dtype),
-                token_type_ids=ids if types == "given" else None,
-                position_ids=ids if positions == "given" else None,
-                padding_idx=None if positions == "running" else 1,
-                p=p,
-                seed=0 if p else None,
-                dtype=dtype,
-                impl="triton",
-            )
-            y.backward(torch.zeros_like(y))
-
-        return run
-
-    fp32, bf16, _ = KERNEL_DTYPES
-    # Every width, aligned rows and others, in the fullest form; 1 is a number of columns that Triton makes a constant of.
-    for num_columns in (64, 128, 256, 512, 768, 2048, 4096, 1, 37, 127, 255, 511, 1023, 2047, 4095):
-        for weight_dtype, norm_dtype, dtype in ((fp32, fp32, bf16), (bf16, bf16, bf16), (fp32, fp32, fp32)):
-            yield case(num_columns, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
-    # Every mixture of dtypes in the fullest and the leanest form.
-    for weight_dtype in KERNEL_DTYPES:
-        for norm_dtype in dict.fromkeys((weight_dtype, fp32)):
-            for dtype in KERNEL_DTYPES:
-                yield case(768, weight_dtype, norm_dtype, dtype, p=0.1, types="given")
-                yield case(768, weight_dtype, norm_dtype, dtype)
-    # Every set of flags.
-    for types in ("none", "first", "given"):
-        for positions in ("counted", "running", "given"):
-            for p in (0.0, 0.1):
-                yield case(768, fp32, fp32, bf16, p, types, positions)

@@ -1,6 +1,6 @@
-"""Bias and GELU in one pass, exact (erf) or by tanh.
+"""Bias and GELU in one pass, exact (erf) or with the tanh approximation.
 
-With s = x + bias, Phi the normal distribution function and phi its density:
+With s = x + bias, Phi the cumulative distribution function of the standard normal and phi its density:
 
     none:  y  = s * Phi(s) = s * (1 + erf(s / sqrt(2))) / 2
            dx = dy * (Phi(s) + s * phi(s))
@@ -8,34 +8,32 @@ With s = x + bias, Phi the normal distribution function and phi its density:
            dx = dy * (q + 2 * s * q * (1 - q) * du/ds),  du/ds = sqrt(2/pi) * (1 + 3 * 0.044715 * s^2)
     dbias = sum over rows of dx
 
-Shapes: x, y (..., N), the leading dimensions together are the rows; bias (N,) or absent.
-Dtypes: x fp32, bf16 or fp16, bias any of the three; y has the dtype of x, gradients that of their tensor. Everything is
-computed in fp32, the sum s included.
+Shapes: x, y (..., N), of which the leading dimensions are flattened into rows; bias (N,) or None.
+Dtypes: x and bias fp32, bf16 or fp16. y has the dtype of x, each gradient that of its tensor. All arithmetic is fp32,
+including the sum s.
 
-Saved for the backward: x and bias, nothing else. Bytes moved per element, for tensors of b bytes: forward 2b (x, y),
-backward 3b (dy, x, dx).
+Saved for the backward: x and bias. Bytes moved per element, for tensors of b bytes: forward 2b (x, y), backward 3b (dy,
+x, dx).
 
-Determinism: no atomics. Each program of the backward walks over rows at a fixed stride and keeps the partial sums of
-dbias in registers; a second kernel adds those in a fixed order, which depends on the GPU's model. No random numbers.
+Determinism: no atomics; dbias is summed as described in `_rows`, in an order that depends on the GPU model. No random
+numbers.
 
 Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.nn.functional as F
 
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
-from .layer_norm import KERNEL_DTYPES, NO_SQUEEZE, count_programs, sum_partials, unify_dtypes
+from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
-TILE = {"ROWS": 8, "BLOCK": 256}  # 256 columns are 512 bytes of a bf16 row; both kernels run it with eight warps
+TILE = {"ROWS": 8, "BLOCK": 256}  # for eight warps; 256 columns are 512 bytes of a bf16 row
 
 
 def bias_gelu_torch(x: torch.Tensor, bias: torch.Tensor | None, approximate: str = "none") -> torch.Tensor:
-    """`bias_gelu` in plain PyTorch."""
+    """`bias_gelu` in PyTorch operations."""
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
@@ -55,7 +53,7 @@ def _bias_gelu_forward_kernel(
     if bias_ptr is not None:
         s += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if TANH:
-        # The logistic function of 2u keeps its digits where s is negative; 1 + tanh(u) loses them.
+        # For negative s, 1 + tanh(u) cancels; the logistic function of 2u does not.
         q = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)))
     else:
         q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
@@ -83,7 +81,7 @@ def _bias_gelu_backward_kernel(
         if bias_ptr is not None:
             s += bias[None, :]
         if TANH:
-            # q * (1 - q) from exp(-|2u|): 1 - q itself loses its digits where q is close to one.
+            # q * (1 - q) is computed from exp(-|2u|), since 1 - q cancels where q is close to 1.
             two_u = 2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)
             e = tl.exp(-tl.abs(two_u))
             q = tl.where(two_u < 0.0, e, 1.0) / (1.0 + e)
@@ -94,7 +92,7 @@ def _bias_gelu_backward_kernel(
             slope = q + s * 0.3989422804014327 * tl.exp(-0.5 * s * s)
         dx = dy * slope
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dbias += dx  # zero outside the mask, where dy is
+        dbias += dx  # zero outside the mask, where dy is zero
     if partials_ptr is not None:
         partials_ptr += tl.program_id(0).to(tl.int64) * num_columns
         tl.store(partials_ptr + columns, tl.sum(dbias, axis=0), mask=column_mask)
@@ -122,11 +120,11 @@ def _allocate_forward(x, bias, tanh):
 def _bias_gelu_backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx and dbias, which is empty where there is no bias."""
+    """dx and dbias. Without a bias dbias is empty."""
     dx, dbias = _allocate_backward(dy, x, bias, tanh)
     num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
     num_blocks = -(-num_columns // TILE["BLOCK"])
-    # At 64 registers a thread twice as many programs fit as of the kernels that `count_programs` is made for.
+    # At 64 registers per thread, twice as many programs fit as `count_programs` assumes.
     num_programs = min(-(-2 * count_programs(x.device) // max(num_blocks, 1)), -(-num_rows // TILE["ROWS"]))
     partials = None
     if bias is not None:
@@ -134,7 +132,7 @@ def _bias_gelu_backward(
     launch(
         _bias_gelu_backward_kernel, (num_programs, num_blocks),
         align(dy), align(x), align(bias), dx, partials, num_rows, num_columns,
-        TANH=tanh, **TILE, num_warps=8, maxnreg=NO_SQUEEZE if x.dtype == torch.float32 else None,
+        TANH=tanh, **TILE, num_warps=8, maxnreg=REGISTER_LIMIT if x.dtype == torch.float32 else None,
     )  # fmt: skip
     if partials is not None:
         sum_partials(partials, (dbias,))
@@ -168,19 +166,20 @@ def bias_gelu(
 
     Args:
         x: (..., N), fp32, bf16 or fp16. bias: (N,) or None.
-        approximate: "none" for the exact function, "tanh" for its approximation.
+        approximate: "none" for the exact function, "tanh" for the approximation.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or another `approximate`.
+        ValueError: mismatched shapes, dtypes or devices, or an unknown `approximate`.
     """
     triton = use_triton("bias_gelu", impl, x, bias)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"bias_gelu: approximate={approximate!r} is unknown; use 'none' or 'tanh'")
     if bias is not None and (x.dim() == 0 or bias.shape != x.shape[-1:]):
         raise ValueError(
-            f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}; bias must have the length of x's last "
-            "dimension"
+            f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}; bias must be as long as the last dimension "
+            "of x"
         )
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and (
@@ -194,7 +193,7 @@ def bias_gelu(
 
 
 class BiasGELU(torch.nn.Module):
-    """gelu(x + bias) with a bias that starts at zero."""
+    """gelu(x + bias), with a learned bias initialised to zero."""
 
     def __init__(self, features: int, approximate: str = "none"):
         super().__init__()
@@ -203,24 +202,3 @@ class BiasGELU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return bias_gelu(x, self.bias, approximate=self.approximate)
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward in every configuration."""
-
-    def case(dtype, bias_dtype, approximate, num_columns=3072):
-        def run():
-            x = torch.zeros((48, num_columns), dtype=dtype, requires_grad=True)
-            bias = None if bias_dtype is None else torch.zeros(num_columns, dtype=bias_dtype, requires_grad=True)
-            y = bias_gelu(x, bias, approximate=approximate, impl="triton")
-            y.backward(torch.zeros_like(y))
-
-        return run
-
-    fp32 = torch.float32
-    for approximate in ("none", "tanh"):
-        for dtype in KERNEL_DTYPES:
-            for bias_dtype in dict.fromkeys((None, fp32, dtype)):
-                for num_columns in (3072, 1023):  # aligned rows, and others
-                    yield case(dtype, bias_dtype, approximate, num_columns)
-    yield case(torch.bfloat16, fp32, "none", num_columns=1)  # Triton makes a constant of the one column

@@ -1,41 +1,41 @@
-"""The kernels inside a transformers RoBERTa or BERT model: put in with `apply`, taken out with `.revert()`.
+"""The kernels inside a transformers RoBERTa or BERT model: installed by `apply`, removed by `.revert()`.
 
-What is replaced, and by what
-    attention   the attention of self-attention layers, through transformers' own AttentionInterface: `attention`, or
-                `varlen_attention` where cu_seq_lens are passed on (packed documents)
+What is replaced
+    attention   the attention of self-attention layers, through transformers' AttentionInterface: `attention`, or
+                `varlen_attention` where cu_seq_lens are passed (packed documents)
     layer_norm  dense + dropout + residual + LayerNorm at the end of both halves of a layer: `dropout_add_layer_norm`
     gelu        dense + GELU in the middle of the MLP: `bias_gelu`
     embedding   the sum of three embeddings, LayerNorm, dropout: `embedding_layer_norm`
     mlm_head    head and loss of ...ForMaskedLM in training: `bias_gelu`, `layer_norm`, `linear_cross_entropy`
 
 How
-    Nothing but code is exchanged: a module gets a subclass of its own class, with the same name and another `forward`.
-    Modules, parameters, buffers, their names and the state_dict are the same objects as before, so an optimizer that
-    was made earlier, save_pretrained, deepcopy, torch.nn.DataParallel and gradient checkpointing go on working; only
-    pickling the model object itself does not (its class cannot be imported): save the state_dict, or revert first.
-    Where a part is no longer what it was (a LoRA layer, a forward hook, a quantised linear), its original forward
-    runs: when `apply` is called and the report says so, or later, decided at each call.
+    Only code is exchanged: a module gets a subclass of its own class, with the same name and another `forward`. Modules,
+    parameters, buffers, their names and the state_dict remain the same objects. Optimizers made earlier, save_pretrained,
+    deepcopy, torch.nn.DataParallel and gradient checkpointing therefore keep working. Only pickling the model object does
+    not, since its class cannot be imported: save the state_dict, or revert first.
+    Where a part is not what it should be (a LoRA layer, a forward hook, a quantised linear layer), its original forward
+    runs. Parts changed before `apply` are in the report; later changes are noticed at each call.
 
 Dropout
-    Each site draws a seed of two int64 from torch's generator of the device (`torch.randint`, no synchronisation) in
-    every forward in training mode. So torch.manual_seed repeats a run, gradient checkpointing, which restores the
-    generator's state, recomputes the same dropout, and a CUDA graph's replay draws new masks. Probabilities are rounded
-    to 1/256 (see `philox`). In evaluation mode nothing is drawn.
+    In training mode, each site draws a seed of two int64 from torch's generator of the device in every forward
+    (`torch.randint`, no synchronisation). So torch.manual_seed makes runs reproducible, gradient checkpointing, which
+    restores the generator's state, repeats the same dropout, and replaying a CUDA graph draws new masks. Probabilities are
+    rounded to multiples of 1/256 (see `philox`). In evaluation mode nothing is drawn.
 
 Masks
-    Attention does not depend on the order of its keys. A padding mask (batch, length) becomes the number of keys of
-    each sequence where tokens come first; where they do not (padding on the left, holes), keys and values are brought
-    into that order first. Finding out waits for the device once a forward, as transformers' own sdpa does; under
-    torch.compile and while a CUDA graph is captured nobody asks, and keys are always reordered. A mask of four
-    dimensions, and output_attentions=True, are left to transformers' functions for that call.
+    Attention does not depend on the order of keys. A padding mask (batch, length) becomes the number of keys of each
+    sequence if tokens come first. Otherwise (padding on the left, gaps), keys and values are first reordered. Checking
+    that waits for the device once per forward, as transformers' own sdpa does. Under torch.compile and during CUDA graph
+    capture there is no check, and keys are always reordered. Calls with a mask of four dimensions or with
+    output_attentions=True are left to transformers' functions.
 
-The loss
-    In training mode with labels, only rows with a label pass the head, and logits are never whole: the output's
-    `logits` is None. Finding those rows waits for the device once if the labels lie there; under torch.compile and
-    graph capture all rows are taken, and those without a label ignored. The loss is in fp32: the mean over labels that
-    are not -100 (zero where there is none); or, where `num_items_in_batch` is given as transformers' Trainer does,
-    their sum divided by it, which makes accumulated gradients exact (transformers' own RoBERTa and BERT ignore that
-    argument). In evaluation mode the original forward gives loss and logits.
+Loss
+    In training mode with labels, only rows with a label pass through the head, logits are never all computed, and the
+    output's `logits` is None. Finding those rows waits for the device once if the labels are there. Under torch.compile
+    and graph capture all rows are used, and those without a label ignored. The loss is fp32: the mean over labels other
+    than -100 (zero if there are none), or, if `num_items_in_batch` is given as transformers' Trainer does, their sum
+    divided by it, which makes accumulated gradients exact (transformers' RoBERTa and BERT ignore that argument). In
+    evaluation mode the original forward computes loss and logits.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ MASKED_LM_ARGUMENTS = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "encoder_hidden_states",
     "encoder_attention_mask", "labels",
 )  # fmt: skip
-# What transformers puts on word embeddings where layers are checkpointed; `_make_embeddings_forward` does its work.
+# The hook that transformers puts on word embeddings when checkpointing layers. `_make_embeddings_forward` replaces it.
 INPUT_GRADIENT_HOOK = "make_inputs_require_grads"
-# Classes of transformers.activations, and the form of GELU that each computes.
+# Class in transformers.activations -> form of GELU.
 GELU_FORMS = {
     "GELUActivation": "none",
     "NewGELUActivation": "tanh",
@@ -78,11 +78,11 @@ GELU_FORMS = {
 
 @dataclass
 class Applied:
-    """What `apply` did; print it.
+    """A report of what `apply` did, to be printed.
 
     Attributes:
-        replaced: number of replaced modules of each kind.
-        left_alone: number of modules for each (kind, reason) that kept their own forward.
+        replaced: the number of replaced modules of each kind.
+        left_alone: the number of modules that kept their own forward, for each (kind, reason).
     """
 
     model_name: str
@@ -91,7 +91,7 @@ class Applied:
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
-        """Give every module its own class and forward again. A second call does nothing."""
+        """Restore the class and forward of every module. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
@@ -105,11 +105,11 @@ class Applied:
 
 
 class KeyPadding(NamedTuple):
-    """A padding mask as the attention takes it; travels through transformers' encoder in the place of the mask."""
+    """A padding mask in the form that attention takes. It passes through transformers' encoder in place of the mask."""
 
     is_token: torch.Tensor  # bool (batch, length)
     lengths: torch.Tensor  # int32 (batch,): tokens of each sequence
-    rows: torch.Tensor | None  # int64 (batch * length,): rows of the flattened keys, tokens first; None: they are so
+    rows: torch.Tensor | None  # int64 (batch * length,): flattened keys, tokens first. None if they are already
 
 
 def apply(
@@ -125,14 +125,14 @@ def apply(
     """Replace parts of a transformers RoBERTa or BERT model by kernels, in place.
 
     Args:
-        model: any module that contains such a model, or is one. Its config object is changed too (the name of the
-            attention implementation), for all models that share it.
-        attention, layer_norm, gelu, embedding, mlm_head: which kinds of parts; see the top of this file.
-        impl: None (Triton on CUDA, PyTorch elsewhere), "triton" or "torch".
+        model: such a model, or a module that contains one. Its config object, and so every model that shares it, gets
+            another attention implementation.
+        attention, layer_norm, gelu, embedding, mlm_head: which kinds of parts to replace; see the top of this file.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        What was replaced and what was left alone, with `.revert()`.
+        A report of what was replaced and what was left alone, with `.revert()`.
     Raises:
-        ValueError: nothing in the model is a part of RoBERTa or BERT, or impl is unknown.
+        ValueError: the model contains no part of RoBERTa or BERT, or `impl` is unknown.
         ImportError: transformers is not installed.
     """
     if impl not in (None, "triton", "torch"):
@@ -172,10 +172,10 @@ def apply(
 
 
 def _list_parts() -> dict[Callable, tuple[str, Callable | None]]:
-    """The forwards that are known, with their kind and what makes their replacement.
+    """The known forwards, each with its kind and a function that makes its replacement.
 
-    The key is the function and not the class: a subclass with a forward of its own is another module, one that only
-    adds something else (as FSDP's do) is the same.
+    Keys are functions and not classes: a subclass with its own forward is another module, while one that only adds
+    something else, as FSDP's do, is not.
     """
     from transformers.models.bert import modeling_bert as bert
     from transformers.models.roberta import modeling_roberta as roberta
@@ -195,7 +195,7 @@ def _list_parts() -> dict[Callable, tuple[str, Callable | None]]:
 
 
 def _reason_against(kind: str, module: Any) -> str | None:
-    """Why a module cannot be replaced, or None."""
+    """Why a module cannot be replaced, or None if it can."""
     if kind == "attention":
         config = module.config
         if (config._attn_implementation or "").startswith(NAMESPACE):
@@ -203,7 +203,7 @@ def _reason_against(kind: str, module: Any) -> str | None:
         if config.is_decoder:
             return "a decoder: its attention is causal"
         if config.output_attentions:
-            return "config.output_attentions is set, and the kernel never holds attention weights"
+            return "config.output_attentions is set, and the kernel has no attention weights"
         if module.attention_head_size > HEAD_DIMS[-1]:
             return f"heads of {module.attention_head_size} exceed the kernel's {HEAD_DIMS[-1]}"
         return None
@@ -223,7 +223,7 @@ def _reason_against(kind: str, module: Any) -> str | None:
 
 
 def _list_inner(kind: str, module: Any) -> tuple[nn.Module, ...]:
-    """The layers whose parameters a replacement uses without calling them."""
+    """The layers whose parameters the replacement uses without calling the layers."""
     if kind == "layer_norm":
         return module.dense, module.dropout, module.LayerNorm
     if kind == "gelu":
@@ -236,7 +236,7 @@ def _list_inner(kind: str, module: Any) -> tuple[nn.Module, ...]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the layer would do no more than its class does."""
+    """Whether calling the layer does just what its class does."""
     return (
         type(module) in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding)
         and "forward" not in vars(module)
@@ -294,19 +294,19 @@ def _exchange_forward(module: nn.Module, forward: Callable, applied: Applied) ->
 
 
 def _draw_dropout(dropout: nn.Dropout, device: torch.device) -> dict[str, Any]:
-    """The arguments p and seed of one dropout site."""
+    """Arguments p and seed of a dropout site."""
     if not dropout.training or dropout.p == 0:
         return {"p": 0.0, "seed": None}
     return {"p": dropout.p, "seed": _draw_seed(device)}
 
 
 def _draw_seed(device: torch.device) -> torch.Tensor:
-    # Key and first row; a random first row is as good as any, and saves launching what would make it zero.
+    # Key and first row. Any first row will do, and a random one saves the launch that would zero it.
     return torch.randint(1 << 62, (2,), device=device)
 
 
 def _may_look(tensor: torch.Tensor) -> bool:
-    """Whether the host may ask for values of a tensor."""
+    """Whether the host may read values of a tensor."""
     if torch.compiler.is_compiling():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -340,7 +340,7 @@ def _make_intermediate_forward(impl: str | None) -> Callable:
 
 
 def _has_known_positions(self: Any) -> bool:
-    """BERT counts positions from 0; RoBERTa from its padding id on, and has a position for padding."""
+    """BERT counts positions from 0. RoBERTa counts from its padding id, which is the position of padding."""
     return self.position_embeddings.padding_idx in (None, self.word_embeddings.padding_idx)
 
 
@@ -377,7 +377,7 @@ class _Head(NamedTuple):
 
 
 def _find_head(model: Any) -> _Head:
-    if hasattr(model, "lm_head"):  # RoBERTa, whose head always has the exact GELU
+    if hasattr(model, "lm_head"):  # RoBERTa, whose head always uses the exact GELU
         head = model.lm_head
         return _Head(head, head.dense, "none", head.layer_norm, head.decoder)
     head = model.cls.predictions
@@ -427,7 +427,7 @@ def _make_masked_lm_forward(impl: str | None) -> Callable:
 
 
 def _register_attention(impl: str | None) -> str:
-    """Make the kernel known to transformers, and give its name there."""
+    """Register the kernel with transformers, and return its name there."""
     from transformers.masking_utils import (
         ALL_MASK_ATTENTION_FUNCTIONS,
         bidirectional_mask_function,
@@ -456,7 +456,7 @@ def _register_attention(impl: str | None) -> str:
 
 
 def _describe_padding(is_token: torch.Tensor) -> KeyPadding:
-    """bool (batch, length) -> `KeyPadding`; looks at the mask where it may."""
+    """bool (batch, length) -> `KeyPadding`. Reads the mask if the host may."""
     lengths = is_token.sum(-1, dtype=torch.int32)
     if _may_look(is_token) and bool((is_token[:, :-1] >= is_token[:, 1:]).all()):
         return KeyPadding(is_token, lengths, None)
@@ -466,7 +466,7 @@ def _describe_padding(is_token: torch.Tensor) -> KeyPadding:
 
 
 def _as_additive_mask(mask: torch.Tensor | KeyPadding | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The mask as transformers' eager and sdpa functions both take it: 0 where a query sees a key."""
+    """The mask in the form that transformers' eager and sdpa functions both take: 0 where a query sees a key."""
     if isinstance(mask, KeyPadding):
         mask = mask.is_token[:, None, None, :]
     if mask is None or mask.dtype != torch.bool:

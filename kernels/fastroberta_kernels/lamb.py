@@ -5,7 +5,7 @@ algorithm 2, with the options of NVIDIA apex's FusedLAMB, which this class repla
 
 One step, for gradients g_i of parameters p_i (i: one tensor), with loss scale s:
 
-    n   = |g| / s over all tensors of all groups;  not finite: nothing below happens, `num_skipped` grows
+    n   = |g| / s over all tensors of all groups;  if not finite, the step ends here and `num_skipped` grows
     c   = n / max_grad_norm if 0 < max_grad_norm < n else 1
     g'  = g / (s c)   [+ wd p: adam_w_mode=False]
     m   = b1 m + b3 g'           b3 = 1 - b1 (grad_averaging) or 1
@@ -15,32 +15,32 @@ One step, for gradients g_i of parameters p_i (i: one tensor), with loss scale s
     r   = |p| / |u| if (wd != 0 or use_nvlamb) and both norms are not 0 else 1
     p   = p - lr r u;  a bf16 or fp16 parameter is p rounded, p itself its fp32 master
 
-Flat buffers. The optimizer owns one buffer each for masters, gradients and both moments (fp32), and one for the 16-bit
-parameters; every parameter is a segment in them at a multiple of 64 elements. Parameters become views: `p.data` is
-re-pointed once, at construction (an fp32 parameter into the masters, a 16-bit one into the 16-bit buffer). Memory:
-16 bytes a parameter with the parameter itself, 18 for 16-bit ones.
+Flat buffers. The optimizer owns one buffer each for masters, gradients and both moments (fp32), and one for 16-bit
+parameters. Every parameter is a segment of them that starts at a multiple of 64 elements. Parameters become views:
+`p.data` is re-pointed once, at construction (fp32 parameters into the masters, 16-bit ones into the 16-bit buffer).
+Memory: 16 bytes per parameter including the parameter itself, 18 for 16-bit ones.
 
-Gradients. `zero_grad()` zeroes the gradient buffer and hands out views of it as `p.grad`, and autograd adds in place:
-nothing is copied. That holds for every parameter whose gradients are fp32: fp32 parameters, and 16-bit ones with
-`p.grad_dtype = torch.float32`, which then accumulate in fp32. Any other gradient is copied into the buffer by the step
+Gradients. `zero_grad()` zeroes the gradient buffer and makes views of it `p.grad`; autograd then accumulates in place and
+nothing is copied. That holds for all parameters with fp32 gradients: fp32 parameters, and 16-bit ones with
+`p.grad_dtype = torch.float32`, which then accumulate in fp32. The step copies any other gradient into the buffer
 (`torch._foreach_copy_`). Gradients are read, never written.
 
-Bytes moved on CUDA (csrc/fused_lamb.cu): 44 a parameter, the gradient's norm included, 46 where a 16-bit copy is
-written; apex moves 52 and stores u in place of the gradient. Two-stage norms in fixed order: every step is bitwise
-repeatable. No random numbers.
+Bytes moved on CUDA (csrc/fused_lamb.cu): 44 per parameter including the gradient norm, 46 if a 16-bit copy is written.
+apex moves 52 and stores u in place of the gradient. Norms are summed in two stages in a fixed order, so every step
+repeats bit for bit. No random numbers.
 
-Shards (ZeRO-1, FSDP2). With `all_reduce`, every process owns a piece of each tensor, the same parameters in the same
-order and groups, and updates its pieces only. |g|, |p| and |u| stay norms of whole tensors: the sums of squares are
-added up over the processes in fp64, in two calls a step, one of a single number and one of two numbers a tensor.
+Shards (ZeRO-1, FSDP2). With `all_reduce`, every process owns a piece of each tensor and updates only that; parameters
+have the same order and groups in all processes. |g|, |p| and |u| remain norms of whole tensors: sums of squares are added
+over processes in fp64, in two calls per step, one with a single number and one with two numbers per tensor.
 
-Against apex's FusedLAMB, with the same arguments and the same mathematics:
-    - gradients may be bf16; they stay intact; u is never rounded to their dtype
-    - fp32 masters are part of `state_dict()`, which is in torch's ordinary format
+Compared with apex's FusedLAMB, for the same arguments and the same mathematics:
+    - gradients may be bf16 and stay intact; u is never rounded to their dtype
+    - fp32 masters are part of `state_dict()`, which has torch's usual format
     - a step with a non-finite norm is skipped before anything (moments, step counts) is written, without asking the GPU
-    - `max_grad_norm=0` or None means no clipping; it set every update to zero
-    - groups may be added later; bias_correction, adam_w_mode, grad_averaging and use_nvlamb may differ by group
+    - `max_grad_norm=0` or None disables clipping; in apex it sets every update to zero
+    - groups may be added later; bias_correction, adam_w_mode, grad_averaging and use_nvlamb may differ between groups
     - sizes are 64-bit; step counts and learning rate live on the device, so a CUDA graph can hold the step
-    - parameters without a gradient are skipped as in torch.optim: moments and step count rest, nothing decays
+    - parameters without a gradient are skipped as in torch.optim: moments and step count stay, and nothing decays
 """
 
 from __future__ import annotations
@@ -55,53 +55,53 @@ from . import _cuda
 
 SOURCE = "fused_lamb.cu"
 KERNELS = ("lamb_square_gradients", "lamb_prepare", "lamb_moments", "lamb_norms", "lamb_apply")
-ALIGNMENT = 64  # elements: a segment starts at a cache line in 16-bit and in 32-bit buffers
+ALIGNMENT = 64  # elements: segments start at a cache line in 16-bit and 32-bit buffers
 CHUNK = 8192  # elements that one CUDA block works on
-CPU_CHUNK = 65536  # elements a CPU thread takes at a time in the PyTorch step: its slices stay near the core
+CPU_CHUNK = 65536  # elements that a CPU thread takes at a time in PyTorch: its slices stay in the core's cache
 LOW_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernels number the 16-bit copies
 GROUP_FIELDS = 9  # struct Group, in doubles
 STEP_FIELDS = 10  # struct Step, in floats
 
 
 class FusedLAMB(torch.optim.Optimizer):
-    """LAMB with one pass of kernels over all parameters on CUDA, and a cache-blocked PyTorch step elsewhere.
+    """LAMB with kernels that update all parameters at once on CUDA, and a cache-blocked PyTorch step elsewhere.
 
     Args:
         params: parameters or groups of them (fp32, bf16 or fp16, any mix, all on one device).
-        lr: learning rate; a float, or a 0-dim tensor (on the device if a CUDA graph is to follow its changes).
-        betas: decay of the first and second moment. eps: added to sqrt(v). weight_decay: wd above.
+        lr: learning rate, a float or a 0-dim tensor (on the device if a CUDA graph is to follow its changes).
+        betas: decay rates of the first and second moment. eps: added to sqrt(v). weight_decay: wd above.
         bias_correction, adam_w_mode, grad_averaging, use_nvlamb: see the formula at the top of this file.
-        max_grad_norm: bound of the global gradient norm over all groups; 0 or None for none.
-        impl: None takes the CUDA kernels for CUDA parameters where they can be compiled, and PyTorch otherwise;
-            'cuda' or 'torch' are obeyed or refused. The PyTorch step on CUDA waits for the GPU at every norm.
-        all_reduce: where the parameters are shards, a function that sums a tensor in place over all processes that own
-            shards of the same tensors, and leaves the same bits on each of them; None for whole parameters.
+        max_grad_norm: maximum of the global gradient norm over all groups; 0 or None for no clipping.
+        impl: None uses the CUDA kernels for CUDA parameters if they can be compiled, and PyTorch otherwise. 'cuda' and
+            'torch' are honoured or refused. On CUDA, the PyTorch step waits for the GPU at every norm.
+        all_reduce: if the parameters are shards, a function that sums a tensor in place over all processes that own
+            shards of the same tensors, with the same bits on each of them. None for whole parameters.
 
-    Every argument but `max_grad_norm`, `impl` and `all_reduce` can be set by group.
+    All arguments except `max_grad_norm`, `impl` and `all_reduce` can be set per group.
 
-    Shards: every process makes its optimizer of the same list of parameters, in the same order and groups and with the
-    same numbers, each parameter being that process's piece of a tensor: any piece, in any shape, also of no elements.
-    Each element belongs to one process. A step calls `all_reduce` twice, whether it is skipped or not: with a scalar
-    and with a tensor of shape (parameters, 2), fp64, on the parameters' device. So all processes must step together,
-    with the same `grad_scale`, and the same parameters must have a gradient on all of them; a piece of no elements has
-    one when its `.grad` is set. Not part of `state_dict()`, which holds this process's pieces. Copies and pickles of
-    the optimizer keep the function; they fail where Python cannot copy it (pickle: a lambda), rather than go without.
+    Shards: all processes create their optimizers with the same list of parameters, order, groups and hyperparameters,
+    where each parameter is the process's piece of a tensor, of any shape, possibly empty. Each element belongs to one
+    process. A step calls `all_reduce` twice, even if it is skipped: with a scalar, and with a tensor of shape
+    (parameters, 2), both fp64 on the parameters' device. All processes must therefore step together, with the same
+    `grad_scale`, and the same parameters must have gradients in all of them; an empty piece has one if its `.grad` is
+    set. `state_dict()` holds this process's pieces and not the function. Copies and pickles of the optimizer keep the
+    function, and fail if Python cannot copy it (pickle: a lambda).
 
     Attributes:
         last_grad_norm: fp32 scalar on the device, the global norm of the last step (after division by `grad_scale`).
-        num_skipped: int64 scalar on the device, how many steps were skipped because that norm was not finite.
-        grad_scale: may be set to a scalar tensor that the gradients are divided by (torch.amp.GradScaler does that).
+        num_skipped: int64 scalar on the device, the number of steps skipped because that norm was not finite.
+        grad_scale: optional scalar tensor by which gradients are divided; torch.amp.GradScaler sets it.
         master, gradient, exp_avg, exp_avg_sq: the flat fp32 buffers. low: the 16-bit one, as int16.
 
-    State of a parameter in `state_dict()`: `step`, `exp_avg`, `exp_avg_sq`, and `master` for 16-bit parameters; these
-    are views of the buffers. To save a part of them or of the model, clone it first: torch.save writes whole buffers.
+    State of a parameter in `state_dict()`: `step`, `exp_avg`, `exp_avg_sq`, and `master` for 16-bit parameters. These
+    are views of the buffers. Clone them before saving only some, since torch.save writes whole buffers.
 
-    CUDA graphs: run one step with the same set of gradients first, keep `zero_grad()` inside the graph or at least do
+    CUDA graphs: first run one step with the same set of gradients. Keep `zero_grad()` inside the graph, or at least do
     not use `set_to_none=True`, and add no group afterwards. A float learning rate is fixed in the graph.
 
     Raises:
-        ValueError: a dtype, device, or hyperparameter that does not fit, or two parameters sharing memory.
-        RuntimeError: impl='cuda' where the kernels cannot be compiled; parameters moved elsewhere after construction.
+        ValueError: an unsupported dtype, device or hyperparameter, or two parameters that share memory.
+        RuntimeError: impl='cuda', but compilation fails; parameters moved to another device after construction.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler: pass `grad_scale`, do not unscale
@@ -145,12 +145,12 @@ class FusedLAMB(torch.optim.Optimizer):
     # ---- the flat buffers ------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        """Lay all parameters out in new flat buffers, with the state that they already have.
+        """Move all parameters and their state into new flat buffers.
 
-        Gradients stay where they are: the next step copies them, the next `zero_grad()` makes them views again.
+        Gradients stay where they are: the next step copies them, and the next `zero_grad()` makes them views again.
         """
         named = [(p, index) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        # 16-bit parameters first: their copy then has the masters' offsets without covering the fp32 parameters.
+        # 16-bit parameters come first: their copy then shares the masters' offsets and holds no fp32 parameters.
         named.sort(key=lambda item: LOW_KINDS[item[0].dtype] == 0)
         self._params = [p for p, _ in named]
         device = self._params[0].device if self._params else torch.device("cpu")
@@ -192,7 +192,7 @@ class FusedLAMB(torch.optim.Optimizer):
         return buffer.as_strided(p.shape, strides, self._offsets[index])
 
     def _point_parameter(self, index: int) -> None:
-        """Make the parameter a view of its buffer, keeping its value."""
+        """Make the parameter a view of its buffer and keep its value."""
         p = self._params[index]
         target = self._view(self.master if p.dtype == torch.float32 else self.low.view(p.dtype), index)
         target.copy_(p.detach())
@@ -209,7 +209,7 @@ class FusedLAMB(torch.optim.Optimizer):
                 self.state[p]["master"] = self._view(self.master, index)
 
     def _copy_state(self, source: dict[torch.Tensor, dict[str, Any]]) -> None:
-        """Copy the given state into the buffers; what is missing there starts at its beginning."""
+        """Copy state into the buffers. What is missing is initialised."""
         for p, state in self.state.items():
             for name, target in state.items():
                 value = source.get(p, {}).get(name)
@@ -221,7 +221,7 @@ class FusedLAMB(torch.optim.Optimizer):
                     target.zero_()
 
     def _make_tables(self, named: list[tuple[torch.Tensor, int]]) -> None:
-        """What the kernels need beside the buffers: chunks, groups and flags. All sizes are int64."""
+        """Make what the kernels need besides the buffers: chunks, groups and flags. All sizes are int64."""
         device, count = self._device, len(self._params)
         self._hyper_rows: list[list[float]] = [[math.nan] * GROUP_FIELDS for _ in self.param_groups]
         self._group_of = [index for _, index in named]
@@ -246,10 +246,10 @@ class FusedLAMB(torch.optim.Optimizer):
         self._norms = torch.empty(count, 2, dtype=torch.float64, device=device)
         self._skip = torch.zeros((), dtype=torch.int32, device=device)
 
-    # ---- what torch.optim.Optimizer asks for -------------------------------------------------------------------------
+    # ---- the interface of torch.optim.Optimizer -------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, at any time. Parameters and their state move into larger buffers."""
+        """Add a group, at any time. All parameters and their state move into larger buffers."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -283,7 +283,7 @@ class FusedLAMB(torch.optim.Optimizer):
                 )
             if p.device != everything[0].device:
                 raise ValueError(
-                    f"FusedLAMB: parameters are on {everything[0].device} and {p.device}; make one optimizer a device"
+                    f"FusedLAMB: parameters are on {everything[0].device} and {p.device}; make one optimizer per device"
                 )
             if p.numel() and owners.setdefault(p.data_ptr(), p) is not p:
                 raise ValueError(
@@ -292,10 +292,10 @@ class FusedLAMB(torch.optim.Optimizer):
                 )
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Zero the gradient buffer and make every fp32 gradient a view of it; other gradients become None.
+        """Zero the gradient buffer and make every fp32 gradient a view of it. Other gradients become None.
 
-        With `set_to_none=True` all gradients become None, as in torch.optim: the step then copies the new ones into the
-        buffer, and skips parameters that got none. Otherwise these have a gradient of zero and decay.
+        With `set_to_none=True` all gradients become None, as in torch.optim. The step then copies new gradients into the
+        buffer, and skips parameters without one. Otherwise those have a gradient of zero and decay.
         """
         has_view = False
         for p, view in zip(self._params, self._gradient_views):
@@ -309,13 +309,13 @@ class FusedLAMB(torch.optim.Optimizer):
             self.gradient.zero_()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned, bit for bit, into the buffers that this optimizer already has.
+        """Load a state dict, bit for bit, into the existing buffers.
 
-        The model's own parameters are to be loaded by the model, before or after.
+        The model loads its parameters itself, before or after.
         """
         loaded: dict[Any, dict[str, Any]] = {}
 
-        # torch would round the state of a bf16 parameter to bf16: its part runs without the state, between these two.
+        # torch would round the state of a bf16 parameter to bf16, so its own code runs without state, between these two.
         def keep_state(_: torch.optim.Optimizer, full: dict[str, Any]) -> dict[str, Any]:
             ids = [i for group in full["param_groups"] for i in group["params"]]
             for i, p in zip(ids, (p for group in self.param_groups for p in group["params"])):
@@ -325,7 +325,7 @@ class FusedLAMB(torch.optim.Optimizer):
                         if name != "step" and isinstance(value, torch.Tensor) and value.shape != p.shape:
                             raise ValueError(
                                 f"FusedLAMB: {name} of parameter {i} has shape {tuple(value.shape)} in the state "
-                                f"dict, the parameter {tuple(p.shape)}; load it into the model that it was saved from"
+                                f"dict, but the parameter has {tuple(p.shape)}; load it into the model it was saved from"
                             )
             return {**full, "state": {}}
 
@@ -361,11 +361,11 @@ class FusedLAMB(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, grad_scale: torch.Tensor | None = None
     ) -> Any:
-        """One step. `closure` computes the loss again and is called first, with gradients enabled.
+        """Update the parameters. `closure`, if given, is called first with gradients enabled and returns the loss.
 
         Args:
-            grad_scale: scalar tensor that the gradients are to be divided by (a loss scale, or a token count times
-                one), else the attribute of that name. Gradients themselves stay as they are.
+            grad_scale: scalar tensor by which gradients are divided, such as a loss scale or a token count times one; by
+                default the attribute of that name. Gradients themselves do not change.
         """
         loss = None
         if closure is not None:
@@ -380,16 +380,15 @@ class FusedLAMB(torch.optim.Optimizer):
             self._step_cuda(scale)
         else:
             self._step_torch(scale)
-        # The buffers were written behind autograd's back: tell it that the parameters changed.
+        # The buffers were written without autograd's knowledge: tell it that the parameters changed.
         torch.autograd.graph.increment_version(self._params)
         self._versions = [p._version for p in self._params]
         return loss
 
     def _adopt_foreign_writes(self) -> None:
-        """Follow parameters that were re-pointed, and masters whose 16-bit parameter was written since the last step.
+        """Adopt parameters that were re-pointed, or 16-bit ones that were written, since the last step.
 
-        Loading a checkpoint into the model does that. Where parameter and rounded master still agree the master keeps
-        its digits.
+        Loading a checkpoint into the model does that. Masters keep their digits where they still round to the parameter.
         """
         for index, p in enumerate(self._params):
             is_low = p.dtype != torch.float32
@@ -407,7 +406,7 @@ class FusedLAMB(torch.optim.Optimizer):
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
 
     def _gather_gradients(self) -> None:
-        """Copy gradients that are not views of the gradient buffer into it, and note which parameters have none."""
+        """Copy gradients that are not views of the gradient buffer into it, and record which parameters have one."""
         copies: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         active = []
         for p, view in zip(self._params, self._gradient_views):
@@ -428,8 +427,8 @@ class FusedLAMB(torch.optim.Optimizer):
         if self._use_cuda and active != self._active:
             if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "FusedLAMB: other parameters have gradients than in the step before, inside a CUDA graph capture; "
-                    "run one such step before capturing"
+                    "FusedLAMB: during CUDA graph capture, other parameters have gradients than in the step before; run "
+                    "one such step before capturing"
                 )
             self._active_flags.copy_(torch.tensor(active, dtype=torch.int32), non_blocking=True)
         self._active = active
@@ -450,8 +449,8 @@ class FusedLAMB(torch.optim.Optimizer):
         ]
 
     def _step_cuda(self, grad_scale: torch.Tensor | None) -> None:
-        # Numbers go to the device as kernel arguments of fill_, only when they change: nothing waits, and a captured
-        # graph holds them.
+        # Numbers reach the device as kernel arguments of fill_, and only when they change. So nothing waits, and a
+        # captured graph holds them.
         for row, (group, known) in enumerate(zip(self.param_groups, self._hyper_rows)):
             lr = group["lr"]
             is_on_device = isinstance(lr, torch.Tensor) and lr.device == self._device
@@ -498,7 +497,7 @@ class FusedLAMB(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _step_torch(self, grad_scale: torch.Tensor | None) -> None:
-        """The same step in PyTorch, slice by slice so that what lies between two passes over memory stays in cache."""
+        """The same step in PyTorch, slice by slice so that data stays in cache between passes."""
         chunk = CPU_CHUNK * torch.get_num_threads() if self._device.type == "cpu" else 1 << 30
         scale = 1.0 if grad_scale is None else float(grad_scale)
         active = [index for index, has_gradient in enumerate(self._active) if has_gradient]
@@ -512,7 +511,7 @@ class FusedLAMB(torch.optim.Optimizer):
         if not norm <= torch.finfo(torch.float32).max:
             self.num_skipped.add_(1)
             if self.all_reduce is not None:
-                self.all_reduce(norms)  # the CUDA kernels, which other processes may run, cannot leave it out
+                self.all_reduce(norms)  # other processes may run the CUDA kernels, which always make this call
             return
         clip = norm / self.max_grad_norm if self.max_grad_norm and norm > self.max_grad_norm else 1.0
         counts = self._step_counts.add_(torch.tensor(self._active, dtype=torch.float32).to(self._device)).tolist()
@@ -523,7 +522,7 @@ class FusedLAMB(torch.optim.Optimizer):
             row, factor = rows[self._group_of[index]], 1 / (scale * clip)
             scratch = gradient_scratch, update_scratch
             steps.append(self._step_segment(index, row, counts[index], factor, chunk, *scratch, norms[index]))
-        # One segment after the other keeps small ones in cache; all at once lets one reduction serve them all.
+        # One segment at a time keeps small ones in cache; all at once needs a single reduction.
         for batch in [[step] for step in steps] if self.all_reduce is None else [steps]:
             for step in batch:
                 next(step)
@@ -547,10 +546,10 @@ class FusedLAMB(torch.optim.Optimizer):
         update_scratch: torch.Tensor,
         norms: torch.Tensor,
     ) -> Iterator[None]:
-        """Updates the moments and writes |p|^2 and |u|^2 to `norms`; taken up again, updates p by what stands there."""
+        """Update the moments and write |p|^2 and |u|^2 to `norms`. When resumed, update p with the values there."""
         lr, beta1, beta2, beta3, eps, weight_decay, bias_correction, decoupled, adaptive = row
         root = math.sqrt(1 - beta2**count) if bias_correction else 1.0
-        # (m / c1) / (sqrt(v) / root + eps) = factor * m / (sqrt(v) + eps * root): two operations fewer.
+        # (m / c1) / (sqrt(v) / root + eps) = factor * m / (sqrt(v) + eps * root) saves two operations.
         factor = root / (1 - beta1**count) if bias_correction else 1.0
 
         def compute_update(p: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

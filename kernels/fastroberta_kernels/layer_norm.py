@@ -1,4 +1,4 @@
-"""LayerNorm, alone or fused with the bias, the dropout and the residual that come before it in a post-LN transformer.
+"""LayerNorm, alone or fused with what precedes it in a post-layer-norm transformer: bias, dropout and residual.
 
 For each row of N columns, with keep bits m (0 or 1) and scale s = 1 / P(keep):
 
@@ -12,78 +12,71 @@ For each row of N columns, with keep bits m (0 or 1) and scale s = 1 / P(keep):
     dresidual = dz,  dx = s * m * dz
     dweight   = sum over rows of dy * x_hat,  dbias = sum of dy,  dx_bias = sum of dx
 
-Shapes: x, residual, y (..., N), the leading dimensions together are the rows; weight, bias, x_bias (N,).
-Dtypes: x fp32, bf16 or fp16, each other tensor any of the three; y has the dtype of x, gradients that of their tensor.
-Everything is computed in fp32, and z is never rounded to a narrower dtype. Mean and variance come from two passes over
-registers, the second over the centred values, corrected for the rounding of the mean (the corrected two-pass algorithm
-of Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37, 1983): a large
-mean costs no accuracy.
+Shapes: x, residual, y (..., N), of which the leading dimensions are flattened into rows; weight, bias, x_bias (N,).
+Dtypes: fp32, bf16 or fp16, in any mixture. y has the dtype of x, each gradient that of its tensor. All arithmetic is
+fp32, and z is never rounded to a narrower dtype. Mean and variance take two passes over registers, the second over
+centred values and corrected for the rounding of the mean (the corrected two-pass algorithm of Chan, Golub, LeVeque,
+"Algorithms for Computing the Sample Variance", The American Statistician 37, 1983), so a large mean costs no accuracy.
 
-Saved for the backward: the inputs, and 12 bytes a row: the mean, what rounding it to fp32 left over, and rstd. z is
-recomputed from x and residual rather than stored: the residual of a post-LN layer is kept anyway, by the linear layer
-that reads it next to this one, so storing z would occupy as many bytes as keeping x, move as many (the backward reads
-one tensor less, the forward writes one more), and round z to the dtype of x. Recomputing x_hat from y would fail where
-a weight is zero.
+Saved for the backward: the inputs, and 12 bytes per row: the mean, its correction, and rstd. z is recomputed from x and
+residual, not stored. The residual of a post-layer-norm layer is kept anyway, by the linear layer that reads it next to
+this one. Storing z would therefore take as much memory as keeping x and as much traffic (the backward reads one tensor
+less, the forward writes one more), and it would round z to the dtype of x. Recomputing x_hat from y would fail where a
+weight is zero.
 Bytes moved per element, for tensors of b bytes: forward 3b (x, residual, y); backward 5b with dropout (dy, x, residual,
-dx, dresidual), 4b without, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b.
-Rows longer than 4096 columns, or of a number of columns that is no multiple of 16, are taken a block of columns at a
-time by kernels of their own: these read x and residual three times in the forward, and dy, x and residual twice in the
-backward (a row again soon after, so from L2).
+dx, dresidual), 4b without it, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b.
+Rows are kept in registers. Those longer than 4096 columns, or not a multiple of 16 long, are taken a block of columns at
+a time: the forward then reads x and residual three times, the backward dy, x and residual twice, mostly from L2.
 
-Random numbers: the dropout decisions of `philox`, head 0, the row number being the flattened leading index. The
-backward draws them again, so no mask is stored.
+Random numbers: the dropout decisions of `philox` for head 0, where a row's number is its index in the flattened leading
+dimensions. The backward draws them again, so no mask is stored.
 
-Determinism: no atomics. Each program of the backward walks over rows at a fixed stride and keeps partial sums of the
-parameter gradients in registers; a second kernel adds those in a fixed order. The programs are as many as the GPU holds
-at one time, so the order, and with it the last bits of a parameter's gradient, depends on the GPU's model; on one model
-results are the same bits each time.
+Determinism: no atomics; the parameters' gradients are summed as described in `_rows`. There are as many programs as the
+GPU can hold, so the order of the sums, and with it a gradient's last bits, depends on the GPU model. On one model
+repeated runs give the same bits.
 
-Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450, section 3; the sublayer LayerNorm(residual +
+Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450, section 3. The sublayer LayerNorm(residual +
 dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 5.4.
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from . import philox
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
-LONGEST_ROW = 4096  # that stays in the registers of one program
-# Registers that a thread may take. Left to itself, ptxas spills a few where that lets one more block run.
-NO_SQUEEZE = 128
-# Of the backward by BLOCK: where there is room, the next one or two tiles are fetched while one is worked on. At up to 128
-# registers two blocks fit, and no more are started; each of these spills nothing with Triton 3.6.0 to 3.9.0.
+LONGEST_WHOLE_ROW = 4096  # longer rows do not fit in the registers of one program
+# num_stages and maxnreg of the backward by BLOCK. Where registers allow, the next one or two tiles are prefetched. None of
+# these spills with Triton 3.6.0 to 3.9.0.
 BACKWARD_STAGES_AND_REGISTERS = {
-    128: (1, NO_SQUEEZE),
-    256: (1, NO_SQUEEZE),
+    128: (1, REGISTER_LIMIT),
+    256: (1, REGISTER_LIMIT),
     512: (3, None),
-    1024: (3, NO_SQUEEZE),
+    1024: (3, REGISTER_LIMIT),
     2048: (2, 255),
     4096: (2, 255),
 }
-LOOPING_FORWARD = {"BLOCK": 512, "num_warps": 4, "maxnreg": NO_SQUEEZE}  # of kernels that take a row a block at a time
-LOOPING_TILE = {"ROWS": 4, "BLOCK": 256}  # of the backward that takes rows a block at a time
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tiles for rows that are taken a block of columns at a time.
+ROW_IN_BLOCKS = {"ROWS": 1, "BLOCK": 512, "num_warps": 4}
+BACKWARD_IN_BLOCKS = {"ROWS": 4, "BLOCK": 256}
 
 
 def layer_norm_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """`layer_norm` in plain PyTorch."""
-    # In fp32 at least: of narrow inputs ATen adds up the parameters' gradients on a CPU in their dtype, 5% off after 2,048
-    # rows.
+    """`layer_norm` in PyTorch operations."""
+    # In fp32 at least: on a CPU ATen sums the parameters' gradients in the dtype of the input, which is 5% off in bf16
+    # after 2,048 rows.
     dtype = torch.promote_types(x.dtype, torch.promote_types(weight.dtype, torch.float32))
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """residual + scale * mask * x in one pass, a quarter off the time of the CPU path beside the same in single steps.
+    """residual + scale * mask * x in one pass, which makes the CPU path a quarter faster than separate operations.
 
-    The scale stays out of the mask, because in bf16 the mask would round it and so shift every mean; autograd's own
-    derivative of addcmul does that.
+    The scale is not folded into the mask: in bf16 it would be rounded and shift every mean. Autograd's derivative of
+    addcmul does just that, hence this one.
     """
 
     @staticmethod
@@ -111,13 +104,13 @@ def dropout_add_layer_norm_torch(
     x_bias: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`dropout_add_layer_norm` in plain PyTorch; `seed` as `philox.as_seed` makes it."""
+    """`dropout_add_layer_norm` in PyTorch operations; `seed` is as `philox.as_seed` returns it."""
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
     if p > 0:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         keep = philox.dropout_keep_torch(seed, p, x.shape[:-1].numel(), x.shape[-1]).view(x.shape)
-        mask = keep.view(torch.uint8).to(dtype)  # bytes convert to floating point eight times faster than booleans
+        mask = keep.view(torch.uint8).to(dtype)  # uint8 converts to floating point eight times faster than bool
         z = _DropoutAdd.apply(x.to(dtype), residual.to(dtype), mask, philox.dropout_scale(p))
     else:
         z = residual + x
@@ -125,93 +118,163 @@ def dropout_add_layer_norm_torch(
 
 
 @jit
-def _load_sum(
-    x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT: tl.constexpr
-):
-    """z of a tile in fp32, zero outside the mask. Absent pointers are None."""
+def _load_tile(
+    x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, first_column, num_columns, k0, k1, first_row, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """z of a tile in fp32, what dropout keeps of it, and its columns, offsets and masks.
+
+    Absent pointers are None. In rows past the end z is the bias, so it must be masked before it is summed.
+    """
+    columns = first_column + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    mask = row_mask[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    keep = mask
     z = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if x_bias_ptr is not None:
         z += tl.load(x_bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_DROPOUT:
+        head = tl.program_id(0) * 0
+        keep = philox.dropout_keep(k0, k1, rows + first_row, head, first_column, threshold, ROWS, BLOCK)
         z = tl.where(keep, z, 0.0) * scale
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return z
+    return z, keep, columns, offsets, column_mask, mask
 
 
 @jit(do_not_specialize=["num_rows", "threshold"])
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr,  # (rows, N), (rows, N), (N,), (N,), (N,), (2,)
-    y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, rest of the mean, rstd
+    y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, correction of the mean, rstd
     num_rows, statistics_stride, num_columns, threshold, scale, eps,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """One program: ROWS rows, in three passes over blocks of columns: mean, variance, output.
+
+    Where a row is one block (IS_WHOLE), the loops have one iteration. The compiler unrolls them and merges their equal
+    loads and draws, so the row is read once and stays in registers.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
     row_mask = rows < num_rows
-    column_mask = columns < num_columns
-    mask = row_mask[:, None] & column_mask[None, :]
-    offsets = rows[:, None] * num_columns + columns[None, :]
-    keep = mask
+    end = BLOCK if IS_WHOLE else num_columns
+    k0, k1, first_row = 0, 0, 0
     if HAS_DROPOUT:
         k0, k1, first_row = philox.load_seed(seed_ptr)
-        head = tl.program_id(0) * 0
-        keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
-    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
-    # The bias is loaded for every row of the tile, so only masked columns are zero where the row is outside.
-    mean = tl.sum(tl.where(mask, z, 0.0), axis=1) / num_columns
-    centred = tl.where(mask, z - mean[:, None], 0.0)
-    # A large mean is itself rounded, which would shift the whole row: what is left of it is the mean of the centred.
-    rest = tl.sum(centred, axis=1) / num_columns
-    variance = tl.sum(centred * centred, axis=1) / num_columns - rest * rest
-    rstd = tl.rsqrt(variance + eps)
-    centred -= rest[:, None]
-    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, end, BLOCK):
+        z, _, _, _, _, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        total += tl.where(mask, z, 0.0)
+    mean = tl.sum(total, axis=1) / num_columns
+    # A large mean is itself rounded, which would shift the whole row; the mean of the centred values corrects it.
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, end, BLOCK):
+        z, _, _, _, _, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        centred = tl.where(mask, z - mean[:, None], 0.0)
+        total += centred
+        squares += centred * centred
+    correction = tl.sum(total, axis=1) / num_columns
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / num_columns - correction * correction + eps)
+    for start in range(0, end, BLOCK):
+        z, _, columns, offsets, column_mask, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        x_hat = (tl.where(mask, z - mean[:, None], 0.0) - correction[:, None]) * rstd[:, None]
+        y = x_hat * weight[None, :] + bias[None, :]
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(statistics_ptr + rows, mean, mask=row_mask)
-    tl.store(statistics_ptr + statistics_stride + rows, rest, mask=row_mask)
+    tl.store(statistics_ptr + statistics_stride + rows, correction, mask=row_mask)
     tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
+
+
+@jit
+def _load_statistics(statistics_ptr, statistics_stride, rows, row_mask):
+    """Mean, its correction and rstd of rows; all zero past the end."""
+    mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
+    correction = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
+    rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
+    return mean, correction, rstd
+
+
+@jit(do_not_specialize=["num_rows", "threshold"])
+def _gradient_means_kernel(
+    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
+    means_ptr,  # fp32 (2, rows): mean(g), mean(g * x_hat)
+    num_rows, statistics_stride, num_columns, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The means over a row that the backward needs before it can work on a block of that row. One program: one row."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row_mask = rows < num_rows
+    mean, correction, rstd = _load_statistics(statistics_ptr, statistics_stride, rows, row_mask)
+    k0, k1, first_row = 0, 0, 0
+    if HAS_DROPOUT:
+        k0, k1, first_row = philox.load_seed(seed_ptr)
+    g_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
+    g_x_hat_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        z, _, columns, offsets, column_mask, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
+            HAS_DROPOUT, 1, BLOCK,
+        )  # fmt: skip
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
+        g_sum += g
+        g_x_hat_sum += g * (((z - mean[:, None]) - correction[:, None]) * rstd[:, None])
+    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / num_columns, mask=row_mask)
+    tl.store(means_ptr + statistics_stride + rows, tl.sum(g_x_hat_sum, axis=1) / num_columns, mask=row_mask)
 
 
 @jit(do_not_specialize=["num_rows", "threshold"])
 def _layer_norm_backward_kernel(
     dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
+    means_ptr,  # of _gradient_means_kernel; None where a row is one block
     dx_ptr, dresidual_ptr,  # (rows, N); dresidual is None where it is dx
     partials_ptr,  # fp32 (1 to 3, programs, N): dweight, dbias, dx_bias
     num_rows, statistics_stride, num_columns, threshold, scale,
     HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.arange(0, BLOCK)
+    """One program: a block of columns, over rows at a fixed stride. Grid (programs, blocks)."""
+    first_column = 0 if means_ptr is None else tl.program_id(1) * BLOCK
+    columns = first_column + tl.arange(0, BLOCK)
     column_mask = columns < num_columns
     weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    k0, k1, first_row = 0, 0, 0
     if HAS_DROPOUT:
         k0, k1, first_row = philox.load_seed(seed_ptr)
-        head = tl.program_id(0) * 0
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         row_mask = rows < num_rows
-        mask = row_mask[:, None] & column_mask[None, :]
-        offsets = rows[:, None] * num_columns + columns[None, :]
-        mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
-        rest = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
-        rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
-        keep = mask
-        if HAS_DROPOUT:
-            keep = philox.dropout_keep(k0, k1, rows + first_row, head, 0, threshold, ROWS, BLOCK)
-        z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
+        mean, correction, rstd = _load_statistics(statistics_ptr, statistics_stride, rows, row_mask)
+        z, keep, _, offsets, _, mask = _load_tile(
+            x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, first_column, num_columns, k0, k1, first_row, threshold,
+            scale, HAS_DROPOUT, ROWS, BLOCK,
+        )  # fmt: skip
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # Outside the mask dy is zero, so x_hat counts nothing there, whatever it is; dz is never stored there.
-        x_hat = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None]
+        # Outside the mask dy is zero, so x_hat adds nothing there, whatever it is; dz is never stored there.
+        x_hat = ((z - mean[:, None]) - correction[:, None]) * rstd[:, None]
         dweight += dy * x_hat
         dbias += dy
         g = dy * weight[None, :]
-        mean_g = tl.sum(g, axis=1) / num_columns
-        mean_g_x_hat = tl.sum(g * x_hat, axis=1) / num_columns
+        if means_ptr is None:
+            mean_g = tl.sum(g, axis=1) / num_columns
+            mean_g_x_hat = tl.sum(g * x_hat, axis=1) / num_columns
+        else:
+            mean_g = tl.load(means_ptr + rows, mask=row_mask, other=0.0)
+            mean_g_x_hat = tl.load(means_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
         dz = rstd[:, None] * (g - mean_g[:, None] - x_hat * mean_g_x_hat[:, None])
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
@@ -219,7 +282,7 @@ def _layer_norm_backward_kernel(
             dz = tl.where(keep, dz, 0.0) * scale
         tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
         if x_bias_ptr is not None:
-            dx_bias += dz  # zero in rows outside, where rstd is zero
+            dx_bias += dz  # zero in rows past the end, where rstd is zero
     partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
     stride = tl.num_programs(0).to(tl.int64) * num_columns
     tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
@@ -228,201 +291,15 @@ def _layer_norm_backward_kernel(
         tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
 
 
-@jit
-def _load_block(
-    x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, first_column, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """z of a tile that begins at a column in its rows; what dropout keeps of it; its columns, offsets and masks."""
-    columns = first_column + tl.arange(0, BLOCK)
-    column_mask = columns < num_columns
-    mask = row_mask[:, None] & column_mask[None, :]
-    offsets = rows[:, None] * num_columns + columns[None, :]
-    keep = mask
-    if HAS_DROPOUT:
-        k0, k1, first_row = philox.load_seed(seed_ptr)
-        head = tl.program_id(0) * 0
-        keep = philox.dropout_keep(k0, k1, rows + first_row, head, first_column, threshold, ROWS, BLOCK)
-    z = _load_sum(x_ptr, residual_ptr, x_bias_ptr, offsets, mask, columns, column_mask, keep, scale, HAS_DROPOUT)
-    return z, keep, columns, offsets, column_mask, mask
+def _is_whole(num_columns: int) -> bool:
+    """Whether rows are taken as one block. Unaligned ones are not: without vector loads their addresses would spill."""
+    return num_columns <= LONGEST_WHOLE_ROW and num_columns % 16 == 0
 
 
-@jit(do_not_specialize=["num_rows", "threshold"])
-def _looping_forward_kernel(
-    x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, statistics_ptr,  # as above
-    num_rows, statistics_stride, num_columns, threshold, scale, eps,
-    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program goes over its row three times, a block at a time: for the mean, for the variance, for y."""
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    row_mask = rows < num_rows
-    total = tl.zeros((1, BLOCK), dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        z, _, _, _, _, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        total += tl.where(mask, z, 0.0)
-    mean = tl.sum(total, axis=1) / num_columns
-    total = tl.zeros((1, BLOCK), dtype=tl.float32)
-    squares = tl.zeros((1, BLOCK), dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        z, _, _, _, _, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        centred = tl.where(mask, z - mean[:, None], 0.0)
-        total += centred
-        squares += centred * centred
-    rest = tl.sum(total, axis=1) / num_columns
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / num_columns - rest * rest + eps)
-    for start in range(0, num_columns, BLOCK):
-        z, _, columns, offsets, column_mask, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        y = ((z - mean[:, None]) - rest[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(statistics_ptr + rows, mean, mask=row_mask)
-    tl.store(statistics_ptr + statistics_stride + rows, rest, mask=row_mask)
-    tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
-
-
-@jit
-def _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z):
-    """x_hat of a tile, whatever outside its rows, and rstd, zero there."""
-    mean = tl.load(statistics_ptr + rows, mask=row_mask, other=0.0)
-    rest = tl.load(statistics_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
-    rstd = tl.load(statistics_ptr + statistics_stride + statistics_stride + rows, mask=row_mask, other=0.0)
-    return ((z - mean[:, None]) - rest[:, None]) * rstd[:, None], rstd
-
-
-@jit(do_not_specialize=["num_rows", "threshold"])
-def _looping_means_kernel(
-    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
-    means_ptr,  # fp32 (2, rows): mean(g), mean(g * x_hat)
-    num_rows, statistics_stride, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program adds up its row, a block at a time."""
-    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    row_mask = rows < num_rows
-    g_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
-    g_x_hat_sum = tl.zeros((1, BLOCK), dtype=tl.float32)
-    for start in range(0, num_columns, BLOCK):
-        z, _, columns, offsets, column_mask, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, start, num_columns, threshold, scale,
-            HAS_DROPOUT, 1, BLOCK,
-        )  # fmt: skip
-        x_hat, _ = _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z)
-        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        g = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * weight[None, :]
-        g_sum += g
-        g_x_hat_sum += g * x_hat
-    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / num_columns, mask=row_mask)
-    tl.store(means_ptr + statistics_stride + rows, tl.sum(g_x_hat_sum, axis=1) / num_columns, mask=row_mask)
-
-
-@jit(do_not_specialize=["num_rows", "threshold"])
-def _looping_backward_kernel(
-    dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr, means_ptr,  # as above
-    dx_ptr, dresidual_ptr, partials_ptr,  # as in the other backward
-    num_rows, statistics_stride, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A program has a block of columns and walks over rows, whose means are known: nothing of a row is kept."""
-    first_column = tl.program_id(1) * BLOCK
-    columns = first_column + tl.arange(0, BLOCK)
-    column_mask = columns < num_columns
-    weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-    dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    dx_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        row_mask = rows < num_rows
-        z, keep, _, offsets, _, mask = _load_block(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, rows, row_mask, first_column, num_columns, threshold, scale,
-            HAS_DROPOUT, ROWS, BLOCK,
-        )  # fmt: skip
-        x_hat, rstd = _load_x_hat(statistics_ptr, rows, row_mask, statistics_stride, z)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean_g = tl.load(means_ptr + rows, mask=row_mask, other=0.0)
-        mean_g_x_hat = tl.load(means_ptr + statistics_stride + rows, mask=row_mask, other=0.0)
-        dweight += dy * x_hat
-        dbias += dy
-        dz = rstd[:, None] * (dy * weight[None, :] - mean_g[:, None] - x_hat * mean_g_x_hat[:, None])
-        if dresidual_ptr is not None:
-            tl.store(dresidual_ptr + offsets, dz.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if HAS_DROPOUT:
-            dz = tl.where(keep, dz, 0.0) * scale
-        tl.store(dx_ptr + offsets, dz.to(dx_ptr.dtype.element_ty), mask=mask)
-        if x_bias_ptr is not None:
-            dx_bias += dz  # zero in rows outside, where rstd is zero
-    partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
-    stride = tl.num_programs(0).to(tl.int64) * num_columns
-    tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
-    tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
-    if x_bias_ptr is not None:
-        tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
-
-
-@jit(do_not_specialize=["num_partials"])
-def _sum_partials_kernel(
-    partials_ptr, out_0_ptr, out_1_ptr, out_2_ptr,  # fp32 (sums, partials, N); (N,) each, absent ones None
-    num_partials, num_columns,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    which = tl.program_id(1)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column_mask = columns < num_columns
-    partials_ptr += which.to(tl.int64) * num_partials * num_columns
-    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    for start in range(0, num_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        mask = (rows < num_partials)[:, None] & column_mask[None, :]
-        total += tl.load(partials_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :], mask=mask, other=0)
-    total = tl.sum(total, axis=0)
-    tl.store(out_0_ptr + columns, total.to(out_0_ptr.dtype.element_ty), mask=column_mask & (which == 0))
-    if out_1_ptr is not None:
-        tl.store(out_1_ptr + columns, total.to(out_1_ptr.dtype.element_ty), mask=column_mask & (which == 1))
-    if out_2_ptr is not None:
-        tl.store(out_2_ptr + columns, total.to(out_2_ptr.dtype.element_ty), mask=column_mask & (which == 2))
-
-
-@functools.cache
-def count_programs(device: torch.device) -> int:
-    """How many programs of eight warps a kernel starts that walks over rows and keeps partial sums: two to a
-    multiprocessor, which fit at 128 registers a thread and so run in one wave."""
-    if device.type != "cuda":
-        return 3  # Triton's interpreter: few, and enough for tests to see several programs take several tiles each
-    return torch.cuda.get_device_properties(device).multi_processor_count * 2
-
-
-def sum_partials(partials: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> None:
-    """Add fp32 `partials` (sums, partials, N) over their second dimension into one to three `outputs` (N,), always in
-    the same order."""
-    _, num_partials, num_columns = partials.shape
-    absent = (None,) * (3 - len(outputs))
-    launch(
-        _sum_partials_kernel, (-(-num_columns // 32), len(outputs)),
-        partials, *outputs, *absent, num_partials, num_columns,
-        ROWS=128, BLOCK=32, num_warps=4, maxnreg=NO_SQUEEZE,
-    )  # fmt: skip
-
-
-def _tile(num_columns: int) -> dict[str, int]:
-    """ROWS and BLOCK: whole rows, as many as make 2048 elements."""
+def _whole_tile(num_columns: int) -> dict[str, int]:
+    """ROWS and BLOCK for whole rows, as many as make up 2048 elements."""
     block = max(128, 1 << (num_columns - 1).bit_length())
     return {"ROWS": max(1, 2048 // block), "BLOCK": block}
-
-
-def _is_looping(num_columns: int) -> bool:
-    """Whether rows are taken a block at a time: long ones, and those that are not aligned to a vector load, whose
-    elements and addresses take so many registers that some spilled."""
-    return num_columns > LONGEST_ROW or num_columns % 16 != 0
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_forward", mutates_args=())
@@ -442,15 +319,16 @@ def _layer_norm_forward(
         *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics,
         num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
     )  # fmt: skip
-    if _is_looping(num_columns):
-        launch(_looping_forward_kernel, (num_rows,), *arguments, HAS_DROPOUT=p > 0, **LOOPING_FORWARD)
+    if is_whole := _is_whole(num_columns):
+        tile = _whole_tile(num_columns)
+        tile["num_warps"] = 16 if tile["BLOCK"] > 2048 else 4
+        registers = REGISTER_LIMIT if tile["BLOCK"] == 2048 else None
     else:
-        tile = _tile(num_columns)
-        launch(
-            _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),), *arguments,
-            HAS_DROPOUT=p > 0, **tile, num_warps=16 if tile["BLOCK"] > 2048 else 4,
-            maxnreg=NO_SQUEEZE if tile["BLOCK"] == 2048 else None,
-        )  # fmt: skip
+        tile, registers = ROW_IN_BLOCKS, REGISTER_LIMIT
+    launch(
+        _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),), *arguments,
+        HAS_DROPOUT=p > 0, **tile, IS_WHOLE=is_whole, maxnreg=registers,
+    )  # fmt: skip
     return y, statistics
 
 
@@ -472,7 +350,7 @@ def _layer_norm_backward(
     statistics: torch.Tensor,
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dresidual, dx_bias, dweight, dbias; what is absent, or the same as dx, is empty."""
+    """dx, dresidual, dx_bias, dweight and dbias; those that are absent or equal to dx are empty."""
     gradients = _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p)
     dx, dresidual, dx_bias, dweight, dbias = gradients
     num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
@@ -480,25 +358,24 @@ def _layer_norm_backward(
     outputs = (dx, dresidual if _has_own_dresidual(x, residual, p) else None)
     scalars = (num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p))
     sums = (dweight, dbias, dx_bias)[: 2 if x_bias is None else 3]
-    is_looping = _is_looping(num_columns)
-    tile = LOOPING_TILE if is_looping else _tile(num_columns)
-    block = tile["BLOCK"]
-    num_blocks = -(-num_columns // block) if is_looping else 1
+    means, num_blocks = None, 1
+    if _is_whole(num_columns):
+        tile = _whole_tile(num_columns)
+        stages, registers = BACKWARD_STAGES_AND_REGISTERS[tile["BLOCK"]]
+    else:
+        tile, stages, registers = BACKWARD_IN_BLOCKS, None, REGISTER_LIMIT
+        num_blocks = -(-num_columns // tile["BLOCK"])
+        means = torch.empty_like(statistics[:2])
+        launch(
+            _gradient_means_kernel, (num_rows,), *inputs, means, *scalars,
+            HAS_DROPOUT=p > 0, BLOCK=ROW_IN_BLOCKS["BLOCK"], num_warps=4, maxnreg=REGISTER_LIMIT,
+        )  # fmt: skip
     num_programs = min(max(1, count_programs(x.device) // num_blocks), -(-num_rows // tile["ROWS"]))
     partials = torch.empty((len(sums), num_programs, num_columns), dtype=torch.float32, device=x.device)
-    if is_looping:
-        means = torch.empty_like(statistics[:2])
-        launch(_looping_means_kernel, (num_rows,), *inputs, means, *scalars, HAS_DROPOUT=p > 0, **LOOPING_FORWARD)
-        launch(
-            _looping_backward_kernel, (num_programs, num_blocks), *inputs, means, *outputs, partials, *scalars,
-            HAS_DROPOUT=p > 0, **tile, num_warps=8, maxnreg=NO_SQUEEZE,
-        )  # fmt: skip
-    else:
-        stages, registers = BACKWARD_STAGES_AND_REGISTERS[block]
-        launch(
-            _layer_norm_backward_kernel, (num_programs,), *inputs, *outputs, partials, *scalars,
-            HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
-        )  # fmt: skip
+    launch(
+        _layer_norm_backward_kernel, (num_programs, num_blocks), *inputs, means, *outputs, partials, *scalars,
+        HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
+    )  # fmt: skip
     sum_partials(partials, sums)
     return gradients
 
@@ -514,7 +391,7 @@ def _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, 
 
 
 def _has_own_dresidual(x: torch.Tensor, residual: torch.Tensor | None, p: float) -> bool:
-    """Whether the residual's gradient differs from that of x."""
+    """Whether the gradients of residual and x differ."""
     return residual is not None and (p > 0 or residual.dtype != x.dtype)
 
 
@@ -528,7 +405,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dstatistics):
-    saved = ctx.saved_tensors  # once: checkpointing recomputes for one access only
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows a single access
     dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
     x, residual, x_bias = saved[:3]
     if residual is None:
@@ -547,11 +424,12 @@ def layer_norm(
     """LayerNorm over the last dimension.
 
     Args:
-        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), the dtype of x or fp32.
+        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), fp32, bf16 or fp16.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: mismatched shapes, dtypes or devices.
     """
     triton = use_triton("layer_norm", impl, x, weight, bias)
     _check("layer_norm", triton, x, {"weight": weight, "bias": bias})
@@ -577,12 +455,13 @@ def dropout_add_layer_norm(
 
     Args:
         x: (..., N), fp32, bf16 or fp16. residual: (..., N). weight, bias, x_bias: (N,).
-        p: probability of dropping an element, rounded to 1/256; 0 outside training.
-        seed: see `philox`; needed where p > 0. A tensor can change between replays of a CUDA graph.
+        p: dropout probability, rounded to a multiple of 1/256; pass 0 outside training.
+        seed: see `philox`; required if p > 0. A tensor may change between replays of a CUDA graph.
+        impl: as in `layer_norm`.
     Returns:
         (..., N) in the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1], or p > 0 without a seed.
+        ValueError: mismatched shapes, dtypes or devices, p outside [0, 1], or p > 0 without a seed.
     """
     triton = use_triton("dropout_add_layer_norm", impl, x, residual, weight, bias, x_bias)
     _check("dropout_add_layer_norm", triton, x, {"weight": weight, "bias": bias, "x_bias": x_bias}, residual)
@@ -597,15 +476,6 @@ def dropout_add_layer_norm(
     return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
 
 
-def unify_dtypes(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """The tensors in one dtype, that of x or fp32, so that Triton compiles few kernels. Other mixtures are cast to fp32,
-    as the kernel would do, and autograd rounds their gradients, as the kernel would do."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    if dtypes == {x.dtype}:
-        return list(tensors)
-    return [None if tensor is None else tensor.float() for tensor in tensors]
-
-
 def _check(
     operation: str,
     triton: bool,
@@ -614,7 +484,7 @@ def _check(
     residual: torch.Tensor | None = None,
 ) -> None:
     if x.dim() == 0:
-        raise ValueError(f"{operation}: x is a scalar; it needs a last dimension to normalise over")
+        raise ValueError(f"{operation}: x is a scalar; it needs a dimension to normalise over")
     tensors = {"x": x, "residual": residual, **vectors}
     for name, tensor in tensors.items():
         if tensor is None:
@@ -628,7 +498,7 @@ def _check(
 
 
 class LayerNorm(torch.nn.Module):
-    """`torch.nn.LayerNorm` over one dimension, on `layer_norm`; the same parameters, defaults and state_dict."""
+    """`layer_norm` as a module, with the parameters, defaults and state_dict of `torch.nn.LayerNorm` over one dimension."""
 
     def __init__(self, normalized_shape: int, eps: float = 1e-5):
         super().__init__()
@@ -641,8 +511,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class DropoutAddLayerNorm(torch.nn.Module):
-    """LayerNorm(residual + dropout(x + x_bias)); drops in training mode only. Parameters are those of
-    `torch.nn.LayerNorm`."""
+    """`dropout_add_layer_norm` as a module, with the parameters of `torch.nn.LayerNorm`. Drops in training mode only."""
 
     def __init__(self, hidden_size: int, p: float = 0.1, eps: float = 1e-5):
         super().__init__()
@@ -658,47 +527,6 @@ class DropoutAddLayerNorm(torch.nn.Module):
         x_bias: torch.Tensor | None = None,
         seed: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`seed` is needed in training mode where p > 0; see `dropout_add_layer_norm`."""
+        """See `dropout_add_layer_norm`. `seed` is required in training mode if p > 0."""
         p = self.p if self.training else 0.0
         return dropout_add_layer_norm(x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed)
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Forward and backward: every width, every mixture of dtypes, every set of flags, not all products of these."""
-
-    def case(num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48):
-        def run():
-            def empty(*shape, dtype):
-                return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-            x = empty(num_rows, num_columns, dtype=dtype)
-            weight, bias = (empty(num_columns, dtype=parameter_dtype) for _ in range(2))
-            if residual_dtype is None:
-                y = layer_norm(x, weight, bias, impl="triton")
-            else:
-                residual = empty(num_rows, num_columns, dtype=residual_dtype)
-                x_bias = empty(num_columns, dtype=parameter_dtype) if has_x_bias else None
-                y = dropout_add_layer_norm(
-                    x, residual, weight, bias, p=p, x_bias=x_bias, seed=0 if p else None, impl="triton"
-                )
-            y.backward(torch.zeros_like(y))
-
-        return run
-
-    fp32, bf16, _ = KERNEL_DTYPES
-    # Every width in the leanest and the fullest form, with the least and the most bytes; unaligned, long, both.
-    for num_columns in (128, 256, 512, 768, 2048, 4096, 1023, 8192):
-        for dtype, parameter_dtype, residual_dtype in ((bf16, bf16, bf16), (bf16, fp32, bf16), (fp32, fp32, fp32)):
-            yield case(num_columns, dtype, parameter_dtype)
-            yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
-    for num_columns in (768, 1023):
-        # Every mixture of dtypes in the leanest and the fullest form, then every set of flags.
-        for dtype in KERNEL_DTYPES:
-            for parameter_dtype in dict.fromkeys((dtype, fp32)):
-                yield case(num_columns, dtype, parameter_dtype)
-                for residual_dtype in dict.fromkeys((dtype, fp32)):
-                    yield case(num_columns, dtype, parameter_dtype, residual_dtype, has_x_bias=True, p=0.1)
-        for has_x_bias in (False, True):
-            for p in (0.0, 0.1):
-                yield case(num_columns, bf16, fp32, bf16, has_x_bias, p)
-    yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.1, num_rows=1)  # Triton makes a constant of the one column

@@ -1,26 +1,26 @@
-"""Choosing and corrupting the tokens of masked language modelling, on the device, a pure function of seed and sample.
+"""Token selection and corruption for masked language modelling, on the device, as a function of seed and sample number.
 
     k        = round(mlm_probability * n), n the number of tokens of the sequence that are not special
-    chosen   = the k positions of smallest key, out of those that are not special
+    chosen   = the k positions with the smallest keys, among those that are not special
     output   = <mask> (80%), a uniform ordinary token (10%), or the token itself (10%) at the chosen positions
 
-Every sequence masks exactly k tokens (BERT and Hugging Face draw each token by itself, fairseq masks special tokens
-too), so shapes are static and a batch carries no surplus rows. The rounding is exact and the same everywhere: the
-probability is taken in millionths, k = floor((2 * n * millionths + 1,000,000) / 2,000,000), which is round half up, and
-at least 1 where the probability and n are positive.
+Every sequence masks exactly k tokens (BERT and Hugging Face draw each token independently, fairseq also masks special
+tokens), so shapes are static and a batch carries no surplus rows. The rounding is exact and the same on every device: the
+probability is taken in millionths and k = floor((2 * n * millionths + 1,000,000) / 2,000,000), which rounds half up; k is
+at least 1 if the probability and n are positive.
 
 Random numbers
     Position t of sample s draws one Philox4x32-10 call with counter (t, 0x6D61736B, s low, s high) under the seed's
-    key. Word 0 is the selection key (ties go to the smaller position), word 1 the action: below floor(0.8 * 2^32 + 1/2)
-    `<mask>`, below floor(0.9 * 2^32 + 1/2) a random token, else the token stays. Word 2 is the random token:
-    floor(word * ordinary / 2^32) counts through the ids of [0, vocab_size) that are not special; the bias of this map
-    is below ordinary / 2^32, 1.2e-5 relative at 50,000 ids. Nothing else enters: neither the place in the batch, nor
-    the batch's size, nor the device, nor the number of processes.
+    key. Word 0 is the selection key (ties go to the smaller position). Word 1 is the action: below floor(0.8 * 2^32 + 1/2)
+    `<mask>`, below floor(0.9 * 2^32 + 1/2) a random token, otherwise the token stays. Word 2 is the random token:
+    floor(word * ordinary / 2^32) indexes the ids of [0, vocab_size) that are not special. The bias of this map is below
+    ordinary / 2^32, 1.2e-5 relative at 50,000 ids. The result depends on nothing else: not on the place in the batch, the
+    batch size, the device or the number of processes.
 
-Shapes: input_ids int64 (B, L), sample_ids int64 (B,) -> input_ids int64 (B, L), positions and labels int64 (B, K) with
-K = k of a sequence of L ordinary tokens. No backward: everything is an integer. Bytes moved: 16 L + 16 K a sequence.
-The kernel runs one program a sequence; it finds the k-th smallest key by bisection over its 32 bits, which is exact,
-needs no sort, and costs 32 block sums. No atomics: bitwise repeatable.
+Shapes: input_ids int64 (B, L), sample_ids int64 (B,) -> input_ids int64 (B, L), positions and labels int64 (B, K), where
+K is the k of a sequence of L ordinary tokens. There is no backward: everything is an integer. Bytes moved: 16 L + 16 K
+per sequence. The kernel runs one program per sequence. It finds the k-th smallest key by bisection over its 32 bits,
+which is exact, needs no sort, and costs 32 block sums. No atomics: repeated runs give the same bits.
 
 Source: Devlin et al., "BERT" (arXiv 1810.04805), section 3.1 and appendix A.1; Liu et al., "RoBERTa" (arXiv
 1907.11692), section 4.1 (dynamic masking).
@@ -28,8 +28,6 @@ Source: Devlin et al., "BERT" (arXiv 1810.04805), section 3.1 and appendix A.1; 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,24 +36,24 @@ import torch
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
 from .philox import as_seed, load_seed, philox, philox_torch, split_words
 
-IGNORED_LABEL = -100  # what torch.nn.functional.cross_entropy ignores by default
+IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_entropy
 MILLION = 1_000_000
-MASKING_TAG = 0x6D61736B  # "mask": keeps these draws apart from all others under the same key
+MASKING_TAG = 0x6D61736B  # "mask" in ASCII: separates these draws from all others under the same key
 MASK_BELOW = 3_435_973_837  # 0.8 * 2^32
 RANDOM_BELOW = 3_865_470_566  # 0.9 * 2^32
-LONGEST_SEQUENCE = 4096  # a program keeps its sequence in registers; 8192 spills
+LONGEST_SEQUENCE = 4096  # a program keeps its sequence in registers; 8192 tokens spill
 
 
 class MaskedTokens(NamedTuple):
-    """What masking makes of a batch (B, L); K slots a sequence, of which it uses as many as it masks tokens."""
+    """A masked batch (B, L). Each sequence has K slots and uses one for each masked token."""
 
     input_ids: torch.Tensor  # int64 (B, L): the corrupted tokens
-    positions: torch.Tensor  # int64 (B, K): chosen positions, ascending; L - 1 in unused slots, which come last
+    positions: torch.Tensor  # int64 (B, K): masked positions, ascending; unused slots come last and hold L - 1
     labels: torch.Tensor  # int64 (B, K): the original tokens there; -100 in unused slots
 
 
 def count_chosen(num_maskable: int, mlm_probability: float) -> int:
-    """How many of `num_maskable` ordinary tokens are chosen: round half up, at least 1 where any can be.
+    """How many of `num_maskable` ordinary tokens are masked: rounded half up, at least 1 if possible.
 
     Raises:
         ValueError: mlm_probability outside [0, 1].
@@ -79,10 +77,10 @@ def mask_tokens_torch(
     vocab_size: int,
     mlm_probability: float,
 ) -> MaskedTokens:
-    """Masking in plain PyTorch: the CPU path and the oracle, equal to the kernel bit for bit.
+    """Masking in PyTorch operations. Equals the kernel bit for bit.
 
     Args:
-        input_ids: int64 (B, L). sample_ids: int64 (B,). seed: int64 (2,), as `as_seed` makes it.
+        input_ids: int64 (B, L). sample_ids: int64 (B,). seed: int64 (2,), as `as_seed` returns it.
         special_token_ids: int64 (S,), strictly ascending.
     """
     length, device = input_ids.shape[1], input_ids.device
@@ -117,12 +115,12 @@ def mask_tokens_torch(
     ordinary = ordinary + torch.searchsorted(first_after, ordinary, right=True)
     corrupted = torch.where(action < RANDOM_BELOW, ordinary, original)
     corrupted = torch.where(action < MASK_BELOW, mask_token_id, corrupted)
-    # Unused slots write to a column of their own, which is cut off.
+    # Unused slots write to an extra column, which is then cut off.
     output = torch.nn.functional.pad(input_ids, (0, 1)).scatter(1, chosen, corrupted)[:, :length].contiguous()
     return MaskedTokens(output, positions, torch.where(used, original, IGNORED_LABEL))
 
 
-# Only the length decides how memory is read; other numbers compiled in would make a kernel of each vocabulary.
+# Only the length affects how memory is read. Specialising on the others would compile a kernel per vocabulary.
 @jit(do_not_specialize=["num_slots", "num_ordinary", "mask_token_id", "millionths", "num_special"])
 def _mask_tokens_kernel(
     input_ptr,  # int64 (B, L)
@@ -158,7 +156,7 @@ def _mask_tokens_kernel(
     sample_high = zeros + ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
     key, action, draw, _ = philox(columns.to(tl.uint32), zeros + 0x6D61736B, sample_low, sample_high, k0, k1, 10)
 
-    # Bit by bit the largest threshold with fewer than num_chosen keys below it: the num_chosen-th smallest key.
+    # Find, bit by bit, the largest threshold with fewer than num_chosen keys below it: the num_chosen-th smallest key.
     threshold = tl.zeros((), dtype=tl.uint32)
     bit = threshold + 0x80000000
     for _ in range(32):
@@ -172,7 +170,7 @@ def _mask_tokens_kernel(
     chosen = chosen | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= num_ties))
 
     ordinary = tl.umulhi(draw, zeros + num_ordinary).to(tl.int64)
-    for index in range(num_special):  # ascending: each special id at or below moves the draw up by one
+    for index in range(num_special):  # ascending: each special id at or below the draw moves it up by one
         ordinary += (ordinary >= tl.load(special_ptr + index)).to(tl.int64)
     corrupted = tl.where(action < 3865470566, ordinary, tokens)
     corrupted = tl.where(action < 3435973837, mask_token_id, corrupted)
@@ -204,7 +202,7 @@ def _mask_tokens_op(
     batch, length = input_ids.shape
     if length == 0:
         return output, positions, labels
-    # Few block sizes, so few compilations: a short sequence leaves lanes idle in a kernel of microseconds.
+    # Few block sizes mean few compilations. Idle lanes of short sequences hardly matter in a kernel this fast.
     block = max(512, 1 << (length - 1).bit_length())
     launch(
         _mask_tokens_kernel,
@@ -224,7 +222,7 @@ def _mask_tokens_op(
         special_token_ids.numel(),
         BLOCK=block,
         num_warps=8 if block > 1024 else 4,
-        maxnreg=255 if block > 512 else None,  # with fewer registers to a thread long sequences spill
+        maxnreg=255 if block > 512 else None,  # with fewer registers per thread, long sequences spill
     )
     return output, positions, labels
 
@@ -265,8 +263,8 @@ def _check_vocabulary(mask_token_id: int, vocab_size: int, special_token_ids: tu
             )
     if num_special >= vocab_size:
         raise ValueError(
-            f"mask_tokens: vocab_size={vocab_size} leaves no token to draw as a replacement beside "
-            f"{num_special} special ones"
+            f"mask_tokens: vocab_size={vocab_size} with {num_special} special tokens leaves no token to draw as a "
+            "replacement"
         )
 
 
@@ -277,7 +275,7 @@ def _check_batch(input_ids: torch.Tensor, sample_ids: torch.Tensor) -> None:
         )
     if sample_ids.dtype != torch.int64 or sample_ids.shape != input_ids.shape[:1]:
         raise ValueError(
-            f"mask_tokens: sample_ids must be int64 ({input_ids.shape[0]},), one a sequence, "
+            f"mask_tokens: sample_ids must be int64 ({input_ids.shape[0]},), one per sequence, "
             f"got {tuple(sample_ids.shape)} {sample_ids.dtype}"
         )
     if input_ids.shape[1] > LONGEST_SEQUENCE:
@@ -297,26 +295,26 @@ def mask_tokens(
     sample_ids: torch.Tensor,
     impl: str | None = None,
 ) -> MaskedTokens:
-    """Corrupt a batch for masked language modelling: exactly k tokens a sequence, 80/10/10, special tokens never.
+    """Mask a batch for language modelling: exactly k tokens per sequence, 80/10/10, never special ones.
 
     Args:
         input_ids: int64 (B, L), L up to 4096.
-        mask_token_id: what replaces 80% of the chosen tokens.
-        vocab_size: random replacements are drawn from [0, vocab_size) without the special ids.
-        special_token_ids: ids that are neither chosen nor drawn, ascending, usually `<mask>` among them. A tuple is
-            checked; an int64 tensor on the device is trusted, since looking into it would wait for the device.
-        mlm_probability: the share of ordinary tokens that is chosen, taken in millionths.
+        mask_token_id: replaces 80% of the chosen tokens.
+        vocab_size: random replacements are drawn from [0, vocab_size), special ids excluded.
+        special_token_ids: ids that are neither masked nor drawn, ascending; usually includes `<mask>`. A tuple is checked.
+            An int64 tensor is trusted, since checking it would wait for the device.
+        mlm_probability: the fraction of ordinary tokens to mask, in millionths.
         seed: int or int64 tensor (see `philox`); its first row is not used.
-        sample_ids: int64 (B,), the number of each sequence in the whole run. Sequences of equal number draw equal
-            random numbers, so a number should not come twice under one seed.
-        impl: None (by device), "triton" or "torch".
+        sample_ids: int64 (B,), the number of each sequence in the whole run. Equal numbers draw the same random numbers,
+            so no number should occur twice under one seed.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
 
     Returns:
-        MaskedTokens with K = `count_chosen(L, mlm_probability)` slots a sequence.
+        MaskedTokens with K = `count_chosen(L, mlm_probability)` slots per sequence.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, mlm_probability outside [0, 1], ids outside the vocabulary, or a
-            vocabulary of special tokens only.
+            vocabulary without ordinary tokens.
     """
     _check_vocabulary(mask_token_id, vocab_size, special_token_ids)
     _check_batch(input_ids, sample_ids)
@@ -334,9 +332,9 @@ def mask_tokens(
 
 
 class TokenMasker(torch.nn.Module):
-    """`mask_tokens` with the tokenizer's constants kept: no parameters, an empty state_dict.
+    """`mask_tokens` as a module that holds the tokenizer's constants. It has no parameters and an empty state_dict.
 
-    The special ids lie in a buffer, so that a training step copies nothing to the device.
+    Special ids are kept in a buffer, so a training step copies nothing to the device.
     """
 
     def __init__(
@@ -352,7 +350,7 @@ class TokenMasker(torch.nn.Module):
         self.register_buffer("special_token_ids", torch.tensor(special_token_ids, dtype=torch.int64), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, sample_ids: torch.Tensor, seed: int | torch.Tensor) -> MaskedTokens:
-        """Mask `input_ids` int64 (B, L) of the samples numbered `sample_ids` int64 (B,)."""
+        """Mask `input_ids` int64 (B, L) of samples `sample_ids` int64 (B,)."""
         return mask_tokens(
             input_ids,
             mask_token_id=self.mask_token_id,
@@ -365,23 +363,3 @@ class TokenMasker(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.vocab_size}, mlm_probability={self.mlm_probability}"
-
-
-def launch_cases() -> Iterator[Callable[[], None]]:
-    """Calls that together reach every configuration of the kernel, for compilation ahead of time."""
-
-    def mask(length: int, vocab_size: int, special_token_ids: tuple[int, ...], mlm_probability: float) -> None:
-        mask_tokens(
-            torch.zeros((2, length), dtype=torch.int64),
-            mask_token_id=vocab_size - 1,
-            vocab_size=vocab_size,
-            special_token_ids=special_token_ids,
-            mlm_probability=mlm_probability,
-            seed=1,
-            sample_ids=torch.arange(2),
-            impl="triton",
-        )
-
-    # Every block, for lengths that are multiples of 16 and others; Triton makes a constant of the length 1.
-    for length in (512, 509, 1024, 1023, 2048, 2047, LONGEST_SEQUENCE, LONGEST_SEQUENCE - 1, 1):
-        yield functools.partial(mask, length, 50265, (0, 1, 2, 3, 50264), 0.15)

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: the generator under dropout and masking, equal bit for bit in Triton and PyTorch.
+"""Counter-based random numbers for dropout and masking, equal bit for bit in Triton and PyTorch.
 
 Philox4x32 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC11, section 3) is a keyed bijection on
 128-bit counters: four 32-bit words in, four random words out, no state. With key (k0, k1) and constants M0, M1, a
@@ -6,22 +6,22 @@ round maps
 
     (c0, c1, c2, c3) -> (hi(M1*c2) ^ c1 ^ k0,  lo(M1*c2),  hi(M0*c0) ^ c3 ^ k1,  lo(M0*c0))
 
-and the key is bumped by the Weyl constants W0, W1 between rounds. Philox4x32-10 is the published default; 7 rounds
+and the Weyl constants W0, W1 are added to the key between rounds. Philox4x32-10 is the published default. Seven rounds
 already pass BigCrush (same paper, table 2), and dropout uses those.
 
-Because the output is a function of the counter, a random decision can be tied to *what* it is about (row, column,
-head, sample) instead of *where* it is computed (program id, block size, rank, call order).
+Since the output is a function of the counter, a random decision can depend on what it is about (row, column, head,
+sample) and not on where it is computed (program id, block size, rank, call order).
 
 Seeds
-    A seed is an int, or an int64 tensor on the device: `(key,)`, or `(key, first_row)`. `first_row` is added to the row
+    A seed is an int, or an int64 tensor on the device: `(key,)` or `(key, first_row)`. `first_row` is added to row
     numbers, so that a slice of a batch draws what the whole batch would have drawn there. A tensor can be updated
     between replays of a CUDA graph. The key may be any 64-bit value.
 
 Dropout decisions
-    Sixteen 8-bit decisions come from one Philox call. The decision of (row, head, column) is byte `column % 16` of the
-    call with counter (column // 16, head, row low, row high); bytes are counted through the four words in
-    little-endian order. An element is kept when its byte is >= threshold, and the threshold is p rounded to 1/256:
-    for p=0.1 the probability really used is 26/256, and kept values are scaled by 256/230, so the mean is exact.
+    One Philox call makes sixteen 8-bit decisions. The decision of (row, head, column) is byte `column % 16` of the call
+    with counter (column // 16, head, row low, row high), counting bytes through the four words in little-endian order.
+    An element is kept if its byte is >= threshold, and the threshold is p rounded to a multiple of 1/256. For p=0.1 the
+    actual probability is 26/256 and kept values are scaled by 256/230, so the mean is exact.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57  # M0, M1
 WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85  # W0, W1: golden ratio and sqrt(3) - 1
 DROPOUT_ROUNDS = 7
 BYTE_ONES = 0x0101010101010101
-# The PyTorch twin makes so many Philox calls at a time.
-CALLS_AT_ONCE = 65_536
+CALLS_AT_ONCE = 65_536  # Philox calls of a piece in PyTorch, whose intermediate tensors stay in cache
 
 
 def philox_torch(
@@ -44,14 +43,14 @@ def philox_torch(
     key: tuple[torch.Tensor, torch.Tensor],
     rounds: int = 10,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox4x32 on int64 tensors that hold 32-bit words; counters and keys broadcast against each other."""
+    """Philox4x32 on int64 tensors that hold 32-bit words. Counters and keys broadcast."""
     c0, c1, c2, c3 = counter
     steps = torch.arange(rounds, device=key[0].device)
     keys_a = ((key[0] + steps.view(-1, *[1] * key[0].dim()) * WEYL_A) & WORD).unbind()
     keys_b = ((key[1] + steps.view(-1, *[1] * key[1].dim()) * WEYL_B) & WORD).unbind()
     for k0, k1 in zip(keys_a, keys_b):
-        # A product of two 32-bit words overflows int64 only into its sign: all 64 bits are right. Low words are taken
-        # out of it only where they are multiplied or returned, by the mask of what they were xored into.
+        # A product of two 32-bit words overflows int64 only into its sign, so all 64 bits are right. Its low word is cut
+        # out late, by the mask on what it was xored into.
         product_a, product_b = c0 * ROUND_A, c2 * ROUND_B
         c0, c1 = ((product_b >> 32) ^ (c1 ^ k0)).bitwise_and_(WORD), product_b
         c2, c3 = ((product_a >> 32) ^ (c3 ^ k1)).bitwise_and_(WORD), product_a
@@ -64,10 +63,10 @@ def split_words(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def as_seed(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The seed as an int64 tensor (key, first_row) on `device`; ints are taken modulo 2**64.
+    """The seed as an int64 tensor (key, first_row) on `device`. Ints are taken modulo 2**64.
 
     Raises:
-        ValueError: a tensor of another dtype, shape or device.
+        ValueError: a tensor of the wrong dtype, shape or device.
     """
     if isinstance(seed, int):
         key = seed & ((1 << 64) - 1)
@@ -82,24 +81,24 @@ def as_seed(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def fold_seed(seed: int | torch.Tensor, *path: int | torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Derive independent keys from `seed`: one per element of the broadcast `path` (up to three 32-bit numbers).
+    """Derive independent keys from `seed`, one per element of the broadcast `path` of up to three 32-bit numbers.
 
     Returns:
-        int64 keys of the broadcast shape of `path`; the first row of `seed` is not carried over.
+        int64 keys in the broadcast shape of `path`. The first row of `seed` is dropped.
     """
     if len(path) > 3:
         raise ValueError(f"fold_seed: a path has at most three numbers, got {len(path)}")
     device = seed.device if isinstance(seed, torch.Tensor) else device or torch.device("cpu")
     words = [torch.as_tensor(part, dtype=torch.int64, device=device) & WORD for part in path]
     words += [torch.zeros((), dtype=torch.int64, device=device)] * (3 - len(words))
-    # The last counter word keeps derived keys apart from every dropout and masking draw under the same key.
+    # The last counter word separates derived keys from all dropout and masking draws under the same key.
     tag = torch.full((), 0x666F6C64, dtype=torch.int64, device=device)
     low, high, _, _ = philox_torch((words[0], words[1], words[2], tag), split_words(as_seed(seed, device)[0]))
     return (high << 32) | low
 
 
 def dropout_threshold(p: float) -> int:
-    """How many of the 256 byte values drop an element: at least 1 for any p > 0, at most 255 for any p < 1.
+    """How many of the 256 byte values drop an element: at least 1 if p > 0, at most 255 if p < 1.
 
     Raises:
         ValueError: p outside [0, 1].
@@ -110,7 +109,7 @@ def dropout_threshold(p: float) -> int:
 
 
 def dropout_scale(p: float) -> float:
-    """What kept elements are multiplied by: one over the probability of being kept that is really used."""
+    """The factor of kept elements: the inverse of the actual probability of keeping one."""
     threshold = dropout_threshold(p)
     return 256 / (256 - threshold) if threshold < 256 else 0.0
 
@@ -118,12 +117,12 @@ def dropout_scale(p: float) -> float:
 def dropout_keep_torch(
     seed: torch.Tensor, p: float, num_rows: int, num_columns: int, num_heads: int | None = None
 ) -> torch.Tensor:
-    """Which elements dropout keeps, on the seed's device.
+    """Which elements dropout keeps, on the device of `seed`.
 
     Args:
-        seed: int64 (2,): key and first row, as `as_seed` makes it.
+        seed: int64 (2,): key and first row, as `as_seed` returns it.
     Returns:
-        bool (num_rows, num_columns), or (num_rows, num_heads, num_columns) where `num_heads` is given.
+        bool (num_rows, num_columns), or (num_rows, num_heads, num_columns) if `num_heads` is given.
     """
     device = seed.device
     num_groups = -(-num_columns // 16)
@@ -136,7 +135,6 @@ def dropout_keep_torch(
     if threshold in (0, 256):
         num_rows = 0
         keep.fill_(0 if threshold else BYTE_ONES)
-    # The intermediate tensors of a piece stay in the processor's cache; pieces are of a size.
     pieces = max(1, round(num_rows * num_groups * (num_heads or 1) / CALLS_AT_ONCE))
     rows_at_once = max(1, -(-num_rows // pieces))
     for start in range(0, num_rows, rows_at_once):
@@ -144,16 +142,17 @@ def dropout_keep_torch(
         for half in (0, 1):
             eight = (words[2 * half + 1] << 32) | words[2 * half]
             keep[start : start + rows_at_once, ..., half] = compare_bytes(eight, threshold)
-    # In memory an int64 is its bytes in the order that the docstring gives, on all processors that PyTorch runs on.
+    # In memory the bytes of an int64 lie in the order given at the top: little-endian.
     keep = keep.view(torch.bool).flatten(-2)[..., :num_columns]
     return keep if num_heads is not None else keep[:, 0]
 
 
 def compare_bytes(eight: torch.Tensor, threshold: int) -> torch.Tensor:
-    """Which of the eight bytes of each int64 word are at least `threshold`, 1 to 255: a word whose bytes are 1 or 0.
+    """Compare the eight bytes of each int64 word with `threshold` (1 to 255): byte >= threshold, as a word of 1s and 0s.
 
-    PyTorch's own comparison of bytes is as slow as that of words. Bit 7 of a byte of the sum says whether its lower seven
-    bits reach those of the threshold, and no carry leaves a byte; bit 7 of the byte itself decides with it.
+    This is eight comparisons for the price of one, as PyTorch compares bytes no faster than words. Bit 7 of each byte of
+    the sum says whether the lower seven bits reach those of the threshold, without a carry into the next byte; together
+    with bit 7 of the byte itself it decides.
     """
     low_bits = (eight & (0x7F * BYTE_ONES)).add_(((128 if threshold <= 128 else 256) - threshold) * BYTE_ONES)
     reaches = low_bits.bitwise_or_(eight) if threshold <= 128 else low_bits.bitwise_and_(eight)
@@ -162,7 +161,7 @@ def compare_bytes(eight: torch.Tensor, threshold: int) -> torch.Tensor:
 
 @jit
 def philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr):
-    """Philox4x32 on uint32 blocks (or scalars) that broadcast against each other."""
+    """Philox4x32 on uint32 blocks or scalars, which broadcast."""
     for _ in tl.static_range(ROUNDS):
         high_a = tl.umulhi(c0, c0 * 0 + 0xD2511F53)
         low_a = c0 * 0xD2511F53
@@ -179,7 +178,7 @@ def philox(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr):
 
 @jit
 def load_seed(seed_ptr):
-    """Key words (uint32, uint32) and first row (int64) of a seed tensor made by `as_seed`."""
+    """The key words (uint32, uint32) and first row (int64) of a seed tensor as `as_seed` returns it."""
     key = tl.load(seed_ptr)
     first_row = tl.load(seed_ptr + 1)
     return (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32), first_row
@@ -187,8 +186,8 @@ def load_seed(seed_ptr):
 
 @jit
 def dropout_keep(k0, k1, rows, head, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The keep mask (ROWS, COLUMNS) of a tile: `rows` int64 (ROWS,) numbered from the seed's first row, columns from
-    `first_column`, which is a multiple of 16, as is COLUMNS."""
+    """The keep mask (ROWS, COLUMNS) of a tile. `rows` is int64 (ROWS,), the seed's first row added; columns start at
+    `first_column`. Both `first_column` and COLUMNS are multiples of 16."""
     GROUPS: tl.constexpr = COLUMNS // 16
     zeros = tl.zeros((ROWS, GROUPS), dtype=tl.uint32)
     c0 = zeros + (first_column // 16 + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastroberta_kernels import _dispatch, attention, cross_entropy, embedding, gelu, layer_norm, masking
 
-from bench.resources import CHIPS, KERNEL_MODULES, Resources, count_resident_blocks
+from bench.resources import CHIPS, KERNEL_MODULES, Resources, count_loop_instructions, count_resident_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,18 +25,18 @@ def run_resources(*modules: str, path: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_every_kernel_fits_every_chip():
-    done = run_resources()
+def test_every_kernel_fits_every_data_center_chip():
+    done = run_resources("--chips", "80", "90", "100")
     print(done.stdout.splitlines()[-1] if done.stdout else done.stderr)  # how many, in what time
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "FAULT" not in done.stdout
     # No kernel that a wrapper starts is missing from the launch cases, on any chip.
     for name in KERNEL_MODULES:
-        source = Path(importlib.util.find_spec(name).origin).read_text()
+        source = Path(importlib.util.find_spec(f"fastroberta_kernels.{name}").origin).read_text()
         kernels = set(re.findall(r"\blaunch\(\s*(\w+)", source))
         assert kernels, f"{name}: no launch found"
         for kernel in kernels:
-            for target in CHIPS:
+            for target in (80, 90, 100):
                 row = rf"^\w+\.{kernel} .* sm_{target} "
                 assert re.search(row, done.stdout, re.MULTILINE), f"{name} launches {kernel}: not on sm_{target}"
 
@@ -153,7 +153,7 @@ def launch_cases():
 
 def test_faults_are_found_and_named(tmp_path):
     (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS)
-    done = run_resources("bad_kernels", path=str(tmp_path))
+    done = run_resources("bad_kernels:launch_cases", path=str(tmp_path))
     assert done.returncode == 1, done.stderr
     faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
     for target in CHIPS:
@@ -170,9 +170,28 @@ def test_faults_are_found_and_named(tmp_path):
 
 def test_modules_that_launch_nothing_are_refused(tmp_path):
     (tmp_path / "idle_kernels.py").write_text("def launch_cases():\n    yield lambda: None\n")
-    done = run_resources("idle_kernels", path=str(tmp_path))
+    done = run_resources("idle_kernels:launch_cases", path=str(tmp_path))
     assert done.returncode != 0
-    assert "idle_kernels: its launch_cases() launch no kernel" in done.stderr
+    assert "idle_kernels:launch_cases: these cases launch no kernel" in done.stderr
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HGMMA.64x16x16.F32 R24, gdesc[UR4], R24 ;
+        /*0020*/                   FADD R2, R2, R3 ;
+        /*0030*/                   FADD R2, R2, R3 ;
+        /*0040*/              @P0  BRA 0x20 ;
+        /*0050*/                   HGMMA.64x16x16.F32 R24, gdesc[UR4], R24 ;
+        /*0060*/              @!P1 BRA `(.L_x_1) ;
+        /*0070*/               @P0 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_the_loop_with_the_most_products_is_counted():
+    assert count_loop_instructions(SASS) == 7
+    assert count_loop_instructions(SASS.replace("HGMMA", "FFMA")) == 0
 
 
 @pytest.mark.parametrize(
@@ -188,8 +207,12 @@ def test_modules_that_launch_nothing_are_refused(tmp_path):
         (90, 16, 81 * 1024 + 1, 4, 2),
         (90, 16, 227 * 1024, 4, 1),
         (100, 64, 48 * 1024, 8, 4),
+        (86, 32, 0, 4, 12),  # 48 warps
+        (86, 16, 0, 1, 16),  # 16 blocks
+        (120, 16, 0, 1, 24),
+        (120, 16, 99 * 1024, 4, 1),
     ],
 )
 def test_resident_blocks(target, registers, shared, warps, blocks):
     assert count_resident_blocks(target, registers, shared, warps) == blocks
-    assert Resources("k", "", target, warps=warps, blocks=blocks).occupancy == blocks * warps / 64
+    assert Resources("k", "", target, warps=warps, blocks=blocks).occupancy == blocks * warps / CHIPS[target].max_warps

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_exact_as_torch, assert_equal
-from fastroberta_kernels import _dispatch, attention, philox
+from fastroberta_kernels import _attention_cpu, _dispatch, attention, philox
 from torch.utils.checkpoint import checkpoint
 
 needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
@@ -228,6 +228,20 @@ def test_dropout_and_result_do_not_depend_on_block_sizes(blocks, device, monkeyp
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    "capability, forward, backward",
+    [(80, (128, 64), (16, 128)), (86, (128, 64), (16, 128)), (90, (128, 128), (64, 128)), (120, (128, 64), (16, 128))],
+)
+def test_tiles_are_chosen_by_chip(capability, forward, backward):
+    q, k, v, _ = (tensor.requires_grad_() for tensor in make_inputs(1, 16, 16, 1, 64, torch.bfloat16))
+    with _dispatch.record_launches(capability) as launches:
+        out = attention.attention(q, k, v, impl="triton")
+        out.backward(torch.zeros_like(out))
+    tiles = [(launch.options["BLOCK_M"], launch.options["BLOCK_N"]) for launch in launches]
+    assert tiles == [forward, backward]
+
+
+@needs_triton
 @pytest.mark.parametrize("max_chunks", [1, 2, 3])
 def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, device, monkeypatch):
     """One program a head writes dq itself; several leave parts to be summed, also where some chunks have no keys."""
@@ -396,7 +410,7 @@ def test_opcheck(impl, device):
     q, k, v, _ = make_inputs(2, 5, 18, 1, 32, torch.float32, device)
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     seed = torch.tensor([1, 0], device=device)
-    operator = attention.attention_torch_forward if impl == "torch" else attention.attention_forward
+    operator = _attention_cpu.attention_torch_forward if impl == "torch" else attention.attention_forward
     torch.library.opcheck(operator, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
     if impl == "triton":
         bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)

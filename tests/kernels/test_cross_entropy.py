@@ -305,7 +305,7 @@ def test_chunks_keep_to_the_promised_share_of_the_logits():
         (dict(weight=torch.zeros(5, 3)), "expected hidden"),
         (dict(bias=torch.zeros(4)), "bias has shape"),
         (dict(targets=torch.zeros(2, dtype=torch.int32)), "int64"),
-        (dict(targets=torch.zeros(3, dtype=torch.int64)), "one a row of hidden"),
+        (dict(targets=torch.zeros(3, dtype=torch.int64)), "one per row of hidden"),
         (dict(hidden=torch.zeros(2, 4, dtype=torch.float64)), "use float32"),
         (dict(num_classes=6), "num_classes=6 is outside 1 to 5"),
         (dict(reduction="average"), "use one of mean, sum, none"),
@@ -412,7 +412,7 @@ def test_head_refuses_what_does_not_fit():
     head, decoder = make_head()
     with pytest.raises(ValueError, match="hidden_act='relu' is unknown"):
         MaskedLMHead(4, 5, hidden_act="relu")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         head(torch.zeros(2, 6, 16), decoder, torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64))
 
 

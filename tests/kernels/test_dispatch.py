@@ -13,7 +13,7 @@ import fastroberta_kernels
 import pytest
 import torch
 from fastroberta_kernels import _dispatch
-from fastroberta_kernels._dispatch import jit, launch, record_launches, tl, use_triton
+from fastroberta_kernels._dispatch import get_capability, jit, launch, record_launches, tl, use_triton
 
 PACKAGE = Path(fastroberta_kernels.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -105,6 +105,13 @@ def test_recording_collects_launches_and_starts_none(device):
     assert len(launches) == 1
 
 
+def test_recording_stands_in_for_another_chip():
+    assert get_capability(ON_CPU.device) == 80
+    with record_launches(90):
+        assert get_capability(ON_CPU.device) == 90
+    assert get_capability(ON_CPU.device) == 80
+
+
 def test_importing_the_kernels_imports_no_trainer_and_no_transformers():
     imports = "".join(f"import fastroberta_kernels.{module}\n" for module in MODULES)
     code = "import sys\n" + imports + "print([n for n in ('fastroberta', 'transformers') if n in sys.modules])"
@@ -169,11 +176,12 @@ def test_every_module_can_be_copied_with_its_neighbours(tmp_path):
         assert not re.search(r"^\s*(from|import) fastroberta", (PACKAGE / f"{module}.py").read_text(), re.MULTILINE)
         copy_modules(list_neighbours(module), tmp_path / f"copy_of_{module}")
     imports = "".join(f"import copy_of_{module}.{module}, fastroberta_kernels.{module}\n" for module in MODULES)
-    assert run_python(imports + "print('imported')", PYTHONPATH=str(tmp_path)) == "imported"
+    assert run_python(imports + "print('imported')", PYTHONPATH=f"{tmp_path}{os.pathsep}{PACKAGE.parent}") == "imported"
 
 
 def test_a_copied_kernel_runs_beside_the_original(tmp_path):
     assert list_neighbours("masking") == {"masking", "philox", "_dispatch"}
+    assert list_neighbours("gelu") == {"gelu", "_rows", "_dispatch"}  # as the README says
     copy_modules(list_neighbours("masking"), tmp_path / "somebody_elses")
     code = """
 import torch
@@ -191,7 +199,7 @@ for result in results[1:]:
 assert torch.ops.somebody_elses.mask_tokens is not torch.ops.fastroberta_kernels.mask_tokens
 print(int((results[0].input_ids != ids).sum()) > 0)
 """
-    environment = {"PYTHONPATH": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     assert run_python(code, **environment) == "True"

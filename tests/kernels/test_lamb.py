@@ -966,7 +966,7 @@ def test_wrong_arguments_are_explained():
             FusedLAMB([p], **arguments)
     with pytest.raises(ValueError, match="float64"):
         FusedLAMB([torch.nn.Parameter(torch.ones(3, dtype=torch.float64))])
-    with pytest.raises(ValueError, match="one optimizer a device"):
+    with pytest.raises(ValueError, match="one optimizer per device"):
         FusedLAMB([p, torch.nn.Parameter(torch.ones(3, device="meta"))])
     with pytest.raises(ValueError, match="share memory"):
         FusedLAMB([p, torch.nn.Parameter(p.detach())])

@@ -12,9 +12,11 @@ from accuracy import (
     assert_strides_change_nothing,
     differentiate,
 )
-from fastroberta_kernels import _dispatch, layer_norm, philox
+from fastroberta_kernels import _dispatch, _rows, layer_norm, philox
 from fastroberta_kernels.layer_norm import DropoutAddLayerNorm, LayerNorm, dropout_add_layer_norm
 from torch.utils.checkpoint import checkpoint
+
+from bench.launch_cases import layer_norm_cases
 
 needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
 both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -175,7 +177,7 @@ def test_partial_sums_are_added_whole(device):
     """More partial sums than one step of the kernel takes, columns that are no multiple of its block."""
     partials = torch.arange(3 * 300 * 37, dtype=torch.float32, device=device).reshape(3, 300, 37) % 1021
     outputs = tuple(torch.empty(37, device=device) for _ in range(3))
-    layer_norm.sum_partials(partials, outputs)
+    _rows.sum_partials(partials, outputs)
     assert torch.equal(torch.stack(outputs), partials.sum(1))  # integers: exact in any order
 
 
@@ -295,15 +297,16 @@ def test_kernel_limits_are_named(device):
 @needs_triton
 def test_launch_cases_reach_every_width():
     with _dispatch.record_launches() as launches:
-        for case in layer_norm.launch_cases():
+        for case in layer_norm_cases():
             case()
     for name in ("_layer_norm_forward_kernel", "_layer_norm_backward_kernel"):
         blocks = {launch.options["BLOCK"] for launch in launches if launch.kernel.__name__ == name}
-        assert blocks == {128, 256, 512, 1024, 2048, 4096}
-    for name in ("_looping_forward_kernel", "_looping_means_kernel", "_looping_backward_kernel"):
-        index = -4 if "forward" in name else -3
-        columns = {launch.arguments[index] for launch in launches if launch.kernel.__name__ == name}
-        assert columns == {1, 1023, 8192}, name
+        assert blocks >= {128, 256, 512, 1024, 2048, 4096}
+    # Rows taken in blocks: one column, unaligned, long.
+    means = [launch for launch in launches if launch.kernel.__name__ == "_gradient_means_kernel"]
+    assert {launch.arguments[-3] for launch in means} == {1, 1023, 8192}
+    in_blocks = [launch for launch in launches if not launch.options.get("IS_WHOLE", True)]
+    assert {launch.arguments[-4] for launch in in_blocks} == {1, 1023, 8192}
 
 
 @pytest.mark.gpu

@@ -12,6 +12,8 @@ from fastroberta_kernels._dispatch import jit, record_launches, tl
 from fastroberta_kernels.masking import MaskedTokens, TokenMasker, count_chosen, mask_tokens
 from test_philox import philox_integers
 
+from bench.launch_cases import masking_cases
+
 MASK, VOCAB = 50264, 50265
 SPECIAL = (0, 1, 2, 3, MASK)
 ROBERTA = {"mask_token_id": MASK, "vocab_size": VOCAB, "special_token_ids": SPECIAL}
@@ -466,6 +468,6 @@ def test_more_than_two_to_the_31_elements(device):
 
 def test_launch_cases_reach_every_block_size():
     with record_launches() as launches:
-        for case in masking.launch_cases():
+        for case in masking_cases():
             case()
     assert {launch.options["BLOCK"] for launch in launches} == {512, 1024, 2048, 4096}
