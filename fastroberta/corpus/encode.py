@@ -2,7 +2,8 @@
 
 The tokens of a document are exactly `tokenizer.encode(document, add_special_tokens=False).ids`, followed by one `</s>`.
 Line breaks, blank lines and indentation are text like any other. Special tokens that are written out in the text are
-ordinary text too; otherwise a document could forge the `</s>` that ends one.
+ordinary text too (`encode_special_tokens`). Only a Unigram model that has `</s>` among its own pieces still gives it;
+that ends no document, because shards list where documents start.
 
 Sentence bounds only decide where a training block may end. They are positions between tokens and never change a token,
 so a rough rule is enough: a sentence ends at a line break, or after a character with Unicode's property
