@@ -502,7 +502,10 @@ def print_report(manifest: Manifest) -> None:
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
     if not manifest.shard_paths("heldout"):
-        print("nothing is held out, but training needs it: prepare more text, or with a larger --heldout-fraction")
+        print(
+            "nothing is held out, but training needs it: prepare more text (equal documents are never split up), or with a "
+            "larger --heldout-fraction"
+        )
     elif not manifest.shard_paths("train"):
         print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
     else:
