@@ -125,7 +125,8 @@ class DocumentEncoder:
 
         encoded = self._encode(split())
         if counts:
-            firsts = np.cumsum(counts) - counts
+            lines = np.array(counts, dtype=np.int64)
+            firsts = np.cumsum(lines) - lines
             encoded.document_sentences = np.add.reduceat(encoded.document_sentences, firsts, dtype=np.uint32)
         return encoded
 

@@ -194,7 +194,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(parts=st.lists(st.one_of(st.sampled_from([*NASTY, *PIECES]), st.text(max_size=3)), max_size=30))
 def test_random_text(pairs, parts):
     encoder, plain = pairs
