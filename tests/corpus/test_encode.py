@@ -316,7 +316,7 @@ def test_sentences_hold_the_space_that_follows_them(roberta):
     text = 'One.  Two! "Three?"\n\n    indented, not cut\n\n\nEnd。日本。』 X'
     [sentences] = encode(roberta, [text])
     assert [roberta.decode(one) for one in sentences] == [
-        "One. ", " Two!", ' "Three?"\n\n   ', " indented, not cut\n\n\n", "End。", "日本。』", " X</s>",
+        "One. ", " Two!", ' "Three?"\n\n   ', " indented, not cut\n\n\n", "End。", "日本。』", " X",
     ]  # fmt: skip
     [lines] = encode(roberta, [text], split_sentences=False)
     assert len(lines) == 3 and flat(lines) == flat(sentences)
