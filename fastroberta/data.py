@@ -6,7 +6,9 @@ A block is `<s>` and a slice of a shard's token stream, in which `</s>` ends eac
     doc-sentences   the same, but a block ends where its document ends
     contiguous      the stream cut anywhere: every block but a shard's last is full
 
-No token is lost: a sentence longer than a block is split over several.
+No token is lost: a sentence longer than a block is split over several. Where the text was prepared with --newlines
+separator, `</s>` ends each line as well; where a document starts is therefore looked up in the shard, never inferred
+from `</s>`.
 """
 
 from __future__ import annotations
@@ -120,7 +122,9 @@ class Blocks:
         self.is_padded = bool((self._lengths < block_size - 1).any())
         # A static number of document bounds a block keeps shapes static: documents that start inside, the one that
         # goes on from before, and the padding.
-        self._max_spans = 2 + max(_count_documents(shard, *table) for shard, table in zip(self.shards, tables))
+        self._document_starts = [shard.sentence_starts[np.asarray(shard.document_starts)] for shard in shards]
+        counts = [_count_documents(found, *table) for found, table in zip(self._document_starts, tables)]
+        self._max_spans = 2 + max(counts)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -165,7 +169,7 @@ class Blocks:
         cu_seqlens = key_lengths = None
         spans = lengths
         if self.attention_scope == "document":
-            bounds = self._document_bounds(ids, lengths)
+            bounds = self._document_bounds(which, self._starts[indices], lengths)
             cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
             spans = np.diff(bounds)
         elif self.is_padded:
@@ -180,16 +184,22 @@ class Blocks:
             sum_squared_lengths=int((spans.astype(np.int64) ** 2).sum()),
         )
 
-    def _document_bounds(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def _document_bounds(self, shards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Bounds of documents (and of each block's padding) in the flattened batch, filled up to a static number."""
-        is_bound = np.zeros((ids.shape[0], self.block_size + 1), dtype=bool)
-        is_bound[:, 1:] = (ids == self.eos_token_id) & (np.arange(self.block_size) < lengths[:, None])
-        is_bound[:, 0] = True
-        is_bound[np.arange(len(ids)), lengths] = True
-        is_bound[:, -1] = True
-        row, column = np.nonzero(is_bound)
-        bounds = np.unique(row * self.block_size + column)
-        return np.pad(bounds, (0, len(ids) * self._max_spans + 1 - len(bounds)), constant_values=ids.size)
+        bounds = [
+            np.append(np.arange(len(starts) + 1) * self.block_size, np.arange(len(starts)) * self.block_size + lengths)
+        ]
+        for row, (shard, start, length) in enumerate(zip(shards, starts, lengths)):
+            documents = self._document_starts[shard]
+            # The first bound of a block is 0: its `<s>` belongs to the document that it begins with.
+            inside = slice(
+                np.searchsorted(documents, documents.dtype.type(start), side="right"),
+                np.searchsorted(documents, documents.dtype.type(start + length - 1)),
+            )
+            bounds.append(row * self.block_size + 1 + documents[inside].astype(np.int64) - start)
+        found = np.unique(np.concatenate(bounds))
+        size = len(starts) * self._max_spans + 1
+        return np.pad(found, (0, size - len(found)), constant_values=len(starts) * self.block_size)
 
 
 def _cut_blocks(shard: ShardReader, capacity: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
@@ -218,12 +228,10 @@ def _cut_blocks(shard: ShardReader, capacity: int, packing: str) -> tuple[np.nda
     return bounds[first], (bounds[following[first]] - bounds[first]).astype(np.int32)
 
 
-def _count_documents(shard: ShardReader, starts: np.ndarray, lengths: np.ndarray) -> int:
+def _count_documents(document_starts: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> int:
     """The largest number of documents that start inside one block."""
     if not len(starts):
         return 0
-    sentence_starts = np.asarray(shard.sentence_starts, dtype=np.int64)
-    document_starts = sentence_starts[np.asarray(shard.document_starts, dtype=np.int64)]
     inside = np.searchsorted(document_starts, starts + lengths) - np.searchsorted(document_starts, starts)
     return int(inside.max())
 

@@ -42,8 +42,9 @@ from .cli.arguments import parse_arguments
 from .cli.directories import own_directory
 from .cli.program import run
 from .config import setting
-from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
+from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join, warn_of_small_heldout
 from .corpus.chunks import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
+from .corpus.encode import split_lines
 from .corpus.read import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
 from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, load_manifest, write_atomically
 from .corpus.tokenizer import (
@@ -86,8 +87,16 @@ class PrepareConfig:
         None, "leave out documents this similar to an earlier one (Jaccard, by MinHash); 0.8 is usual", valid="(0, 1]"
     )
     sentences: Literal["punctuation", "lines"] = setting("punctuation", "where sentences end, line ends aside")
+    newlines: Literal["keep", "separator"] = setting(
+        "keep",
+        "keep encodes a document as it is, line breaks included; separator strips each line and closes it by </s>, and "
+        "a document by one more, as fairseq did for RoBERTa",
+    )
     heldout_fraction: float = setting(
-        0.005, "share of the documents kept for evaluation, chosen by a hash of their text", valid="[0, 1)"
+        0.005,
+        "share of the documents kept for evaluation, chosen by a hash of their text; more of a small corpus: 128 "
+        "sequences of 512 tokens, or a tenth of it",
+        valid="[0, 1)",
     )
 
     shard_tokens: int = setting(2**26, "tokens a shard at most", valid=f"[1, {MAX_SHARD_TOKENS}]")
@@ -137,6 +146,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     options = _identify(config, tokenizer)
     if finished := _find_finished(out, options, _describe(files)):
         return finished
+    if warning := warn_of_small_heldout(sum(file.size for file in files), config.heldout_fraction):
+        print(warning, file=sys.stderr)
     with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
         _resume(work, options, files)
         if tokenizer is None:
@@ -281,13 +292,13 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
                 size = sum(map(Piece.size, sample))
         print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
 
-        def read_lines() -> Iterator[str]:
+        def read_texts() -> Iterator[str]:
             problems = Problems(config.on_bad_input)
             while sample:
                 for text in clean_documents(sample.pop(0), settings, Counter(), problems):
-                    yield from filter(None, map(str.strip, text.split("\n")))
+                    yield from split_lines(text) if config.newlines == "separator" else [text]
 
-        trained = train_tokenizer(read_lines(), config.train_tokenizer)
+        trained = train_tokenizer(read_texts(), config.train_tokenizer)
         if (found := vocabulary_size(trained)) < config.train_tokenizer:
             print(
                 f"train_tokenizer = {config.train_tokenizer}: the text is too little for that, the tokenizer has {found} "
@@ -306,6 +317,7 @@ def _piece_settings(config: PrepareConfig) -> PieceSettings:
         txt_documents=config.txt_documents,
         text_field=config.text_field,
         split_sentences=config.sentences == "punctuation",
+        newlines=config.newlines,
         nfc=config.nfc,
         min_characters=config.min_characters,
         max_characters=config.max_characters,
@@ -490,7 +502,10 @@ def print_report(manifest: Manifest) -> None:
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
     if not manifest.shard_paths("heldout"):
-        print("nothing is held out, but training needs it: prepare more text, or with a larger --heldout-fraction")
+        print(
+            "nothing is held out, but training needs it: prepare more text (equal documents are never split up), or with a "
+            "larger --heldout-fraction"
+        )
     elif not manifest.shard_paths("train"):
         print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
     else:

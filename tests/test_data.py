@@ -194,3 +194,15 @@ def test_unigram_entropy_of_known_frequencies(tmp_path):
     blocks = make_blocks([tmp_path / "heldout-00000.bin"])
     assert blocks.unigram_entropy() == pytest.approx(1.5 * np.log(2))
     assert blocks.sentences(3, 1, 10) == [[4, 4, 5, 6]]
+
+
+def test_document_bounds_come_from_the_shard_not_from_eos(tmp_path):
+    """Prepared with --newlines separator, every line ends with `</s>`."""
+    lines = [[[5, 6, EOS], [7, EOS], [EOS]], [[8, EOS], [9, 10, 11, EOS], [EOS]]]
+    with ShardWriter(tmp_path, "train", np.dtype("<u2"), "00" * 32) as writer:
+        for document in lines:
+            tokens = np.array([token for line in document for token in line])
+            writer.append(tokens, np.array([len(line) for line in document]), np.array([len(document)]))
+    blocks = make_blocks([tmp_path / "train-00000.bin"], "full-sentences", "document")
+    batch = blocks.read(np.array([0]), np.array([0]), 0)
+    assert sorted(set(batch.cu_seqlens.tolist())) == [0, 7, 14, 32]

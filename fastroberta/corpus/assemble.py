@@ -29,6 +29,7 @@ from .shards import (
 )
 from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
+HELDOUT_TOKENS = 128 * 512  # to hold out at least: 128 sequences, where a tenth of the corpus is that much
 LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
 
 
@@ -78,6 +79,60 @@ def find_duplicates(
     return dropped
 
 
+def warn_of_small_heldout(input_bytes: int, fraction: float) -> str | None:
+    """What to say before the work where the text looks too little for `HELDOUT_TOKENS`, at 4 bytes a token."""
+    tokens = input_bytes // 4
+    if not fraction or max(fraction, 0.1) * tokens >= HELDOUT_TOKENS:
+        return None
+    return (
+        f"{input_bytes / 1e6:.2f} MB of text: about {round(max(fraction, 0.1) * tokens / 512)} sequences of 512 tokens can "
+        f"be held out, fewer than the {HELDOUT_TOKENS // 512} that give a steady held-out loss; give more text, or a larger "
+        "--heldout-fraction"
+    )
+
+
+def find_heldout_limit(
+    pieces: list[Path], dropped: dict[str, np.ndarray], fraction: float, check: Callable[[], None]
+) -> int:
+    """The bound, at most 2**64 - 1, below which the first half of a document's hash sends it to the held-out split.
+
+    Equal documents go together. The bound is `fraction` of all hashes, so that the choice depends on each document
+    alone, where that gives `HELDOUT_TOKENS`. In a smaller corpus it is raised, document by document, to give as many or
+    a tenth of the tokens; the first document may be up to half of them. A fraction of 0 holds nothing out.
+    """
+    limit = min(int(fraction * 2**64), 2**64 - 1)
+    if not limit:
+        return 0
+    hashes, tokens, total, first = np.zeros(0, np.uint64), np.zeros(0, np.int64), 0, 0
+    for path in pieces:
+        check()
+        lengths, sentences, found = load_piece(path, "sentence_lengths", "document_sentences", "hashes")
+        kept = np.ones(len(found), dtype=bool)
+        for flags in dropped.values():
+            kept &= ~flags[first : first + len(found)]
+        first += len(found)
+        if not kept.any():
+            continue
+        sizes = np.add.reduceat(lengths, np.cumsum(sentences, dtype=np.int64) - sentences, dtype=np.int64)[kept]
+        total += int(sizes.sum())
+        if total * fraction >= 4 * HELDOUT_TOKENS:  # chance will hardly leave a quarter of what is expected
+            return limit
+        # Only the lowest hashes matter.
+        hashes, group = np.unique(np.append(hashes, found[kept, 0]), return_inverse=True)
+        tokens = np.bincount(group, np.append(tokens, sizes)).astype(np.int64)
+        most = int(np.searchsorted(np.cumsum(tokens), 2 * HELDOUT_TOKENS)) + 1
+        hashes, tokens = hashes[:most], tokens[:most]
+    heldout = 0
+    for value, size in zip(hashes.tolist(), tokens.tolist()):
+        if value >= limit:
+            most = total // 10 if heldout else total // 2
+            if heldout >= min(HELDOUT_TOKENS, total // 10) or heldout + size > most:
+                break
+            limit = value + 1
+        heldout += size
+    return min(limit, 2**64 - 1)
+
+
 def assemble(
     pieces: list[Path],
     dropped: dict[str, np.ndarray],
@@ -99,7 +154,7 @@ def assemble(
     """
     counts: Counter[str] = Counter({step: int(flags.sum()) for step, flags in dropped.items()})
     problems: Counter[str] = Counter()
-    limit = np.uint64(int(options["heldout_fraction"] * 2**64))
+    limit = np.uint64(find_heldout_limit(pieces, dropped, options["heldout_fraction"], check))
     dtype = token_dtype(vocabulary_size(tokenizer))
     sha256 = options["tokenizer_sha256"] or tokenizer_hash(tokenizer)
     first = 0

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -41,6 +41,7 @@ class PieceSettings:
     txt_documents: str
     text_field: str
     split_sentences: bool
+    newlines: Literal["keep", "separator"]
     nfc: bool
     min_characters: int
     max_characters: int | None
@@ -53,7 +54,7 @@ class PieceProcessor:
 
     def __init__(self, tokenizer: Tokenizer, settings: PieceSettings):
         self._settings = settings
-        self._encoder = DocumentEncoder(tokenizer, split_sentences=settings.split_sentences)
+        self._encoder = DocumentEncoder(tokenizer, split_sentences=settings.split_sentences, newlines=settings.newlines)
         self._signer = Signer() if settings.signatures else None
 
     def process(self, piece: Piece, path: Path) -> dict[str, int]:

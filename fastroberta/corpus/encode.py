@@ -1,24 +1,34 @@
-"""Documents -> tokens, with the bounds of sentences and documents.
+"""Documents -> tokens, with the positions where sentences and documents begin.
 
-A document is its lines, stripped; blank ones are dropped. Each line is tokenized as it stands and nothing stands for
-the line end, as fairseq does with its one text a line. Lines are cut into sentences, which keep the space before them:
-the tokens of the sentences, one after another, are exactly those of the line. Bounds of sentences only decide where a
-training block may end, so a rough rule will do: after . ! or ?, and quotes or brackets that close, before a space and
-something that can begin a sentence. "Dr. Smith" is cut; no token differs for it.
+The tokens of a document are exactly `tokenizer.encode(document, add_special_tokens=False).ids`, followed by one `</s>`.
+Line breaks, blank lines and indentation are text like any other. Special tokens that are written out in the text are
+ordinary text too (`encode_special_tokens`). Only a Unigram model that has `</s>` among its own pieces still gives it;
+that ends no document, because shards list where documents start.
 
-Speed comes from remembering. RoBERTa's tokenizer first splits a line into pre-tokens (words with the space before
-them, numbers, runs of punctuation) and merges bytes only inside these, and most of them come again. So the pre-tokens
-of about a megabyte of text are found at once with NumPy, each is hashed, and its tokens are looked up in a table; the
-tokenizer itself sees a pre-token when it is new. Words with characters beyond ASCII, or with odd space, are looked up
-whole. The hash has 64 bits: in a table of a million entries two are equal with a chance of 3e-8.
+Sentence bounds only decide where a training block may end. They are positions between tokens and never change a token,
+so a rough rule is enough: a sentence ends at a line break, or after a character with Unicode's property
+Sentence_Terminal and any closing quotes or brackets, if what follows looks like a new sentence. "Dr. Smith" is
+therefore cut in two. Thai ends its sentences with a space, which could be any space: there, only line breaks count. The
+white space between two sentences belongs to the first, except the blank that a byte-level token carries in front of its
+word. A bound that would fall inside a token is dropped.
+
+With `newlines="separator"` the tokens are those of fairseq's preprocessing, which RoBERTa was trained on: each line is
+stripped, encoded on its own and closed by `</s>`, blank lines included, and a blank line (one more `</s>`) follows
+each document.
+
+Any tokenizer works; RoBERTa's kind of byte-level BPE is fast. It first splits text into pre-tokens (words with the blank
+before them, numbers, runs of punctuation, runs of white space) and merges bytes only inside them, and most pre-tokens
+recur. So NumPy finds all pre-tokens of about a megabyte of text at once, and their tokens are looked up in a hash table;
+the tokenizer sees only pre-tokens that are new. Words with characters beyond ASCII are looked up whole. The hash has 64
+bits: two of a million entries collide with a probability of 3e-8.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
@@ -26,22 +36,43 @@ from tokenizers import Tokenizer, pre_tokenizers
 from .shards import token_dtype
 from .tokenizer import is_roberta_bpe, special_token_ids, vocabulary_size
 
-SENTENCE_END = re.compile("[.!?][\"'\u2019\u201d\xbb)\\]]*(?= +[\"'\u2018\u201c\xab(\\[]*[^\\W_a-z])")
+# Unicode's Sentence_Terminal in the Basic Multilingual Plane, beyond ASCII. The others belong to historic scripts, and a
+# class of `re` that holds them is 15 times slower.
+TERMINATORS = (
+    "\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b\u1362\u1367\u1368"
+    "\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8-\u1aab\u1b4e\u1b4f\u1b5a\u1b5b\u1b5e\u1b5f"
+    "\u1b7d-\u1b7f\u1c3b\u1c3c\u1c7e\u1c7f\u2024\u203c\u203d\u2047-\u2049\u2cf9-\u2cfb\u2e2e\u2e3c\u2e53\u2e54\u3002"
+    "\ua4ff\ua60e\ua60f\ua6f3\ua6f7\ua876\ua877\ua8ce\ua8cf\ua92f\ua9c8\ua9c9\uaa5d-\uaa5f\uaaf0\uaaf1\uabeb\ufe12"
+    "\ufe15\ufe16\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
+)
+# Letters that begin a sentence without a space before them: Devanagari, Thai, Myanmar, Ethiopic, Khmer, kana, Han,
+# Hangul. These ranges are letters in every version of Unicode that a tokenizer may know, so a pre-token begins there.
+UNSPACED = (
+    "\u0905-\u0939\u0e01-\u0e30\u1000-\u1021\u1200-\u1248\u1780-\u17b3\u3041-\u3096\u30a1-\u30fa\u3400-\u4db5"
+    "\u4e00-\u9fa5\uac00-\ud7a3"
+)
+_WIDE_CLOSING = "\u300d\u300f\uff09\u3011\u300b\u3009\u3015\uff3d\uff63"
+_CLOSING = f"\"'\u2019\u201d\xbb)\\]{_WIDE_CLOSING}"
+_OPENING = "\"'\u2018\u201c\xab(\\[\u300c\u300e\uff08\u3010\u300a\u3008\u3014\uff3b\uff62"
+# Ends where a sentence starts. Python takes the separators U+001C to U+001F for white space, tokenizers do not.
+_SENTENCE_START = re.compile(
+    f"[.!?{TERMINATORS}][{_CLOSING}]*(?:"
+    f"[^\\S\\n\\x1c-\\x1f]+(?=[{_OPENING}]*[^\\W_a-z])|(?=[{UNSPACED}])|(?<=[{TERMINATORS}{_WIDE_CLOSING}])(?=[0-9A-Za-z]))"
+)
+_LINE_START = re.compile("\n[^\\S\x1c-\x1f]*")
 _BATCH_CHARACTERS = 1 << 20
-_ODD_SPACES = [chr(c) for c in range(0x3001) if chr(c).isspace() and chr(c) not in " \n"]
-# Three in a row, not all of them blanks.
-_ODD_SPACE = re.compile(f"[{re.escape(''.join(_ODD_SPACES))}]")
-_LONG_ODD_SPACE = re.compile(r"(?! {3})[^\S\n]{3}")
 
-# Kinds of bytes.
-_END, _SPACE, _LETTER, _DIGIT, _OTHER, _FOREIGN = range(6)
+# Kinds of bytes. White space comes first: blanks, which may belong to the word that follows, and all other.
+_BLANK, _BREAK, _END, _LETTER, _DIGIT, _OTHER, _FOREIGN = range(7)
 _KINDS = np.full(256, _OTHER, dtype=np.uint8)
-_KINDS[[0, 10]] = _END
-_KINDS[32] = _SPACE
+_KINDS[0] = _END
+_KINDS[32] = _BLANK
+_KINDS[9:14] = _BREAK
 _KINDS[[*range(65, 91), *range(97, 123)]] = _LETTER
 _KINDS[48:58] = _DIGIT
-_KINDS[[*map(ord, filter(str.isascii, _ODD_SPACES)), *range(128, 256)]] = _FOREIGN
-_FOREIGN_BYTE = re.compile(b"[" + re.escape(np.flatnonzero(_KINDS == _FOREIGN).astype(np.uint8).tobytes()) + b"]")
+_KINDS[128:] = _FOREIGN
+_FOREIGN_BYTE = re.compile(b"[\x80-\xff]")
+_WIDE_SPACES = np.array([0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000])
 _LONGEST = 32  # bytes of a pre-token that is remembered
 _HASHES = np.random.default_rng(0).integers(0, 2**64, (_LONGEST, 256), dtype=np.uint64)
 _TABLE_BITS = 21
@@ -52,8 +83,8 @@ _MOST_ENTRIES = 1 << 20
 class EncodedDocuments:
     """Documents as `ShardWriter.append` takes them.
 
-    tokens: uint16 or uint32, each document closed by `</s>`. sentence_lengths: uint32, in tokens; the last sentence of
-    a document counts its `</s>`. document_sentences: uint32, sentences of each document.
+    tokens: uint16 or uint32; `</s>` ends each document. sentence_lengths: uint32, in tokens; the last sentence of a
+    document counts its `</s>`. document_sentences: uint32, sentences of each document.
     """
 
     tokens: np.ndarray
@@ -62,13 +93,17 @@ class EncodedDocuments:
 
 
 class DocumentEncoder:
-    """Encodes documents, fast where the tokenizer splits as RoBERTa's does and the text has no long odd space.
+    """Encodes documents, exactly as the tokenizer does.
 
-    Special tokens written out in a text are ordinary text, or a document could forge the `</s>` that ends one.
+    Args:
+        tokenizer: any; it is copied.
+        split_sentences: cut sentences inside lines, rather than at line breaks only.
+        newlines: `keep`, or `separator` for fairseq's format.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, split_sentences: bool):
+    def __init__(self, tokenizer: Tokenizer, *, split_sentences: bool, newlines: Literal["keep", "separator"] = "keep"):
         self._split_sentences = split_sentences
+        self._newlines = newlines
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
         self._dtype = token_dtype(vocabulary_size(tokenizer))
@@ -76,7 +111,26 @@ class DocumentEncoder:
         self._pre_tokens = _PreTokens(self._tokenizer, self._dtype, self._eos) if is_roberta_bpe(tokenizer) else None
 
     def encode(self, documents: Iterable[str]) -> EncodedDocuments:
-        """Encode documents that each hold something other than space."""
+        """Encode documents, taken one by one."""
+        if self._newlines == "keep":
+            return self._encode(documents)
+        counts: list[int] = []
+
+        def split() -> Iterator[str]:
+            for document in documents:
+                lines = split_lines(document)
+                counts.append(len(lines) + 1)
+                yield from lines
+                yield ""
+
+        encoded = self._encode(split())
+        if counts:
+            lines = np.array(counts, dtype=np.int64)
+            firsts = np.cumsum(lines) - lines
+            encoded.document_sentences = np.add.reduceat(encoded.document_sentences, firsts, dtype=np.uint32)
+        return encoded
+
+    def _encode(self, documents: Iterable[str]) -> EncodedDocuments:
         parts: list[EncodedDocuments] = []
         batch: list[str] = []
         size = 0
@@ -90,88 +144,127 @@ class DocumentEncoder:
                 size += len(document)
             else:
                 parts.append(self._encode_any(document))
-        if batch or not parts:
+        if batch:
             parts.append(self._encode_plain(batch))
+        if not parts:
+            return EncodedDocuments(np.zeros(0, self._dtype), np.zeros(0, np.uint32), np.zeros(0, np.uint32))
         return EncodedDocuments(*(np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts))))
 
     def _encode_any(self, document: str) -> EncodedDocuments:
-        """One document, sentence by sentence through the tokenizer."""
-        sentences = []
-        for line in map(str.strip, document.split("\n")):
-            ends = [match.end() for match in SENTENCE_END.finditer(line)] if self._split_sentences else []
-            sentences += [line[start:end] for start, end in pairwise([0, *ends, len(line)])]
-        encoded = [e.ids for e in self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False) if e.ids] or [
-            []
-        ]
-        encoded[-1] = [*encoded[-1], self._eos]
-        return EncodedDocuments(
-            np.array([token for ids in encoded for token in ids], dtype=self._dtype),
-            np.array([len(ids) for ids in encoded], dtype=np.uint32),
-            np.array([len(encoded)], dtype=np.uint32),
-        )
+        """One document with the tokenizer itself."""
+        encoding = self._tokenizer.encode(document, add_special_tokens=False)
+        tokens = np.array([*encoding.ids, self._eos], dtype=self._dtype)
+        bounds = [0]
+        starts = sorted([match.end() for match in _LINE_START.finditer(document)] + self._find_starts(document))
+        if starts and len(encoding):
+            # Offsets decide only where a sentence may be cut, for they are not to be trusted: tokens share characters,
+            # and normalizers and trimming move them. The token of a sentence's first character is the first that ends
+            # after it; if it also holds something of the sentence before, there is no bound.
+            offsets = np.array(encoding.offsets, dtype=np.int64)
+            found = np.searchsorted(np.maximum.accumulate(offsets[:, 1]), starts, side="right")
+            bounds += [
+                token
+                for start, token in zip(starts, found.tolist())
+                if token < len(offsets) and not document[offsets[token, 0] : start].strip()
+            ]
+        return _cut(tokens, np.array(bounds), np.array([len(tokens)]))
 
     def _encode_plain(self, documents: list[str]) -> EncodedDocuments:
-        """Plain documents, all at once: each becomes its lines, a line end between them, and a NUL."""
-        joined = "".join(
-            "\n".join([stripped for line in document.split("\n") if (stripped := line.strip())]) + "\0"
-            for document in documents
-        )
+        """Plain documents with the hash table, all at once; a NUL follows each."""
+        joined = "\0".join([*documents, ""])
         text = np.frombuffer(joined.encode(), dtype=np.uint8)
-        kinds = _KINDS[text]
-        line_ends = np.flatnonzero(kinds == _END)
-        sentence_starts = [np.zeros(1, dtype=np.int64), line_ends[:-1] + 1]
-        if self._split_sentences:
-            ends = np.array([match.end() for match in SENTENCE_END.finditer(joined)], dtype=np.int64)
-            if len(text) != len(joined):  # characters -> bytes
-                ends = np.flatnonzero((text & 0xC0) != 0x80)[ends]
-            sentence_starts.append(ends)
-        starts = np.sort(np.concatenate(sentence_starts)) if documents else np.zeros(0, dtype=np.int64)
-        units = find_pre_tokens(text, kinds)
+        kinds = _find_kinds(text)
+        starts = np.array(self._find_starts(joined), dtype=np.int64)
+        if len(text) != len(joined):  # characters -> bytes
+            starts = np.flatnonzero((text & 0xC0) != 0x80)[starts]
+        units = find_pre_tokens(text, kinds, starts)
         assert self._pre_tokens is not None
         tokens, token_starts = self._pre_tokens.look_up(text, units)
-        bounds = np.append(token_starts[np.searchsorted(units, starts)], len(tokens))
-        document_ends = np.searchsorted(starts, np.flatnonzero(text == 0), side="right")
-        return EncodedDocuments(
-            tokens, np.diff(bounds).astype(np.uint32), np.diff(document_ends, prepend=0).astype(np.uint32)
-        )
+        # A line starts with the first character after the line break that is no space.
+        is_space = kinds <= _BREAK
+        words = np.flatnonzero(is_space[:-1] & ~is_space[1:]) + 1
+        starts = np.concatenate([starts, words[np.searchsorted(words, np.flatnonzero(text == 10))]])
+        ends = np.searchsorted(units, np.flatnonzero(text == 0))
+        bounds = token_starts[np.searchsorted(units, starts, side="right") - 1]
+        return _cut(tokens, np.concatenate([[0], token_starts[ends[:-1] + 1], bounds]), token_starts[ends] + 1)
+
+    def _find_starts(self, text: str) -> list[int]:
+        return find_sentence_starts(text) if self._split_sentences else []
+
+
+def split_lines(document: str) -> list[str]:
+    """The lines of a document as `newlines="separator"` encodes them."""
+    return [line.strip() for line in document.split("\n")]
+
+
+def find_sentence_starts(text: str) -> list[int]:
+    """Where sentences start inside lines: the position of each one's first character."""
+    return [match.end() for match in _SENTENCE_START.finditer(text)]
+
+
+def _cut(tokens: np.ndarray, sentence_starts: np.ndarray, document_ends: np.ndarray) -> EncodedDocuments:
+    """Encoded documents, from positions in their tokens; those of sentences may be in any order, and repeated."""
+    sentence_starts = np.unique(sentence_starts)
+    return EncodedDocuments(
+        tokens,
+        np.diff(sentence_starts, append=len(tokens)).astype(np.uint32),
+        np.diff(np.searchsorted(sentence_starts, document_ends), prepend=0).astype(np.uint32),
+    )
 
 
 def _is_plain(document: str) -> bool:
-    """Whether `find_pre_tokens` is right for a text, and a NUL can stand for its end.
-
-    The tokenizer makes one pre-token of a stretch of space without its last character. Words begin at blanks: where a
-    blank is neither the first nor the last of a stretch, and not all are blanks, they would begin inside.
-    """
-    if "\0" in document:
-        return False
-    if not any(space in document for space in _ODD_SPACES):  # which is faster than the pattern
-        return True
-    found = (match.start() for match in _ODD_SPACE.finditer(document))
-    return not any(_LONG_ODD_SPACE.search(document, max(0, at - 2), at + 3) for at in found)
+    """Whether `find_pre_tokens` is right for a text, and a NUL can stand for its end."""
+    return "\0" not in document and not document[-1:].isspace()
 
 
-def find_pre_tokens(text: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+def _find_kinds(text: np.ndarray) -> np.ndarray:
+    """The kind of each byte of UTF-8; all bytes of a white-space character are `_BREAK`."""
+    kinds = _KINDS[text]
+    at = np.flatnonzero(text[:-2] >= 0xC2)  # a NUL follows the last character
+    first, second, third = (text[at + i].astype(np.int32) for i in range(3))
+    short = (first & 0x1F) << 6 | (second & 0x3F)
+    is_long = first >= 0xE0
+    points = np.where(is_long, (short & 0x3FF) << 6 | (third & 0x3F), short)
+    is_wide = np.isin(points, _WIDE_SPACES) & (first < 0xF0)
+    at, is_long = at[is_wide], is_long[is_wide]
+    for places in (at, at + 1, at[is_long] + 2):
+        kinds[places] = _BREAK
+    return kinds
+
+
+def find_pre_tokens(text: np.ndarray, kinds: np.ndarray, sentence_starts: np.ndarray) -> np.ndarray:
     """Where RoBERTa's pre-tokens start in plain text.
 
-    Its pattern is `'s|'t|'re|'ve|'m|'ll|'d| ?letters| ?digits| ?others|\\s+(?!\\S)|\\s+`. A word with
-    foreign bytes stays whole, their kinds are the tokenizer's affair; so does each end of a line or document.
+    Its pattern is `'s|'t|'re|'ve|'m|'ll|'d| ?letters| ?digits| ?others|\\s+(?!\\S)|\\s+`: of a run of white space
+    before a word, the last character is set apart, and if that is a blank, it belongs to the word. Words with
+    foreign bytes stay whole, for the tokenizer to split, but are cut where a sentence starts.
 
     Args:
-        text: uint8, UTF-8. kinds: of its bytes, same shape.
+        text: uint8, UTF-8, a NUL after each document. kinds: of its bytes, same shape.
+        sentence_starts: int64, bytes where `find_sentence_starts` found a sentence.
     Returns:
         int64, increasing.
     """
     before = np.empty_like(kinds)
     before[:1], before[1:] = _END, kinds[:-1]
-    is_space = kinds == _SPACE
-    # Of several blanks the last belongs to the word that follows, the others to each other.
-    word_starts = (kinds == _END) | (before == _END) | (is_space & (before != _SPACE))
-    word_starts[:-1] |= is_space[:-1] & ~is_space[1:]
-    is_start = word_starts | ((kinds != before) & (before != _SPACE))
+    is_space = kinds <= _BREAK
+    is_boundary = (kinds != before) & (before > _BREAK)
+    is_boundary |= kinds == _END
+    # After a break, and at the last space of a run; of a wide space that is its first byte.
+    is_hard = (before == _BREAK) & ~is_space
+    is_last = is_space[:-1] & ~is_space[1:]
+    lasts = np.flatnonzero(is_last & (text[:-1] >= 0x80))
+    is_last[lasts] = False
+    is_last[lasts - np.where(text[lasts - 1] >= 0xC2, 1, 2)] = True
+    is_hard[:-1] |= is_last
+    is_start = is_boundary | is_hard
     if (kinds == _FOREIGN).any():
-        at = np.flatnonzero(word_starts)
+        is_hard |= is_boundary & ((kinds <= _END) | (before <= _END))
+        is_hard[sentence_starts[text[sentence_starts - 1] != 32]] = True
+        at = np.flatnonzero(is_hard)
         is_foreign = np.maximum.reduceat(kinds, at) == _FOREIGN
-        is_start &= word_starts | ~np.repeat(is_foreign, np.diff(at, append=len(text)))
+        is_start &= is_hard | ~np.repeat(is_foreign, np.diff(at, append=len(text)))
+        is_start |= is_hard
     # A contraction is an apostrophe that begins a pre-token, and the letters after it.
     apostrophes = np.flatnonzero(is_start & (text == ord("'")))
     following = np.append(text, np.zeros(2, dtype=np.uint8))
@@ -277,8 +370,6 @@ class _PreTokens:
                 ids = next(encodings).ids
             elif unit == b"\0":
                 ids = [self._eos]
-            elif unit == b"\n":
-                ids = []
             else:
                 ids = [token.id for token in self._merge(unit.decode().translate(self._letters))]
             tokens += ids

@@ -4,7 +4,7 @@ A shard, little-endian throughout:
 
     offset  bytes
     0       8       magic, b"FASTROB\\0"
-    8       4       version, 1
+    8       4       version, 2
     12      4       bytes of a token: 2 (uint16) where every id of the vocabulary fits, otherwise 4 (uint32)
     16      8 x 3   number of tokens, of sentences, of documents
     40      32      SHA-256 of the tokenizer
@@ -13,9 +13,9 @@ A shard, little-endian throughout:
             ...     sentence starts, uint32: where each sentence begins in the tokens
             ...     document starts, uint32: where each document begins in the sentences
 
-The tokens are each document's, followed by one `</s>` that belongs to its last sentence; there is no `<s>`, so that a
-training block is `<s>` and a slice. A document lies in one shard. Everything is written to a temporary name and renamed
-when it is complete, the manifest last.
+The tokens are each document's, followed by one `</s>` that belongs to its last sentence (with --newlines separator,
+every line has one too); there is no `<s>`, so that a training block is `<s>` and a slice. A document lies in one shard.
+Everything is written to a temporary name and renamed when it is complete, the manifest last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import numpy as np
 from ..errors import DataError
 
 MAGIC = b"FASTROB\0"
-VERSION = 1
+VERSION = 2  # 1 lacked the tokens of line breaks
 HEADER = struct.Struct("<8sIIQQQ32s56x")
 MAX_SHARD_TOKENS = 2**32 - 1  # sentence starts are 32-bit
 SPLITS = ("train", "heldout")
@@ -94,11 +94,9 @@ class ShardReader:
         if len(header) < HEADER.size or header[:8] != MAGIC:
             raise DataError(f"{self.path}: not a fastroberta shard; give a directory written by fastroberta.prepare")
         _, version, item_size, num_tokens, num_sentences, num_documents, sha256 = HEADER.unpack(header)
-        if version != VERSION or item_size not in (2, 4):
-            raise DataError(
-                f"{self.path}: shard version {version} with {item_size}-byte tokens, this program reads version "
-                f"{VERSION} with 2 or 4; prepare the data again"
-            )
+        _check_version(self.path, version)
+        if item_size not in (2, 4):
+            raise DataError(f"{self.path}: tokens of {item_size} bytes, not 2 or 4; {AGAIN}")
         self.num_tokens, self.num_sentences, self.num_documents = num_tokens, num_sentences, num_documents
         self.tokenizer_sha256: str = sha256.hex()
         self.dtype = np.dtype(f"<u{item_size}")
@@ -299,11 +297,9 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
     path = directory / "manifest.json"
     try:
         contents = json.loads(path.read_bytes())
-        if contents.get("format") != "fastroberta-shards" or contents["version"] != VERSION:
-            raise DataError(
-                f"{path}: not of format fastroberta-shards, version {VERSION}; give a directory that this version's "
-                "fastroberta.prepare has written"
-            )
+        if contents.get("format") != "fastroberta-shards":
+            raise DataError(f"{path}: not of format fastroberta-shards; give a directory that prepare has written")
+        _check_version(path, contents["version"])
         manifest = Manifest(
             directory,
             contents,
@@ -354,6 +350,15 @@ def write_manifest(directory: Path, contents: dict[str, Any]) -> None:
     contents = {"format": "fastroberta-shards", "version": VERSION, **contents}
     with write_atomically(directory / "manifest.json") as file:
         file.write(json.dumps(contents, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version != VERSION:
+        reason = ", which lacks the tokens of line breaks" if version == 1 else ""
+        raise DataError(
+            f"{path}: shard version {version}{reason}; this program reads version {VERSION}: prepare the text again, with "
+            "another --out"
+        )
 
 
 def _round_up(size: int) -> int:

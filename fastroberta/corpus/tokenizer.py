@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ SPECIAL_TOKENS = {
 ROBERTA_TOKENS = [names[0] for names in SPECIAL_TOKENS.values()]
 SMALLEST_VOCABULARY = 256 + len(ROBERTA_TOKENS)  # every byte and every special token
 LARGEST_VOCABULARY = 1_000_000  # to train: several times any in use; the trainer reserves memory for all of it
+_TRAINING_CHARACTERS = 1 << 16  # of a text that the trainer gets at once, about
+_CUT = re.compile(r"[ \n](?=\S)")
 
 
 class SpecialTokenIds(NamedTuple):
@@ -120,7 +123,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     gives a smaller vocabulary than asked for. Pairs seen once are not merged.
 
     Args:
-        texts: lines; one is never merged with the next.
+        texts: documents as they will be encoded, line breaks and indentation included.
     Raises:
         ConfigurationError: vocab_size leaves no room for the bytes and the special tokens, or is beyond all use.
     """
@@ -140,10 +143,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator((part for text in texts for part in _split_text(text)), trainer)
     learned = json.loads(learner.to_str())["model"]
     vocabulary = {**learned["vocab"], ROBERTA_TOKENS[-1]: len(learned["vocab"])}
     return _assemble(models.BPE(vocabulary, [tuple(pair) for pair in learned["merges"]]))
+
+
+def _split_text(text: str) -> Iterator[str]:
+    """Cut a long text without changing its pre-tokens; the trainer holds 256 texts at a time, whatever their length.
+
+    Before a word, the last character of a run of white space always begins a pre-token.
+    """
+    start = 0
+    while len(text) - start > _TRAINING_CHARACTERS and (cut := _CUT.search(text, start + _TRAINING_CHARACTERS)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def _assemble(model: models.BPE) -> Tokenizer:

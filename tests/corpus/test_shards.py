@@ -146,8 +146,12 @@ def patch(path, offset, data):
         (lambda path: path.unlink(), "No such file"),
         (lambda path: path.write_bytes(b""), "not a fastroberta shard"),
         (lambda path: patch(path, 0, b"X"), "not a fastroberta shard"),
-        (lambda path: patch(path, 8, struct.pack("<I", 9)), "version 9"),
-        (lambda path: patch(path, 12, struct.pack("<I", 3)), "3-byte tokens"),
+        (
+            lambda path: patch(path, 8, struct.pack("<I", 9)),
+            "shard version 9; this program reads version 2: prepare the text again",
+        ),
+        (lambda path: patch(path, 8, struct.pack("<I", 1)), "version 1, which lacks the tokens of line breaks"),
+        (lambda path: patch(path, 12, struct.pack("<I", 3)), "tokens of 3 bytes"),
         (lambda path: path.write_bytes(path.read_bytes()[:-4]), "its header says"),
         (lambda path: path.write_bytes(path.read_bytes() + b"1234"), "its header says"),
         (lambda path: patch(path, 16, struct.pack("<Q", 2**63)), "its header says"),
@@ -180,7 +184,7 @@ def test_a_whole_directory_is_accepted(tmp_path):
         (lambda d: edit(d, {"name": "train-00000.bin", "bytes": 1}, "shards", 0), "damaged .*sha256"),
         (lambda d: (d / "manifest.json").write_text("{"), "damaged"),
         (lambda d: (d / "manifest.json").write_text("[]"), "damaged"),
-        (lambda d: (d / "manifest.json").write_text('{"format": "fastroberta-shards", "version": 1}'), "damaged"),
+        (lambda d: (d / "manifest.json").write_text('{"format": "fastroberta-shards", "version": 2}'), "damaged"),
         (lambda d: (d / "manifest.json").write_text('{"format": "other", "version": 1}'), "not of format"),
         (lambda d: (d / "manifest.json").write_text('{"step": 4, "files": {}}'), "not of format"),  # a checkpoint's
         (lambda d: edit(d, "../x", "shards", 0, "name"), "outside its directory"),
