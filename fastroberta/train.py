@@ -118,6 +118,7 @@ class Trainer:
         from .data import masking_arguments, open_split
         from .model import COMPUTE_DTYPES, RobertaForMaskedLM
         from .optim import BatchSchedule, LossScaler
+        from .parallel.distribute import distribute
         from .parallel.processes import Processes, select_device
 
         self.config = config
@@ -152,7 +153,7 @@ class Trainer:
         if checkpoints:
             self._load_weights(checkpoints[-1])
         self._check_processes()
-        self.optimizer = self._distribute()
+        self.optimizer = distribute(model, config, self.processes)
         self.loss = torch.compile(model.loss) if config.torch_compile else model.loss
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
         if checkpoints:
@@ -491,20 +492,6 @@ class Trainer:
             "all need the same versions, settings, data, checkpoints and initial model; output_dir must be on a disk that "
             "all machines share",
         )
-
-    def _distribute(self) -> Any:
-        """The model on its device, or its part of it, and the optimizer of what this process updates."""
-        from .parallel.fsdp import FullyShardedOptimizer, shard_model
-        from .parallel.replicated import ReplicatedOptimizer
-        from .parallel.sharded import ShardedOptimizer
-
-        if self.processes.size == 1 or self.config.sharding == "none":
-            return ReplicatedOptimizer(self.model.to(self.device), self.config.optimizer, self.processes)
-        if self.config.sharding == "optimizer":
-            self.model.to(self.device)
-            return ShardedOptimizer(self.model, self.config.optimizer, self.processes, self.model.compute_dtype)
-        shard_model(self.model, self.processes)
-        return FullyShardedOptimizer(self.model, self.config.optimizer, self.processes)
 
     # Settling what the configuration leaves open
 

@@ -112,6 +112,10 @@ class Processes:
         if self._watchdog is not None:
             self._watchdog.note(where)
 
+    def note_reduction(self) -> None:
+        """Tell the watchdog that this process has sent its gradients, and waits for the others'."""
+        self.note_progress("the reduction of gradients")
+
     def be_patient(self) -> None:
         """What comes next may take any time: until the next progress the watchdog's clock stands still."""
         if self._watchdog is not None:
