@@ -24,6 +24,7 @@ from .errors import DataError
 
 _MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finalizer
 _ROUNDS = 8
+WINDOW = 2**16  # sentences, documents or tokens that are looked at together
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -111,32 +112,38 @@ class Blocks:
         self.attention_scope = attention_scope
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.shards = shards
-        tables = [_cut_blocks(shard, block_size - 1, packing) for shard in shards]
-        self._first_block = np.cumsum([0] + [len(starts) for starts, _ in tables])
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            self._bounds = list(threads.map(lambda one: _cut_blocks(one, block_size - 1, packing), shards))
+            if attention_scope == "document":
+                # A static number of document bounds a block keeps shapes static: documents that start inside, the one
+                # that continues from before, and the padding.
+                self._max_spans = 2 + max(threads.map(_count_documents, shards, self._bounds), default=0)
+        self._first_block = np.cumsum([0] + [len(bounds) - 1 for bounds in self._bounds])
         if not self._first_block[-1]:
             raise DataError(f"{shards[0].path.parent if shards else 'data'}: no tokens; give prepare more text")
-        self._starts = np.concatenate([starts for starts, _ in tables])
-        self._lengths = np.concatenate([lengths for _, lengths in tables])
-        self.is_padded = bool((self._lengths < block_size - 1).any())
-        # A static number of document bounds a block keeps shapes static: documents that start inside, the one that
-        # goes on from before, and the padding.
-        self._max_spans = 2 + max(_count_documents(shard, *table) for shard, table in zip(self.shards, tables))
+        self.is_padded = any((np.diff(bounds) < block_size - 1).any() for bounds in self._bounds)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return int(self._first_block[-1])
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all blocks, `<s>` of each included, padding not."""
-        return int(self._lengths.sum()) + len(self)
+        return sum(shard.num_tokens for shard in self.shards) + len(self)
+
+    def describe_verified(self) -> str:
+        """One line: how much of the shards has been verified. The rest is verified as it is read, before it is used."""
+        total, done = (sum(sizes) / 1e9 for sizes in zip(*((one.num_bytes, one.verified_bytes) for one in self.shards)))
+        return f"verified {done:.2f} of {total:.2f} GB in {len(self.shards)} shards; the rest when it is first read"
 
     def unigram_entropy(self) -> float:
         """Entropy in nats of the split's token frequencies, specials left out: the loss of knowing only those."""
         counts = np.zeros(2**16, dtype=np.int64)
         for shard in self.shards:
-            found = np.bincount(shard.tokens)
-            counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
-            counts[: len(found)] += found
+            for start in range(0, shard.num_tokens, WINDOW):
+                found = np.bincount(shard.read_tokens(start, min(start + WINDOW, shard.num_tokens)))
+                counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+                counts[: len(found)] += found
         counts[[self.bos_token_id, self.eos_token_id, self.pad_token_id]] = 0
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
@@ -145,23 +152,27 @@ class Blocks:
         """Token ids of up to `count` sentences of such a length, spread evenly over the split, without `</s>`."""
         found = []
         for shard in self.shards:
-            starts = np.append(np.asarray(shard.sentence_starts, dtype=np.int64), shard.num_tokens)
+            starts = np.append(shard.read_sentence_starts(0, shard.num_sentences).astype(np.int64), shard.num_tokens)
             lengths = np.diff(starts)
             found += [
                 (shard, starts[i], lengths[i]) for i in np.nonzero((lengths >= at_least) & (lengths <= at_most))[0]
             ]
         chosen = [found[i] for i in (np.arange(min(count, len(found))) * len(found) // max(1, min(count, len(found))))]
-        texts = [shard.tokens[start : start + length].tolist() for shard, start, length in chosen]
+        texts = [shard.read_tokens(start, start + length).tolist() for shard, start, length in chosen]
         return [[token for token in text if token != self.eos_token_id] for text in texts]
 
     def read(self, indices: np.ndarray, sample_ids: np.ndarray, first_sample: int) -> Batch:
         """The blocks of the given numbers as a batch in ordinary memory."""
         ids = np.full((len(indices), self.block_size), self.pad_token_id, dtype=np.int64)
         ids[:, 0] = self.bos_token_id
-        lengths = self._lengths[indices] + 1
+        lengths = np.empty(len(indices), dtype=np.int64)
         which = np.searchsorted(self._first_block, indices, side="right") - 1
-        for row, (shard, start, length) in enumerate(zip(which, self._starts[indices], lengths)):
-            ids[row, 1:length] = self.shards[shard].tokens[start : start + length - 1]
+        for row, (shard, block) in enumerate(zip(which, indices - self._first_block[which])):
+            start, stop = self._bounds[shard][block : block + 2].tolist()
+            lengths[row] = 1 + stop - start
+            ids[row, 1 : lengths[row]] = self.shards[shard].read_tokens(start, stop)
+        for shard in np.unique(which):
+            self.shards[shard].release()
         cu_seqlens = key_lengths = None
         spans = lengths
         if self.attention_scope == "document":
@@ -192,40 +203,68 @@ class Blocks:
         return np.pad(bounds, (0, len(ids) * self._max_spans + 1 - len(bounds)), constant_values=ids.size)
 
 
-def _cut_blocks(shard: ShardReader, capacity: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
-    """Start (int64) and length (int32) of each block in a shard's token stream; at most `capacity` tokens each."""
+def _cut_blocks(shard: ShardReader, capacity: int, packing: str) -> np.ndarray:
+    """Where blocks of at most `capacity` tokens begin in a shard's token stream, and where the last one ends: uint32.
+
+    Memory beside the result does not depend on the shard: sentences are looked at in windows of `WINDOW`.
+    """
     end = shard.num_tokens
     if packing == "contiguous" or end == 0:
-        starts = np.arange(0, end, capacity, dtype=np.int64)
-        return starts, np.minimum(capacity, end - starts).astype(np.int32)
-    sentences = np.asarray(shard.sentence_starts, dtype=np.int64)
-    # An over-long sentence becomes several units of at most `capacity` tokens.
-    lengths = np.diff(np.append(sentences, end))
-    pieces = np.maximum(1, -(-lengths // capacity))
-    first_piece = np.cumsum(pieces) - pieces
-    units = np.repeat(sentences, pieces) + (np.arange(pieces.sum()) - np.repeat(first_piece, pieces)) * capacity
-    bounds = np.append(units, end)
-    following = np.searchsorted(bounds, bounds[:-1] + capacity, side="right") - 1
-    if packing == "doc-sentences":
-        documents = np.append(first_piece[np.asarray(shard.document_starts, dtype=np.int64)], len(units))
-        document_end = documents[np.searchsorted(documents, np.arange(len(units)), side="right")]
-        following = np.minimum(following, document_end)
-    chosen, unit, successors = [], 0, following.tolist()
-    while unit < len(successors):
-        chosen.append(unit)
-        unit = successors[unit]
-    first = np.array(chosen, dtype=np.int64)
-    return bounds[first], (bounds[following[first]] - bounds[first]).astype(np.int32)
+        return np.append(np.arange(0, end, capacity, dtype=np.uint32), np.uint32(end))[: None if end else 1]
+    found = [np.zeros(1, dtype=np.uint32)]
+    first, size, position = (
+        0,
+        WINDOW,
+        0,
+    )  # a sentence, how many of them from there, and the token that a block begins with
+    while position < end:
+        last = min(first + size, shard.num_sentences)
+        is_last = last == shard.num_sentences
+        starts = shard.read_sentence_starts(first, last if is_last else last + 1).astype(np.int64)
+        sentences = np.append(starts, end) if is_last else starts
+        # An overlong sentence becomes several units of at most `capacity` tokens.
+        lengths = np.diff(sentences)
+        parts = np.maximum(1, -(-lengths // capacity))
+        first_part = np.cumsum(parts) - parts
+        offsets = (np.arange(parts.sum()) - np.repeat(first_part, parts)) * capacity
+        bounds = np.append(np.repeat(sentences[:-1], parts) + offsets, sentences[-1])
+        following = np.searchsorted(bounds, bounds[:-1] + capacity, side="right") - 1
+        if packing == "doc-sentences":
+            inside = [_find(shard, at) for at in (first + 1, last)]
+            documents = shard.read_document_starts(*inside).astype(np.int64) - first
+            documents = np.append(first_part[documents], len(bounds) - 1)
+            document_end = documents[np.searchsorted(documents, np.arange(len(bounds) - 1), side="right")]
+            following = np.minimum(following, document_end)
+        # Walk from block to block as far as this window can tell where they end.
+        unit, chosen, successors = int(np.searchsorted(bounds, position)), [], following.data
+        stop = len(following) if is_last else int(np.searchsorted(bounds, bounds[-1] - capacity))
+        while unit < stop:
+            unit = successors[unit]
+            chosen.append(unit)
+        if chosen:
+            found.append(bounds[chosen].astype(np.uint32))
+            position = int(bounds[unit])
+            first += int(np.searchsorted(sentences, position, side="right")) - 1
+        else:
+            size *= 2
+        shard.release()
+    return np.concatenate(found)
 
 
-def _count_documents(shard: ShardReader, starts: np.ndarray, lengths: np.ndarray) -> int:
+def _find(shard: ShardReader, sentence: int) -> int:
+    """The first document that starts at this sentence or a later one."""
+    return int(np.searchsorted(shard.document_starts, sentence))
+
+
+def _count_documents(shard: ShardReader, bounds: np.ndarray) -> int:
     """The largest number of documents that start inside one block."""
-    if not len(starts):
-        return 0
-    sentence_starts = np.asarray(shard.sentence_starts, dtype=np.int64)
-    document_starts = sentence_starts[np.asarray(shard.document_starts, dtype=np.int64)]
-    inside = np.searchsorted(document_starts, starts + lengths) - np.searchsorted(document_starts, starts)
-    return int(inside.max())
+    counts = np.zeros(len(bounds) - 1, dtype=np.int32)
+    sentences = shard.read_sentence_starts(0, shard.num_sentences)
+    for first in range(0, shard.num_documents, WINDOW):
+        documents = shard.read_document_starts(first, min(first + WINDOW, shard.num_documents))
+        blocks = np.searchsorted(bounds, sentences[documents], side="right") - 1
+        counts[blocks[0] : blocks[-1] + 1] += np.bincount(blocks - blocks[0]).astype(np.int32)
+    return int(counts.max(initial=0))
 
 
 def open_split(manifest: Manifest, split: str, *, max_seq_length: int, packing: str, attention_scope: str) -> Blocks:

@@ -615,6 +615,7 @@ class Trainer:
             f"{self.micro_batch_size} at once"
             + (f" on each of {self.processes.size}" if self.processes.size > 1 else "")
         )
+        self._say(f"{config.data}: {self.blocks.describe_verified()}")
         if self.step:
             self._say(f"{self.output_dir}: continuing after step {self.step}")
 

@@ -58,6 +58,49 @@ def test_no_token_is_lost_or_moved(corpus, packing):
     assert np.array_equal(stream, expected)
 
 
+def pack_plainly(documents, packing, capacity):
+    """Greedy packing as its definition says it, one sentence at a time: the lengths of the blocks of a shard."""
+    blocks = [0]
+    for document in documents:
+        for index, sentence in enumerate(document):
+            is_last = index == len(document) - 1
+            length = len(sentence) + is_last  # with </s>
+            while length:
+                part = min(length, capacity)
+                if blocks[-1] + part > capacity:
+                    blocks.append(0)
+                blocks[-1] += part
+                length -= part
+        if packing == "doc-sentences":
+            blocks.append(0)
+    return [length for length in blocks if length]
+
+
+@pytest.mark.parametrize("window", [1, 3, 20, 2**16])
+@pytest.mark.parametrize("packing", ["full-sentences", "doc-sentences"])
+def test_blocks_do_not_depend_on_the_windows_in_which_sentences_are_read(corpus, monkeypatch, packing, window):
+    monkeypatch.setattr("fastroberta.data.WINDOW", window)
+    paths, documents = corpus
+    rows, batch = read_all(make_blocks(paths, packing))
+    assert [len(row) - 1 for row in rows] == [one for shard in documents for one in pack_plainly(shard, packing, 31)]
+    static = make_blocks(paths, packing, "document")
+    _, batch = read_all(static)
+    most = max(sum(token == EOS for token in row[:-1]) for row in rows)  # documents that begin inside a block, at least
+    assert len(batch.cu_seqlens) - 1 >= len(rows) * (1 + most)
+
+
+def test_a_flipped_bit_is_found_before_its_block_is_used(corpus):
+    paths, _ = corpus
+    data = bytearray(paths[1].read_bytes())
+    data[200] ^= 4
+    paths[1].write_bytes(data)
+    blocks = make_blocks(paths)
+    blocks.read(np.array([0]), np.array([0]), 0)
+    assert blocks.describe_verified().startswith("verified 0.00 of 0.00 GB in 2 shards")
+    with pytest.raises(DataError, match=r"train-00001\.bin: the bytes from 0 to \d+ do not match their checksum"):
+        list(move_ahead(heldout_batches(blocks, 10**6, 8), torch.device("cpu")))
+
+
 def test_full_sentences_end_where_a_sentence_does(corpus):
     paths, documents = corpus
     rows, _ = read_all(make_blocks(paths, "full-sentences"))
