@@ -88,7 +88,7 @@ class ShardReader:
         tokens: (num_tokens,) uint16 or uint32.
         sentence_starts: (num_sentences,) uint32, offsets into tokens; increasing, the first is 0.
         document_starts: (num_documents,) uint32, offsets into sentence_starts; increasing, the first is 0.
-        dtype: of tokens. tokenizer_sha256: hexadecimal digits.
+        dtype: of tokens. tokenizer_sha256: hexadecimal digits. num_bytes: of the file without its checksums.
     Raises:
         DataError: no shard, another version, or a size that is not what the header says.
     """
@@ -128,7 +128,7 @@ class ShardReader:
         self.tokens = contents[HEADER.size : tokens_end].view(self.dtype)
         self.sentence_starts = contents[self._sentences_at : self._documents_at].view("<u4")
         self.document_starts = contents[self._documents_at : checksums_at].view("<u4")
-        self._contents = contents[:checksums_at]
+        self._contents, self.num_bytes = contents[:checksums_at], checksums_at
         self._checksums = contents[checksums_at:].view("<u4")
         self._is_verified = bytearray(num_chunks)
 
@@ -157,33 +157,23 @@ class ShardReader:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     @property
-    def num_bytes(self) -> int:
-        """The size of the file without its checksums."""
-        return len(self._contents)
-
-    @property
     def verified_bytes(self) -> int:
         """How much of the file has been verified so far."""
-        return min(sum(self._is_verified) * CHUNK_BYTES, len(self._contents))
+        return min(sum(self._is_verified) * CHUNK_BYTES, self.num_bytes)
 
     def _verify(self, start: int, stop: int) -> None:
         """Hold the chunks with bytes [start, stop) of the file against their checksums, unless that has been done."""
         for index in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
             if self._is_verified[index]:
                 continue
-            first = index * CHUNK_BYTES
-            chunk = self._contents[first : first + CHUNK_BYTES]
-            if zlib.crc32(chunk.data) != self._checksums[index]:
+            first, last = index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, self.num_bytes)
+            if zlib.crc32(self._contents[first:last].data) != self._checksums[index]:
+                raise DataError(f"{self.path}: bytes {first} to {last - 1} do not match their checksum; {AGAIN}")
+            tokens = self.tokens[slice(*(max(0, at - HEADER.size) // self.dtype.itemsize for at in (first, last)))]
+            if self.vocab_size is not None and (largest := tokens.max(initial=0)) >= self.vocab_size:
                 raise DataError(
-                    f"{self.path}: the bytes from {first} to {first + len(chunk) - 1} do not match their checksum; {AGAIN}"
+                    f"{self.path}: token id {largest} in a vocabulary of {self.vocab_size}; prepare the data again"
                 )
-            if self.vocab_size is not None:
-                from_token, to_token = ((at - HEADER.size) // self.dtype.itemsize for at in (first, first + len(chunk)))
-                largest = self.tokens[max(0, from_token) : to_token].max(initial=0)
-                if largest >= self.vocab_size:
-                    raise DataError(
-                        f"{self.path}: token id {largest} in a vocabulary of {self.vocab_size}; prepare the data again"
-                    )
             self._is_verified[index] = True
 
 
@@ -279,19 +269,9 @@ class ShardWriter:
             self._file.write(bytes(-token_bytes % 8))
             for starts in self._sentence_starts + self._document_starts:
                 self._file.write(starts.data)
-            num_documents = sum(map(len, self._document_starts))
+            counts = (self._num_tokens, self._num_sentences, sum(map(len, self._document_starts)))
             self._file.seek(0)
-            self._file.write(
-                HEADER.pack(
-                    MAGIC,
-                    VERSION,
-                    self.dtype.itemsize,
-                    self._num_tokens,
-                    self._num_sentences,
-                    num_documents,
-                    self.tokenizer_sha256,
-                )
-            )
+            self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, *counts, self.tokenizer_sha256))
             self._file.seek(0)
             digest, checksums = hashlib.sha256(), []
             while chunk := self._file.read(CHUNK_BYTES):
@@ -300,19 +280,9 @@ class ShardWriter:
             table = np.array(checksums, dtype="<u4").tobytes()
             self._file.write(table)
             digest.update(table)
-            size, sha256 = self._file.tell(), digest.hexdigest()
+            entry = {"name": self._name, "split": self.split, "bytes": self._file.tell(), "sha256": digest.hexdigest()}
         self._open_shard = None
-        self.files.append(
-            {
-                "name": self._name,
-                "split": self.split,
-                "bytes": size,
-                "sha256": sha256,
-                "tokens": self._num_tokens,
-                "sentences": self._num_sentences,
-                "documents": num_documents,
-            }
-        )
+        self.files.append({**entry, **dict(zip(("tokens", "sentences", "documents"), counts))})
 
 
 @dataclass(frozen=True)

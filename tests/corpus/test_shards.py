@@ -271,7 +271,7 @@ def test_reading_finds_one_flipped_bit_before_it_is_used(tmp_path, monkeypatch, 
     load_manifest(tmp_path)  # what can be seen without reading everything is right
     with pytest.raises(
         DataError,
-        match=rf"{shard.path.name}: the bytes from \d+ to \d+ do not match .*; copy the directory again, or run prepare",
+        match=rf"{shard.path.name}: bytes \d+ to \d+ do not match .*; copy the directory again, or run prepare",
     ) as error:
         read_all(manifest.read_shards("train"))
     assert "\n" not in str(error.value)
