@@ -1,20 +1,20 @@
-"""`python -m fastroberta.train --plan`: the memory, communication and speed that a run would have on a cluster.
+"""`python -m fastroberta.train --plan`: predicts the memory, communication and speed of a run on a cluster.
 
-Memory is `metrics.estimate_memory`. Bytes are those that sharding.py sends; tests/test_plan.py holds both against what
-processes really keep and send. Times are a model, and nothing else: no cluster has been measured.
+Memory is that of `costs.estimate_memory`, bytes are those of `parallel.traffic`; tests/test_plan.py compares both with what
+processes really keep and send. Times come from a model; no cluster has been measured.
 
     compute    model FLOPs / (processes x mfu x peak of the GPU); a third more with gradient_checkpointing
     update     44 bytes of device memory for each parameter that a process updates
-    a message  bytes sent / speed of the slowest link, and a delay for each hop: once around the ring for a reduce-scatter
-               or an all-gather, twice for an all-reduce. NCCL lays a ring for each network card of a node, so the cards of
-               all its GPUs share what goes to the next node
-    hidden     none and optimizer: the reduction, under the backward of the last micro-batch; not that of the word table,
-               which is ready last, and not the gathering of updated weights
-               full: everything, under the whole compute; not embeddings and head, which come first and go last
+    a message  bytes sent / bandwidth of the slowest link, and a latency for each hop: once around the ring for a
+               reduce-scatter or an all-gather, twice for an all-reduce. NCCL builds a ring for each network card of a
+               node, so the cards of all its GPUs share the traffic to the next node
+    hidden     none and optimizer: the reduction, by the backward of the last micro-batch; but not that of the word table,
+               which is ready last, nor the gathering of updated weights
+               full: everything, by the whole compute; but not embeddings and head, gathered first and reduced last
     step       compute + update + what is not hidden
 
-Left out: reading data, evaluations and checkpoints, what communication takes from a GPU's compute, trees in place of
-rings (which NCCL may choose for all-reduces over many nodes, and which are faster there), and the batch ramp.
+Not modelled: reading data, evaluations, checkpoints, the compute that communication costs a GPU, trees instead of rings
+(which NCCL may choose for all-reduces over many nodes, where they are faster), and the batch ramp.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .parallel.traffic import Traffic, bytes_sent, count_buckets
 DESCRIPTION = """Predict what a run would need and how fast it would be on a cluster, without training. Memory and bytes are
 counted, times are a model: see fastroberta/plan.py. The cluster is --nodes, --gpus and the settings after them."""
 VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
-# Seconds from GPU to GPU, inside a node and between nodes: those that NCCL itself reckons with (hwLat in its
-# src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
+# Seconds from GPU to GPU, inside a node and between nodes, as NCCL assumes them (hwLat in its src/graph/tuning.cc, for a
+# ring and LL128, its protocol for messages of this size).
 NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
-# Of GPUs that have one size only: GiB, TB/s of the memory, GB/s one way to the next GPU by NVLink or else PCIe, from the
-# datasheets; their GB of memory are GiB here, of which a tenth stays free, but for the H200, where PyTorch finds 139. A GPU
-# sold with several sizes is in it by PyTorch's name for each, or not at all.
+# GiB and TB/s of the memory, and GB/s one way to the next GPU over NVLink or else PCIe, from the datasheets. Their GB of
+# memory count as GiB here, because a tenth stays free; for the H200, PyTorch reports 139. A GPU that is sold with several
+# memory sizes is listed by PyTorch's name for each, or not at all.
 _MACHINES = {
     r"\bH200\b": (139.0, 4.8, 450.0),
     r"\bH100\b(?! NVL| PCIe)": (80.0, 3.35, 450.0),
@@ -54,7 +54,7 @@ _MACHINES = {
     r"\bRTX 3090$": (24.0, 0.936, 32.0),
     r"\bT4\b": (16.0, 0.32, 16.0),
 }
-UPDATE_BYTES = 44  # read and written a parameter by AdamW and LAMB, with the gradient's norm, scaling and clearing
+UPDATE_BYTES = 44  # that AdamW or LAMB read and write per parameter, with norm, scaling and clearing of the gradient
 
 
 @dataclass
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Prediction(NamedTuple):
-    """A run on some GPUs. Seconds are of one step, memory is in bytes of one GPU, as is what is sent, by each."""
+    """A run on some of the GPUs: seconds per step; bytes of memory, and bytes sent per step, of one GPU."""
 
     nodes: int
     gpus: int
@@ -123,7 +123,7 @@ class Prediction(NamedTuple):
     compute: float
     update: float
     communication: float
-    exposed: float  # the part of the communication for which the GPU waits
+    exposed: float  # the part of the communication that the GPU waits for
 
     @property
     def num_processes(self) -> int:
@@ -135,7 +135,7 @@ class Prediction(NamedTuple):
 
 
 def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
-    """The run of `config` on some of its machines; the micro-batch is the largest that fits, or 1."""
+    """The run of `config` on some of its machines, with the largest micro-batch that fits, or 1."""
     size = nodes * gpus
     share = config.smallest_batch_size // size
     if config.micro_batch_size == "auto":
@@ -163,10 +163,10 @@ def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
 def time_messages(
     config: PlanConfig, nodes: int, gpus: int, sent: Traffic, num_micro_batches: int, compute: float, backward: float
 ) -> tuple[float, float]:
-    """Seconds of a step's communication, and how many of them the GPU waits.
+    """Seconds of communication in a step, and how many of them the GPU waits.
 
     Args:
-        compute, backward: seconds of a step, and of the backward of its last micro-batch, to hide in.
+        compute, backward: seconds of a step, and of the backward of its last micro-batch, which hide communication.
     """
     if nodes * gpus == 1:
         return 0.0, 0.0
@@ -184,7 +184,7 @@ def time_messages(
         reduced, gathered = (one / num_micro_batches for one in sent)
         outside = count - layers * num_layer_parameters(model)
         total = seconds(reduced, layers + 1) + seconds(gathered, 2 * layers + 1)
-        waits = seconds(reduced * outside / count, 1) * 2  # gathered first, reduced last, both 4 bytes a parameter
+        waits = seconds(reduced * outside / count, 1) * 2  # gathered first and reduced last, 4 bytes per parameter each
         total, waits = num_micro_batches * total, num_micro_batches * waits
         return total, max(waits, total - compute)
     table = (model.vocab_size or 0) * model.hidden_size  # a bucket of its own
@@ -197,7 +197,7 @@ def time_messages(
 
 
 def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
-    """The table that a person reads."""
+    """Print the table."""
     peak = peak_flops(config.gpu_name) or 0.0
     print_line(
         f"{num_parameters(config.model):,} parameters, {config.precision}, sharding {config.sharding}; "
@@ -238,7 +238,7 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
 
 def _usable_memory(config: PlanConfig) -> float:
     assert config.gpu_memory is not None  # by check
-    return 0.9 * config.gpu_memory * 2**30  # as the trainer takes it
+    return 0.9 * config.gpu_memory * 2**30  # as the trainer does
 
 
 def _name(one: Prediction) -> str:
