@@ -115,7 +115,11 @@ class BatchRampConfig:
 class TrainConfig:
     """One training run."""
 
-    data: str | None = setting(None, "directory written by fastroberta.prepare; null = the texts inside Python [data]")
+    data: str | None = setting(
+        None,
+        "directory written by fastroberta.prepare, or several as DIR:WEIGHT,DIR:WEIGHT; null = the texts inside Python "
+        "[data]",
+    )
     output_dir: str = setting("runs/roberta", "checkpoints and metrics; a run found there is continued [save_dir]")
     init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes replace model.*")
     seed: int = setting(1, "of initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")

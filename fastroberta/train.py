@@ -113,9 +113,8 @@ class Trainer:
         from fastroberta_kernels.philox import fold_seed
 
         from .checkpoint import list_checkpoints, remove_partial_checkpoints
-        from .corpus.shards import load_manifest
         from .corpus.tokenizer import load_tokenizer
-        from .data import masking_arguments, open_split
+        from .data import load_corpora, masking_arguments, open_split
         from .model import COMPUTE_DTYPES, RobertaForMaskedLM
         from .optim import BatchSchedule, LossScaler
         from .parallel.distribute import distribute
@@ -126,14 +125,15 @@ class Trainer:
         self.processes = processes or Processes(select_device(config.device))
         self.device = self.processes.device
         assert config.data is not None
-        self.manifest = load_manifest(config.data)
+        self.corpora = load_corpora(config.data)
+        self.manifest = self.corpora[0].manifest  # for the tokenizer, which all share
         self.tokenizer = load_tokenizer(self.manifest.directory)
         self.masking = masking_arguments(self.manifest, config.mlm_probability)
         cut: dict[str, Any] = dict(
             max_seq_length=config.max_seq_length, packing=config.packing, attention_scope=config.attention_scope
         )
-        self.blocks = open_split(self.manifest, "train", **cut)
-        self.heldout = open_split(self.manifest, "heldout", **cut)
+        self.blocks = open_split(self.corpora, "train", **cut)
+        self.heldout = open_split(self.corpora, "heldout", **cut)
 
         pad_token_id = self.manifest.special_token_ids["pad_token_id"]
         if config.init_from is None:
@@ -447,7 +447,10 @@ class Trainer:
         state = read_state(checkpoint)
         before, now = _flatten(state["config"]), _flatten(to_dict(self.config))
         for name, value in now.items():
-            if name.split(".")[0] not in MAY_CHANGE_ON_RESUME and before.get(name, value) != value:
+            may_change = name.split(".")[0] in MAY_CHANGE_ON_RESUME
+            if name == "data" and len(self.corpora) > 1:  # the weights decide the order
+                may_change = False
+            if not may_change and before.get(name, value) != value:
                 raise ConfigurationError(
                     f"{name}: {value!r}, but {checkpoint} was trained with {before[name]!r}; keep it, or give another "
                     "--output_dir"
@@ -616,6 +619,10 @@ class Trainer:
             + (f" on each of {self.processes.size}" if self.processes.size > 1 else "")
         )
         self._say(f"{config.data}: {self.blocks.describe_verified()}")
+        if len(self.corpora) > 1:
+            epochs = self.blocks.count_epochs(self.batch_schedule.samples(config.max_steps - 1).stop)
+            for (manifest, weight), size, count in zip(self.corpora, self.blocks.corpus_sizes, epochs):
+                self._say(f"  {manifest.directory}, weight {weight:g}: {size:,} sequences, {count:.2f} epochs in all")
         if self.step:
             self._say(f"{self.output_dir}: continuing after step {self.step}")
 

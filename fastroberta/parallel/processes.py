@@ -223,6 +223,6 @@ def join_processes(device: str, timeout: float) -> Processes:
         dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=patience, device_id=here)
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
-    # NCCL would abort a process that waits for a long checkpoint. Created now, because torchrun and its store may be gone later.
+    # NCCL would abort a process that waits for a long checkpoint. Created now: torchrun and its store may be gone later.
     hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
     return Processes(here, rank, size, Watchdog(store, rank, size, timeout), hosts)

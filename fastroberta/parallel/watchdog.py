@@ -140,7 +140,5 @@ class Watchdog:
         """Exit from this thread: the main thread is blocked inside a library."""
         if message:
             print(message, file=sys.stderr, flush=True)
-        time.sleep(
-            2 * HEARTBEAT_SECONDS
-        )  # torchrun ends the others once this one is gone; they may have something to report
+        time.sleep(2 * HEARTBEAT_SECONDS)  # once this one is gone, torchrun ends the others; let them report first
         os._exit(ProcessError.exit_code)
