@@ -121,7 +121,11 @@ class BatchRampConfig:
 class TrainConfig:
     """One training run."""
 
-    data: str | None = setting(None, "directory written by fastroberta.prepare; null: the texts inside Python [data]")
+    data: str | None = setting(
+        None,
+        "directory written by fastroberta.prepare, or several with their weights: DIR,DIR:0.3; null: the texts inside "
+        "Python [data]",
+    )
     output_dir: str = setting("runs/roberta", "directory of the run, which is continued if found there [save_dir]")
     init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes override model.*")
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")

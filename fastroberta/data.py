@@ -1,31 +1,32 @@
 """Token shards -> batches. The order of training is a function: which blocks a step sees depends on (seed, step) alone.
 
-A block is `<s>` and a slice of a shard's token stream, in which `</s>` ends each document, padded where it is short:
+A block is `<s>` and a slice of a shard's tokens (see corpus/packing.py), padded where it is short.
 
-    full-sentences  whole sentences, across documents, as many as fit (Liu et al., arXiv 1907.11692, section 4.2)
-    doc-sentences   the same, but a block ends where its document ends
-    contiguous      the stream cut anywhere: every block but a shard's last is full
+With several corpora, a fixed pattern says which of them each sample comes from, in proportion to their weights. Each corpus
+is permuted separately and starts its next epoch when all its blocks have been seen.
 
-No token is lost: a sentence longer than a block is split over several. Where the text was prepared with --newlines
-separator, `</s>` ends each line as well; where a document starts is therefore looked up in the shard, never inferred
-from `</s>`.
+Where the text was prepared with --newlines separator, `</s>` ends each line as well as each document; where a document
+starts is therefore looked up in the shard, never inferred from `</s>`.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .corpus.shards import Manifest, ShardReader
-from .errors import DataError
+from .corpus.packing import WINDOW, count_documents, cut_blocks, find_documents
+from .corpus.shards import Manifest, ShardReader, load_manifest
+from .errors import ConfigurationError, DataError
 
 _MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finalizer
 _ROUNDS = 8
+PERIOD = 1000  # samples after which the pattern of corpora repeats: weights count to a thousandth
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -86,14 +87,24 @@ class Batch:
     sum_squared_lengths: int
 
 
+class Corpus(NamedTuple):
+    """A prepared directory, and how often samples come from it, relative to the others."""
+
+    manifest: Manifest
+    weight: float
+
+
 class Blocks:
-    """The blocks of one split of a prepared directory: a table of slices into memory-mapped shards.
+    """The blocks of one split of one or more prepared directories: a table of slices into memory-mapped shards.
 
     Args:
         shards: in order.
         block_size: tokens of a block, `<s>` included.
         packing: `full-sentences`, `doc-sentences` or `contiguous`.
         attention_scope: `block`, or `document` to keep attention inside each document.
+        shards_of, weights: the number of shards of each corpus, and its weight; one corpus if empty.
+    Attributes:
+        corpus_sizes: int64 (corpora,), the number of blocks of each.
     Raises:
         DataError: no tokens.
     """
@@ -108,39 +119,87 @@ class Blocks:
         bos_token_id: int,
         eos_token_id: int,
         pad_token_id: int,
+        shards_of: Sequence[int] = (),
+        weights: Sequence[float] = (),
     ):
         self.block_size = block_size
         self.attention_scope = attention_scope
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.shards = shards
-        tables = [_cut_blocks(shard, block_size - 1, packing) for shard in shards]
-        self._first_block = np.cumsum([0] + [len(starts) for starts, _ in tables])
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            self._bounds = list(threads.map(lambda one: cut_blocks(one, block_size - 1, packing), shards))
+            if attention_scope == "document":
+                # A static number of document bounds a block keeps shapes static: documents that start inside, the one
+                # that continues from before, and the padding.
+                self._documents = list(threads.map(find_documents, shards))
+                self._max_spans = 2 + max(map(count_documents, self._documents, self._bounds), default=0)
+        self._first_block = np.cumsum([0] + [len(bounds) - 1 for bounds in self._bounds])
         if not self._first_block[-1]:
             raise DataError(f"{shards[0].path.parent if shards else 'data'}: no tokens; give prepare more text")
-        self._starts = np.concatenate([starts for starts, _ in tables])
-        self._lengths = np.concatenate([lengths for _, lengths in tables])
-        self.is_padded = bool((self._lengths < block_size - 1).any())
-        # A static number of document bounds a block keeps shapes static: documents that start inside, the one that
-        # goes on from before, and the padding.
-        self._document_starts = [shard.sentence_starts[np.asarray(shard.document_starts)] for shard in shards]
-        counts = [_count_documents(found, *table) for found, table in zip(self._document_starts, tables)]
-        self._max_spans = 2 + max(counts)
+        at_shard = np.cumsum([0, *(shards_of or [len(shards)])])
+        self._first_of_corpus = self._first_block[at_shard]
+        self.corpus_sizes = np.diff(self._first_of_corpus)
+        self._pattern = _spread(np.asarray(weights or [1.0]))
+        # For each corpus, its samples in a period up to and with each place.
+        self._taken = np.stack([np.cumsum(self._pattern == corpus) for corpus in range(len(self.corpus_sizes))])
+        self.is_padded = any((np.diff(bounds) < block_size - 1).any() for bounds in self._bounds)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return int(self._first_block[-1])
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all blocks, `<s>` of each included, padding not."""
-        return int(self._lengths.sum()) + len(self)
+        return sum(shard.num_tokens for shard in self.shards) + len(self)
+
+    def describe_verified(self) -> str:
+        """One line: how much of the shards has been verified. The rest is verified as it is read, before it is used."""
+        total, done = (sum(sizes) / 1e9 for sizes in zip(*((one.num_bytes, one.verified_bytes) for one in self.shards)))
+        return f"verified {done:.2f} of {total:.2f} GB in {len(self.shards)} shards; the rest when it is first read"
+
+    def order(self, samples: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which blocks are the samples of these numbers in training order, and which epoch of their corpus that is.
+
+        Args:
+            samples: int64, any shape.
+        Returns:
+            Block numbers and epochs, int64, of the same shape.
+        """
+        corpora, seen = self._locate(samples)
+        epochs, within = seen // self.corpus_sizes[corpora], seen % self.corpus_sizes[corpora]
+        blocks = np.empty_like(within)
+        for corpus, epoch in np.unique(np.stack((corpora, epochs)).reshape(2, -1), axis=1).T.tolist():
+            chosen = (corpora == corpus) & (epochs == epoch)
+            blocks[chosen] = permute(within[chosen], int(self.corpus_sizes[corpus]), seed, epoch)
+        return blocks + self._first_of_corpus[corpora], epochs
+
+    def count_epochs(self, num_samples: int) -> list[float]:
+        """How often each corpus has been seen after so many samples."""
+        periods, rest = divmod(num_samples, len(self._pattern))
+        counts = periods * self._taken[:, -1] + (self._taken[:, rest - 1] if rest else 0)
+        return (counts / self.corpus_sizes).tolist()
+
+    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The corpus of each sample, and how many samples of that corpus came before it."""
+        periods, places = np.divmod(samples, len(self._pattern))
+        corpora = self._pattern[places]
+        return corpora, periods * self._taken[corpora, -1] + self._taken[corpora, places] - 1
+
+    def spread_evenly(self, count: int) -> np.ndarray:
+        """Up to `count` block numbers, spread evenly over each corpus, which has its share of them. Int64."""
+        shares = self._taken[:, -1] / len(self._pattern)
+        counts = np.minimum(np.maximum(1, np.round(shares * min(count, len(self)))).astype(np.int64), self.corpus_sizes)
+        parts = zip(self._first_of_corpus, counts, self.corpus_sizes)
+        return np.concatenate([first + np.arange(number) * size // number for first, number, size in parts])
 
     def unigram_entropy(self) -> float:
         """Entropy in nats of the split's token frequencies, specials left out: the loss of knowing only those."""
         counts = np.zeros(2**16, dtype=np.int64)
         for shard in self.shards:
-            found = np.bincount(shard.tokens)
-            counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
-            counts[: len(found)] += found
+            for start in range(0, shard.num_tokens, WINDOW):
+                found = np.bincount(shard.read_tokens(start, min(start + WINDOW, shard.num_tokens)))
+                counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
+                counts[: len(found)] += found
         counts[[self.bos_token_id, self.eos_token_id, self.pad_token_id]] = 0
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
@@ -149,27 +208,31 @@ class Blocks:
         """Token ids of up to `count` sentences of such a length, spread evenly over the split, without `</s>`."""
         found = []
         for shard in self.shards:
-            starts = np.append(np.asarray(shard.sentence_starts, dtype=np.int64), shard.num_tokens)
+            starts = np.append(shard.read_sentence_starts(0, shard.num_sentences).astype(np.int64), shard.num_tokens)
             lengths = np.diff(starts)
             found += [
                 (shard, starts[i], lengths[i]) for i in np.nonzero((lengths >= at_least) & (lengths <= at_most))[0]
             ]
         chosen = [found[i] for i in (np.arange(min(count, len(found))) * len(found) // max(1, min(count, len(found))))]
-        texts = [shard.tokens[start : start + length].tolist() for shard, start, length in chosen]
+        texts = [shard.read_tokens(start, start + length).tolist() for shard, start, length in chosen]
         return [[token for token in text if token != self.eos_token_id] for text in texts]
 
     def read(self, indices: np.ndarray, sample_ids: np.ndarray, first_sample: int) -> Batch:
         """The blocks of the given numbers as a batch in ordinary memory."""
         ids = np.full((len(indices), self.block_size), self.pad_token_id, dtype=np.int64)
         ids[:, 0] = self.bos_token_id
-        lengths = self._lengths[indices] + 1
+        starts, lengths = np.empty((2, len(indices)), dtype=np.int64)
         which = np.searchsorted(self._first_block, indices, side="right") - 1
-        for row, (shard, start, length) in enumerate(zip(which, self._starts[indices], lengths)):
-            ids[row, 1:length] = self.shards[shard].tokens[start : start + length - 1]
+        for row, (shard, block) in enumerate(zip(which, indices - self._first_block[which])):
+            start, stop = self._bounds[shard][block : block + 2].tolist()
+            starts[row], lengths[row] = start, 1 + stop - start
+            ids[row, 1 : lengths[row]] = self.shards[shard].read_tokens(start, stop)
+        for shard in np.unique(which):
+            self.shards[shard].release()
         cu_seqlens = key_lengths = None
         spans = lengths
         if self.attention_scope == "document":
-            bounds = self._document_bounds(which, self._starts[indices], lengths)
+            bounds = self._document_bounds(which, starts, lengths)
             cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
             spans = np.diff(bounds)
         elif self.is_padded:
@@ -190,7 +253,7 @@ class Blocks:
             np.append(np.arange(len(starts) + 1) * self.block_size, np.arange(len(starts)) * self.block_size + lengths)
         ]
         for row, (shard, start, length) in enumerate(zip(shards, starts, lengths)):
-            documents = self._document_starts[shard]
+            documents = self._documents[shard]
             # The first bound of a block is 0: its `<s>` belongs to the document that it begins with.
             inside = slice(
                 np.searchsorted(documents, documents.dtype.type(start), side="right"),
@@ -202,51 +265,74 @@ class Blocks:
         return np.pad(found, (0, size - len(found)), constant_values=len(starts) * self.block_size)
 
 
-def _cut_blocks(shard: ShardReader, capacity: int, packing: str) -> tuple[np.ndarray, np.ndarray]:
-    """Start (int64) and length (int32) of each block in a shard's token stream; at most `capacity` tokens each."""
-    end = shard.num_tokens
-    if packing == "contiguous" or end == 0:
-        starts = np.arange(0, end, capacity, dtype=np.int64)
-        return starts, np.minimum(capacity, end - starts).astype(np.int32)
-    sentences = np.asarray(shard.sentence_starts, dtype=np.int64)
-    # An over-long sentence becomes several units of at most `capacity` tokens.
-    lengths = np.diff(np.append(sentences, end))
-    pieces = np.maximum(1, -(-lengths // capacity))
-    first_piece = np.cumsum(pieces) - pieces
-    units = np.repeat(sentences, pieces) + (np.arange(pieces.sum()) - np.repeat(first_piece, pieces)) * capacity
-    bounds = np.append(units, end)
-    following = np.searchsorted(bounds, bounds[:-1] + capacity, side="right") - 1
-    if packing == "doc-sentences":
-        documents = np.append(first_piece[np.asarray(shard.document_starts, dtype=np.int64)], len(units))
-        document_end = documents[np.searchsorted(documents, np.arange(len(units)), side="right")]
-        following = np.minimum(following, document_end)
-    chosen, unit, successors = [], 0, following.tolist()
-    while unit < len(successors):
-        chosen.append(unit)
-        unit = successors[unit]
-    first = np.array(chosen, dtype=np.int64)
-    return bounds[first], (bounds[following[first]] - bounds[first]).astype(np.int32)
+def _spread(weights: np.ndarray) -> np.ndarray:
+    """Which corpus each sample of a period comes from, as evenly alternating as the weights allow: int64 (period,)."""
+    if len(weights) == 1:
+        return np.zeros(1, dtype=np.int64)
+    shares, taken, pattern = weights / weights.sum(), np.zeros(len(weights)), []
+    for place in range(1, PERIOD + 1):
+        pattern.append(int(np.argmax(place * shares - taken)))
+        taken[pattern[-1]] += 1
+    if not taken.all():
+        raise ConfigurationError(
+            f"data: a weight is less than 1/{PERIOD} of all weights; raise it or leave that corpus out"
+        )
+    return np.array(pattern)
 
 
-def _count_documents(document_starts: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> int:
-    """The largest number of documents that start inside one block."""
-    if not len(starts):
-        return 0
-    inside = np.searchsorted(document_starts, starts + lengths) - np.searchsorted(document_starts, starts)
-    return int(inside.max())
+def load_corpora(data: str | Sequence[str]) -> list[Corpus]:
+    """The corpora that the setting `data` names: directories, each with `:WEIGHT` after it or weight 1.
+
+    Args:
+        data: a list, or the same separated by commas; a directory whose own name has commas or colons is found, too.
+    Raises:
+        ConfigurationError: a weight that is not positive, or corpora with different tokenizers.
+        DataError: see `load_manifest`.
+    """
+    if isinstance(data, str):
+        data = [data] if Path(data).exists() else data.split(",")
+    corpora = []
+    for entry in data:
+        directory, colon, weight = entry.rpartition(":")
+        if not colon or Path(entry).exists():
+            directory, weight = entry, "1"
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise ConfigurationError(f"data: {entry}: {weight!r} is not a positive weight; write {directory}:0.5 or so")
+        corpora.append(Corpus(load_manifest(directory), number))
+    for corpus in corpora[1:]:
+        if corpus.manifest.tokenizer_sha256 != corpora[0].manifest.tokenizer_sha256:
+            raise ConfigurationError(
+                f"data: {corpus.manifest.directory} has another tokenizer than {corpora[0].manifest.directory}; prepare it "
+                f"with --tokenizer {corpora[0].manifest.directory}"
+            )
+    return corpora
 
 
-def open_split(manifest: Manifest, split: str, *, max_seq_length: int, packing: str, attention_scope: str) -> Blocks:
-    """The blocks of "train" or "heldout" of a prepared directory.
+def open_split(
+    corpora: Manifest | Sequence[Corpus], split: str, *, max_seq_length: int, packing: str, attention_scope: str
+) -> Blocks:
+    """The blocks of "train" or "heldout" of prepared directories, which share a tokenizer.
 
     Raises:
         DataError: the split is empty or damaged, or holds a token id outside the vocabulary.
     """
-    ids = manifest.special_token_ids
-    if not manifest.count(split, "tokens"):
-        raise DataError(f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share")
+    if isinstance(corpora, Manifest):
+        corpora = [Corpus(corpora, 1.0)]
+    ids = corpora[0].manifest.special_token_ids
+    for manifest, _ in corpora:
+        if not manifest.count(split, "tokens"):
+            raise DataError(
+                f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share"
+            )
+    shards = [manifest.read_shards(split) for manifest, _ in corpora]
     return Blocks(
-        manifest.read_shards(split),
+        [shard for some in shards for shard in some],
+        shards_of=[len(some) for some in shards],
+        weights=[weight for _, weight in corpora],
         block_size=max_seq_length,
         packing=packing,
         attention_scope=attention_scope,
@@ -272,25 +358,20 @@ def training_batches(
 ) -> Iterator[Batch]:
     """A micro-batch for each of `first_samples`: that sample of the training order and those that follow it.
 
-    Sample s is block `permute(s % len(blocks))` of epoch `s // len(blocks)`. Its mask is drawn for another sample id in
-    every epoch, or for the same in all of them with static masking.
+    With one corpus, sample s is block `permute(s % len(blocks))` of epoch `s // len(blocks)`. Its mask is drawn for
+    another sample id in every epoch, or for the same id in all of them with static masking.
     """
     for first in first_samples:
         samples = np.arange(first, first + micro_batch_size)
-        epochs, within = samples // len(blocks), samples % len(blocks)
-        indices = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            indices[chosen] = permute(within[chosen], len(blocks), seed, int(epoch))
+        indices, epochs = blocks.order(samples, seed)
         sample_ids = indices if static_masking else epochs * len(blocks) + indices
         yield blocks.read(indices, sample_ids, first)
 
 
 def heldout_batches(blocks: Blocks, num_sequences: int, micro_batch_size: int) -> Iterator[Batch]:
     """Up to `num_sequences` held-out blocks, the same ones every time, spread evenly over the split."""
-    count = min(num_sequences, len(blocks))
-    indices = np.arange(count) * len(blocks) // count
-    for start in range(0, count, micro_batch_size):
+    indices = blocks.spread_evenly(num_sequences)
+    for start in range(0, len(indices), micro_batch_size):
         chosen = indices[start : start + micro_batch_size]
         yield blocks.read(chosen, chosen, start)
 

@@ -99,6 +99,10 @@ class LossScaler:
 NORM_ROW = 4096
 
 
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
 class FlatGradients:
     """One of PyTorch's own kind of optimizers, with FusedLAMB's manners: flat gradients that are divided by a scale, the
     global norm measured and clipped, and a step that is not taken where the norm is not finite.
@@ -123,9 +127,9 @@ class FlatGradients:
         self.all_reduce = all_reduce
         self.param_groups, self.state = inner.param_groups, inner.state
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-        ends = torch.tensor([-(-parameter.numel() // 32) * 32 for parameter in parameters]).cumsum(0).tolist()
+        ends = torch.tensor([round_up(parameter.numel(), 32) for parameter in parameters]).cumsum(0).tolist()
         device = parameters[0].device
-        self.gradient = torch.zeros(-(-ends[-1] // NORM_ROW) * NORM_ROW, device=device)
+        self.gradient = torch.zeros(round_up(ends[-1], NORM_ROW), device=device)
         self.last_grad_norm = torch.zeros((), device=device)
         for start, parameter in zip([0, *ends], parameters):
             parameter.grad = self.gradient[start : start + parameter.numel()].view_as(parameter)

@@ -171,7 +171,7 @@ def time_messages(
         reduced, gathered = (one / num_micro_batches for one in sent)
         outside = count - layers * num_layer_parameters(model)
         total = seconds(reduced, layers + 1) + seconds(gathered, 2 * layers + 1)
-        waits = seconds(reduced * outside / count, 1) * 2  # gathered first, reduced last, both 4 bytes a parameter
+        waits = seconds(reduced * outside / count, 1) * 2  # gathered first and reduced last, 4 bytes per parameter each
         total, waits = num_micro_batches * total, num_micro_batches * waits
         return total, max(waits, total - compute)
     table = (model.vocab_size or 0) * model.hidden_size  # a bucket of its own

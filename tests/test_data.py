@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastroberta.corpus.shards import ShardReader, ShardWriter
-from fastroberta.data import Blocks, heldout_batches, move_ahead, permute, training_batches
-from fastroberta.errors import DataError
+from fastroberta.corpus.shards import ShardReader, ShardWriter, write_manifest
+from fastroberta.data import Blocks, heldout_batches, load_corpora, move_ahead, open_split, permute, training_batches
+from fastroberta.errors import ConfigurationError, DataError
 
 BOS, PAD, EOS = 0, 1, 2
 OPTIONS = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
@@ -56,6 +56,49 @@ def test_no_token_is_lost_or_moved(corpus, packing):
     stream = np.concatenate([row[1:] for row in rows])
     expected = np.concatenate([np.concatenate([*doc, [EOS]]) for shard in documents for doc in shard])
     assert np.array_equal(stream, expected)
+
+
+def pack_plainly(documents, packing, capacity):
+    """Greedy packing as its definition says it, one sentence at a time: the lengths of the blocks of a shard."""
+    blocks = [0]
+    for document in documents:
+        for index, sentence in enumerate(document):
+            is_last = index == len(document) - 1
+            length = len(sentence) + is_last  # with </s>
+            while length:
+                part = min(length, capacity)
+                if blocks[-1] + part > capacity:
+                    blocks.append(0)
+                blocks[-1] += part
+                length -= part
+        if packing == "doc-sentences":
+            blocks.append(0)
+    return [length for length in blocks if length]
+
+
+@pytest.mark.parametrize("window", [1, 3, 20, 2**16])
+@pytest.mark.parametrize("packing", ["full-sentences", "doc-sentences"])
+def test_blocks_do_not_depend_on_the_windows_in_which_sentences_are_read(corpus, monkeypatch, packing, window):
+    monkeypatch.setattr("fastroberta.corpus.packing.WINDOW", window)
+    paths, documents = corpus
+    rows, batch = read_all(make_blocks(paths, packing))
+    assert [len(row) - 1 for row in rows] == [one for shard in documents for one in pack_plainly(shard, packing, 31)]
+    static = make_blocks(paths, packing, "document")
+    _, batch = read_all(static)
+    most = max(sum(token == EOS for token in row[:-1]) for row in rows)  # documents that begin inside a block, at least
+    assert len(batch.cu_seqlens) - 1 >= len(rows) * (1 + most)
+
+
+def test_a_flipped_bit_is_found_before_its_block_is_used(corpus):
+    paths, _ = corpus
+    data = bytearray(paths[1].read_bytes())
+    data[200] ^= 4
+    paths[1].write_bytes(data)
+    blocks = make_blocks(paths)
+    blocks.read(np.array([0]), np.array([0]), 0)
+    assert blocks.describe_verified().startswith("verified 0.00 of 0.00 GB in 2 shards")
+    with pytest.raises(DataError, match=r"train-00001\.bin: bytes 0 to \d+ do not match their checksum"):
+        list(move_ahead(heldout_batches(blocks, 10**6, 8), torch.device("cpu")))
 
 
 def test_full_sentences_end_where_a_sentence_does(corpus):
@@ -186,6 +229,102 @@ def test_move_ahead_keeps_order_and_passes_errors_on(corpus):
 
     with pytest.raises(DataError, match="gone"):
         list(move_ahead(broken(), torch.device("cpu")))
+
+
+@pytest.fixture
+def mixture(corpus):
+    """Each shard as a corpus of its own: three quarters of the samples come from the second."""
+    shards = [ShardReader(path) for path in corpus[0]]
+    return Blocks(
+        shards,
+        block_size=32,
+        packing="contiguous",
+        attention_scope="block",
+        shards_of=[1, 1],
+        weights=[0.5, 1.5],
+        **OPTIONS,
+    )
+
+
+def test_a_mixture_has_its_weights_and_epochs_of_each_corpus(corpus, mixture):
+    sizes = [len(make_blocks([path])) for path in corpus[0]]
+    assert len(mixture) == sum(sizes)
+    samples = np.arange(6 * len(mixture))
+    blocks, epochs = mixture.order(samples, seed=3)
+    is_second = blocks >= sizes[0]
+    assert abs(is_second.mean() - 0.75) < 0.01
+    assert abs(np.cumsum(is_second) - 0.75 * (samples + 1)).max() <= 1  # evenly, not in runs
+    for is_there, size, first in ((~is_second, sizes[0], 0), (is_second, sizes[1], sizes[0])):
+        own = blocks[is_there]
+        for epoch in range(len(own) // size):
+            part = own[epoch * size : (epoch + 1) * size]
+            assert sorted(part) == list(range(first, first + size))
+            assert (epochs[is_there][epoch * size : (epoch + 1) * size] == epoch).all()
+    counts = [(~is_second).sum() / sizes[0], is_second.sum() / sizes[1]]
+    assert mixture.count_epochs(len(samples)) == pytest.approx(counts)
+    # A function of the sample's number, across periods of the pattern too.
+    for chosen in (samples[::7], np.array([2500, 0, 999, 1000])):
+        again = np.arange(3000)
+        assert np.array_equal(mixture.order(chosen, 3)[0], mixture.order(again, 3)[0][chosen])
+
+
+def test_the_masks_of_a_mixture_are_drawn_for_new_numbers(mixture):
+    batches = training_batches(mixture, range(0, 3000, 1000), 1000, seed=1)
+    ids = np.concatenate([batch.sample_ids.numpy() for batch in batches])
+    assert len(set(ids.tolist())) == 3000
+
+
+def test_heldout_sequences_come_from_each_corpus_by_its_weight(corpus, mixture):
+    first = len(make_blocks(corpus[0][:1]))
+    chosen = mixture.spread_evenly(12)
+    assert len(chosen) == 12 and (chosen >= first).sum() == 9 and len(set(chosen.tolist())) == 12
+    alone = make_blocks(corpus[0])
+    assert alone.spread_evenly(7).tolist() == [i * len(alone) // 7 for i in range(7)]
+
+
+def test_a_single_corpus_is_ordered_as_ever(corpus):
+    blocks = make_blocks(corpus[0])
+    samples = np.arange(3 * len(blocks))
+    expected = [permute(samples[:1] * 0 + s % len(blocks), len(blocks), 5, s // len(blocks))[0] for s in samples]
+    found, epochs = blocks.order(samples, 5)
+    assert found.tolist() == expected and epochs.tolist() == [s // len(blocks) for s in samples]
+
+
+def prepared(directory, tokenizer="00"):
+    directory.mkdir()
+    files = []
+    for split in ("train", "heldout"):
+        with ShardWriter(directory, split, np.dtype("<u2"), tokenizer * 32) as writer:
+            writer.append(np.array([4, 5, 6, EOS]), np.array([4]), np.array([1]))
+        files += writer.files
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    contents = {"tokenizer_sha256": tokenizer * 32, "vocab_size": 9, "special_token_ids": ids}
+    write_manifest(directory, {**contents, "shards": files, "tokenizer_files": []})
+    return str(directory)
+
+
+def test_corpora_are_named_with_weights(tmp_path):
+    one, two = prepared(tmp_path / "one"), prepared(tmp_path / "two,too:2")
+    for data, weights in (
+        (one, [1]), ([one], [1]), (f"{one}:3", [3]), (two, [1]), ([one, f"{two}:0.3"], [1, 0.3]),
+        (f"{one},{one}:0.3", [1, 0.3]),
+    ):  # fmt: skip
+        corpora = load_corpora(data)
+        assert [corpus.weight for corpus in corpora] == weights
+        blocks = open_split(corpora, "train", max_seq_length=8, packing="contiguous", attention_scope="block")
+        assert len(blocks) == len(weights)
+    for weight in ("x", "0", "-1", "nan", "inf"):
+        with pytest.raises(ConfigurationError, match=f"data: .*one:{weight}: '{weight}' is not a positive weight"):
+            load_corpora(f"{one}:{weight}")
+    other = prepared(tmp_path / "other", "11")
+    with pytest.raises(
+        ConfigurationError, match=r"other has another tokenizer than .*one; prepare it with --tokenizer"
+    ):
+        load_corpora([one, other])
+    with pytest.raises(ConfigurationError, match="a weight is less than 1/1000"):
+        open_split(
+            load_corpora([one, f"{two}:1e-5"]), "train", max_seq_length=8, packing="contiguous", attention_scope="block"
+        )
 
 
 def test_unigram_entropy_of_known_frequencies(tmp_path):

@@ -12,6 +12,7 @@ A shard, little-endian throughout:
     128     ...     tokens, then zeros up to a multiple of 8 bytes
             ...     sentence starts, uint32: where each sentence begins in the tokens
             ...     document starts, uint32: where each document begins in the sentences
+            ...     checksums, uint32: the CRC-32 of every 16 KiB of the bytes before, the last one of what remains
 
 The tokens are each document's, followed by one `</s>` that belongs to its last sentence (with --newlines separator,
 every line has one too); there is no `<s>`, so that a training block is `<s>` and a slice. A document lies in one shard.
@@ -20,14 +21,15 @@ Everything is written to a temporary name and renamed when it is complete, the m
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import hashlib
 import io
 import json
+import mmap
 import os
 import shlex
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,10 @@ VERSION = 2  # 1 lacked the tokens of line breaks
 HEADER = struct.Struct("<8sIIQQQ32s56x")
 MAX_SHARD_TOKENS = 2**32 - 1  # sentence starts are 32-bit
 SPLITS = ("train", "heldout")
-CHUNK = 2**18  # tokens that are checked at once, few enough to stay in a core's cache
+CHUNK_BYTES = (
+    2**14
+)  # that have a checksum of their own: a fifteenth of a millisecond to verify, for a block of 1 KiB or so
+UNSEALED = "0" * 64  # where a manifest's own checksum goes
 AGAIN = "copy the directory again, or run prepare again with another --out"  # in this one it would find nothing to do
 
 
@@ -74,17 +79,22 @@ def file_sha256(path: Path) -> str:
 class ShardReader:
     """A shard, memory-mapped: opening it reads the header only.
 
+    The arrays are as they lie in the file. The `read` methods verify what they return: each chunk of the file is held
+    against its checksum when something in it is first read.
+
+    Args:
+        vocab_size: token ids that are not below it are refused by `read_tokens`; None does not check.
     Attributes:
         tokens: (num_tokens,) uint16 or uint32.
         sentence_starts: (num_sentences,) uint32, offsets into tokens; increasing, the first is 0.
         document_starts: (num_documents,) uint32, offsets into sentence_starts; increasing, the first is 0.
-        dtype: of tokens. tokenizer_sha256: hexadecimal digits.
+        dtype: of tokens. tokenizer_sha256: hexadecimal digits. num_bytes: of the file without its checksums.
     Raises:
         DataError: no shard, another version, or a size that is not what the header says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], vocab_size: int | None = None):
+        self.path, self.vocab_size = Path(path), vocab_size
         try:
             size = self.path.stat().st_size
             with open(self.path, "rb") as file:
@@ -100,35 +110,69 @@ class ShardReader:
         self.num_tokens, self.num_sentences, self.num_documents = num_tokens, num_sentences, num_documents
         self.tokenizer_sha256: str = sha256.hex()
         self.dtype = np.dtype(f"<u{item_size}")
-        sentences_at = HEADER.size + _round_up(num_tokens * item_size)
-        documents_at = sentences_at + 4 * num_sentences
-        expected = documents_at + 4 * num_documents
+        tokens_end = HEADER.size + num_tokens * item_size
+        self._sentences_at = tokens_end + -tokens_end % 8
+        self._documents_at = self._sentences_at + 4 * num_sentences
+        checksums_at = self._documents_at + 4 * num_documents
+        num_chunks = -(-checksums_at // CHUNK_BYTES)
+        expected = checksums_at + 4 * num_chunks
         if size != expected:
             raise DataError(
                 f"{self.path}: {size} bytes, but its header says {expected}; copy it again or prepare the data again"
             )
-        contents = np.memmap(self.path, dtype=np.uint8, mode="r")
-        self.tokens = contents[HEADER.size : HEADER.size + num_tokens * item_size].view(self.dtype)
-        self.sentence_starts = contents[sentences_at:documents_at].view("<u4")
-        self.document_starts = contents[documents_at:].view("<u4")
-        self._contents = contents
+        with open(self.path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        contents = np.frombuffer(self._map, dtype=np.uint8)
+        self.tokens = contents[HEADER.size : tokens_end].view(self.dtype)
+        self.sentence_starts = contents[self._sentences_at : self._documents_at].view("<u4")
+        self.document_starts = contents[self._documents_at : checksums_at].view("<u4")
+        self._contents, self.num_bytes = contents[:checksums_at], checksums_at
+        self._checksums = contents[checksums_at:].view("<u4")
+        self._is_verified = bytearray(num_chunks)
 
-    def verify(self, sha256: str, vocab_size: int) -> None:
-        """Read all of it, once, and hold it against its checksum and the vocabulary.
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
+        """`tokens[start:stop]`, verified.
 
         Raises:
-            DataError: a flipped bit, or a token id outside the vocabulary.
+            DataError: a flipped bit in the chunks read, or a token id outside the vocabulary.
         """
-        digest, largest = hashlib.sha256(self._contents[: HEADER.size].data), 0
-        for start in range(0, self.num_tokens, CHUNK):
-            tokens = self.tokens[start : start + CHUNK]
-            digest.update(tokens.data)
-            largest = max(largest, int(tokens.max()))
-        digest.update(self._contents[HEADER.size + self.tokens.nbytes :].data)
-        if digest.hexdigest() != sha256:
-            raise DataError(f"{self.path}: its bytes do not have the manifest's checksum; {AGAIN}")
-        if largest >= vocab_size:
-            raise DataError(f"{self.path}: token id {largest} in a vocabulary of {vocab_size}; prepare the data again")
+        self._verify(HEADER.size + start * self.dtype.itemsize, HEADER.size + stop * self.dtype.itemsize)
+        return self.tokens[start:stop]
+
+    def read_sentence_starts(self, start: int, stop: int) -> np.ndarray:
+        """`sentence_starts[start:stop]`, verified, see `read_tokens`."""
+        self._verify(self._sentences_at + 4 * start, self._sentences_at + 4 * stop)
+        return self.sentence_starts[start:stop]
+
+    def read_document_starts(self, start: int, stop: int) -> np.ndarray:
+        """`document_starts[start:stop]`, verified, see `read_tokens`."""
+        self._verify(self._documents_at + 4 * start, self._documents_at + 4 * stop)
+        return self.document_starts[start:stop]
+
+    def release(self) -> None:
+        """Unmap the pages that have been read. They stay in the page cache, and no longer count as this process's memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    @property
+    def verified_bytes(self) -> int:
+        """How much of the file has been verified so far."""
+        return min(sum(self._is_verified) * CHUNK_BYTES, self.num_bytes)
+
+    def _verify(self, start: int, stop: int) -> None:
+        """Hold the chunks with bytes [start, stop) of the file against their checksums, unless that has been done."""
+        for index in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
+            if self._is_verified[index]:
+                continue
+            first, last = index * CHUNK_BYTES, min((index + 1) * CHUNK_BYTES, self.num_bytes)
+            if zlib.crc32(self._contents[first:last].data) != self._checksums[index]:
+                raise DataError(f"{self.path}: bytes {first} to {last - 1} do not match their checksum; {AGAIN}")
+            tokens = self.tokens[slice(*(max(0, at - HEADER.size) // self.dtype.itemsize for at in (first, last)))]
+            if self.vocab_size is not None and (largest := tokens.max(initial=0)) >= self.vocab_size:
+                raise DataError(
+                    f"{self.path}: token id {largest} in a vocabulary of {self.vocab_size}; prepare the data again"
+                )
+            self._is_verified[index] = True
 
 
 class ShardWriter:
@@ -220,37 +264,23 @@ class ShardWriter:
             return
         with self._open_shard:
             token_bytes = self._num_tokens * self.dtype.itemsize
-            self._file.write(bytes(_round_up(token_bytes) - token_bytes))
+            self._file.write(bytes(-token_bytes % 8))
             for starts in self._sentence_starts + self._document_starts:
                 self._file.write(starts.data)
-            num_documents = sum(map(len, self._document_starts))
-            size = self._file.tell()
+            counts = (self._num_tokens, self._num_sentences, sum(map(len, self._document_starts)))
             self._file.seek(0)
-            self._file.write(
-                HEADER.pack(
-                    MAGIC,
-                    VERSION,
-                    self.dtype.itemsize,
-                    self._num_tokens,
-                    self._num_sentences,
-                    num_documents,
-                    self.tokenizer_sha256,
-                )
-            )
+            self._file.write(HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, *counts, self.tokenizer_sha256))
             self._file.seek(0)
-            sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+            digest, checksums = hashlib.sha256(), []
+            while chunk := self._file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                checksums.append(zlib.crc32(chunk))
+            table = np.array(checksums, dtype="<u4").tobytes()
+            self._file.write(table)
+            digest.update(table)
+            entry = {"name": self._name, "split": self.split, "bytes": self._file.tell(), "sha256": digest.hexdigest()}
         self._open_shard = None
-        self.files.append(
-            {
-                "name": self._name,
-                "split": self.split,
-                "bytes": size,
-                "sha256": sha256,
-                "tokens": self._num_tokens,
-                "sentences": self._num_sentences,
-                "documents": num_documents,
-            }
-        )
+        self.files.append({**entry, **dict(zip(("tokens", "sentences", "documents"), counts))})
 
 
 @dataclass(frozen=True)
@@ -272,34 +302,37 @@ class Manifest:
         return sum(entry[what] for entry in self.contents["shards"] if entry["split"] == split)
 
     def read_shards(self, split: str) -> list[ShardReader]:
-        """The shards of a split, in order, after `ShardReader.verify`, which reads several at a time.
+        """The shards of a split, in order; what is read from them is verified then.
 
         Raises:
-            DataError: the first of them that is damaged.
+            DataError: a damaged header.
         """
-        entries = [entry for entry in self.contents["shards"] if entry["split"] == split]
-        shards = [ShardReader(self.directory / entry["name"]) for entry in entries]
-        with concurrent.futures.ThreadPoolExecutor() as threads:
-            list(threads.map(lambda one, entry: one.verify(entry["sha256"], self.vocab_size), shards, entries))
+        shards = [ShardReader(path, self.vocab_size) for path in self.shard_paths(split)]
+        for shard in shards:
+            shard.read_tokens(0, min(1, shard.num_tokens))  # and the header before it
         return shards
 
 
 def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) -> Manifest:
-    """Read a prepared directory's manifest and hold the files against it.
+    """Read a prepared directory's manifest and check the files against it.
 
-    Always: every file is there with its size, every shard's header agrees, and the small tokenizer files have their
-    checksums. With `verify`, the shards' checksums too, which reads all of them; `read_shards` does so for a split.
+    Always checked: the manifest's own checksum, the size of every file, the header of every shard, and the checksums of the
+    tokenizer's files. With `verify`, also the checksums of all shards, which reads them whole; without it, a shard is
+    verified as it is read (see `ShardReader`).
 
     Raises:
-        DataError: whatever does not fit, and what to do.
+        DataError: what does not match, and what to do.
     """
     directory = Path(directory)
     path = directory / "manifest.json"
     try:
-        contents = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        contents = json.loads(data)
         if contents.get("format") != "fastroberta-shards":
             raise DataError(f"{path}: not of format fastroberta-shards; give a directory that prepare has written")
         _check_version(path, contents["version"])
+        if _seal(data, contents["sha256"]) != contents["sha256"]:
+            raise DataError(f"{path}: its bytes do not match the checksum in it; {AGAIN}")
         manifest = Manifest(
             directory,
             contents,
@@ -346,10 +379,11 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
 
 
 def write_manifest(directory: Path, contents: dict[str, Any]) -> None:
-    """Write manifest.json, which makes the directory a finished one; `contents` without format and version."""
-    contents = {"format": "fastroberta-shards", "version": VERSION, **contents}
+    """Write manifest.json, which completes the directory; `contents` come without format, version and checksum."""
+    head = {"format": "fastroberta-shards", "version": VERSION, "sha256": UNSEALED}
+    data = json.dumps({**head, **contents, **head}, indent=1, ensure_ascii=False).encode() + b"\n"
     with write_atomically(directory / "manifest.json") as file:
-        file.write(json.dumps(contents, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(data.replace(UNSEALED.encode(), _seal(data, UNSEALED).encode(), 1))
 
 
 def _check_version(path: Path, version: int) -> None:
@@ -361,5 +395,6 @@ def _check_version(path: Path, version: int) -> None:
         )
 
 
-def _round_up(size: int) -> int:
-    return -(-size // 8) * 8
+def _seal(data: bytes, checksum: str) -> str:
+    """The SHA-256 of a manifest's bytes, in which the checksum itself counts as zeros."""
+    return hashlib.sha256(data.replace(checksum.encode(), UNSEALED.encode(), 1)).hexdigest()

@@ -1,7 +1,10 @@
-"""`sharding: optimizer`: each process keeps a part of the moments and of a master copy, and updates that."""
+"""`sharding: optimizer`: each process keeps part of the moments and of an fp32 master copy, and updates that part."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,141 +12,166 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
+from ..optim import build_optimizer, round_up
+from . import traffic
 from .processes import Processes
-from .replicated import OverlappedReduction, Piece, ReplicatedOptimizer, _grad, _round_up
-from .traffic import BUCKET_BYTES
+from .reduction import OverlappedReduction
+from .state import Piece, gradient_of, load_state, save_state
 
 ALIGNMENT = 64  # elements: tensors begin at a cache line in 16-bit buffers too
 
-
 # PyTorch 2.13 renamed them.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class ShardedOptimizer(ReplicatedOptimizer):
-    """`sharding: optimizer`: each process gets the reduced gradients of its piece of every bucket, and updates that.
+@dataclasses.dataclass
+class Bucket:
+    """Elements [start, stop) of the flat buffers; each process updates an equal share of them."""
+
+    is_vector: bool
+    start: int
+    stop: int
+    offsets: dict[str, int] = dataclasses.field(default_factory=dict)  # where each parameter begins in the flat buffers
+
+
+def lay_out(shapes: Mapping[str, torch.Size], num_processes: int) -> list[Bucket]:
+    """Distribute parameters over buckets, in the order in which the backward completes their gradients."""
+    buckets: list[Bucket] = []
+    end = 0
+    # Vectors share one bucket, the last: they are small, and those of the embedding are ready last.
+    for is_vector in (False, True):
+        is_first = True
+        for name in reversed([name for name, shape in shapes.items() if (len(shape) < 2) == is_vector]):
+            size = round_up(shapes[name].numel(), ALIGNMENT)
+            if is_first or (not is_vector and 4 * (end + size - buckets[-1].start) > traffic.BUCKET_BYTES):
+                end = round_up(end, ALIGNMENT * num_processes)
+                buckets.append(Bucket(is_vector, end, end))
+                is_first = False
+            buckets[-1].offsets[name] = end
+            end += size
+            buckets[-1].stop = end
+    for bucket in buckets:
+        bucket.stop = bucket.start + round_up(bucket.stop - bucket.start, ALIGNMENT * num_processes)
+    return buckets
+
+
+class ShardedOptimizer:
+    """A `DistributedOptimizer` in which each process receives and updates its share of every bucket.
 
     Args:
         gather_dtype: in which updated matrices travel; vectors (biases, LayerNorm) travel in fp32.
     """
 
-    _is_sharded = True
-
+    @torch.no_grad()
     def __init__(
         self, model: nn.Module, config: OptimizerConfig, processes: Processes, gather_dtype: torch.dtype = torch.float32
     ):
-        self.gather_dtype = gather_dtype
-        super().__init__(model, config, processes)
+        self._processes, self._gather_dtype = processes, gather_dtype
+        parameters = dict(model.named_parameters())
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._buckets = lay_out(self._shapes, processes.size)
+        self._weight, self._gradient = (torch.zeros(self._buckets[-1].stop, device=processes.device) for _ in range(2))
+        pieces = {}
+        for bucket in self._buckets:
+            first, last = self._share(bucket)
+            for name, offset in bucket.offsets.items():
+                parameter = parameters[name]
+                weight, parameter.grad = (self._view(buffer, name, offset) for buffer in (self._weight, self._gradient))
+                parameter.data = weight.copy_(parameter)
+                start, stop = (min(max(bound - offset, 0), parameter.numel()) for bound in (first, last))
+                own = nn.Parameter(weight.flatten()[start:stop].clone())
+                pieces[name] = Piece(own, start, stop, parameter.shape)
+        self._pieces = {name: pieces[name] for name in parameters}
+        own_parameters = {name: piece.parameter for name, piece in self._pieces.items()}
+        self._inner = build_optimizer(own_parameters, config, processes.add_up)
+        self._inner.zero_grad()
+        self.param_groups = self._inner.param_groups
+        self._reduced = [torch.zeros(self._share_size(bucket), device=processes.device) for bucket in self._buckets]
+        self._reduction = OverlappedReduction(
+            [[parameters[name] for name in bucket.offsets] for bucket in self._buckets],
+            self._send,
+            processes.note_reduction,
+        )
         self._spread_weights()
 
-    @torch.no_grad()
-    def _cut(self, named: dict[str, nn.Parameter]) -> dict[str, Piece]:
-        rank, size = self.processes.rank, self.processes.size
-        self._offsets: dict[str, int] = {}
-        self._ranges: list[tuple[int, int]] = []
-        self._names: list[list[str]] = []
-        end = 0
-        backwards = list(reversed(named))
-        # Vectors share one bucket, the last: they are few, and the embedding's come last.
-        for is_vector in (False, True):
-            begun = False
-            for name in (name for name in backwards if (named[name].dim() < 2) == is_vector):
-                count = _round_up(named[name].numel(), ALIGNMENT)
-                if not begun or (4 * (end + count - self._ranges[-1][0]) > BUCKET_BYTES and not is_vector):
-                    end = _round_up(end, ALIGNMENT * size)
-                    self._ranges.append((end, end))
-                    self._names.append([])
-                    begun = True
-                self._names[-1].append(name)
-                self._offsets[name] = end
-                end += count
-                self._ranges[-1] = (self._ranges[-1][0], end)
-        # Every bucket in as many equal parts as there are processes.
-        self._ranges = [(start, start + _round_up(stop - start, ALIGNMENT * size)) for start, stop in self._ranges]
-        device = self.processes.device
-        self.weight, self.gradient = (torch.zeros(self._ranges[-1][1], device=device) for _ in range(2))
-        pieces = {}
-        for (start, stop), names in zip(self._ranges, self._names):
-            length = (stop - start) // size
-            first = start + rank * length
-            for name in names:
-                parameter, offset = named[name], self._offsets[name]
-                view = self.weight[offset : offset + parameter.numel()].view_as(parameter)
-                view.copy_(parameter)
-                parameter.data = view
-                parameter.grad = self.gradient[offset : offset + parameter.numel()].view_as(parameter)
-                low, high = (min(max(bound - offset, 0), parameter.numel()) for bound in (first, first + length))
-                pieces[name] = Piece(nn.Parameter(parameter.detach().flatten()[low:high].clone()), low, high)
-        return {name: pieces[name] for name in named}
+    def _share_size(self, bucket: Bucket) -> int:
+        return (bucket.stop - bucket.start) // self._processes.size
 
-    def _prepare_reduction(self, named: dict[str, nn.Parameter]) -> None:
-        self._reduced = [
-            torch.zeros((stop - start) // self.processes.size, device=self.processes.device)
-            for start, stop in self._ranges
-        ]
+    def _share(self, bucket: Bucket) -> tuple[int, int]:
+        """The elements of the flat buffers that this process updates in a bucket: first, and one past the last."""
+        first = bucket.start + self._processes.rank * self._share_size(bucket)
+        return first, first + self._share_size(bucket)
 
-        def send(index: int) -> Any:
-            return _reduce_scatter(self._reduced[index], self.gradient[slice(*self._ranges[index])], async_op=True)
+    def _view(self, buffer: Tensor, name: str, offset: int) -> Tensor:
+        return buffer[offset : offset + self._shapes[name].numel()].view(self._shapes[name])
 
-        buckets = [[named[name] for name in names] for names in self._names]
-        self._reduction = OverlappedReduction(buckets, send, self._note_waiting)
+    def _send(self, index: int) -> Any:
+        bucket = self._buckets[index]
+        return _reduce_scatter(self._reduced[index], self._gradient[bucket.start : bucket.stop], async_op=True)
+
+    @property
+    def last_grad_norm(self) -> Tensor:
+        return self._inner.last_grad_norm
 
     def zero_grad(self) -> None:
-        self.gradient.zero_()
+        self._gradient.zero_()
+
+    def last_backward(self) -> contextlib.AbstractContextManager[None]:
+        return self._reduction.run()
 
     @torch.no_grad()
     def step(self, *, grad_scale: Tensor) -> None:
-        pieces = [self.pieces[name] for names in self._names for name in names]
-        reduced = [part for index in range(len(self._names)) for part in self._parts(self._reduced[index], index)]
-        torch._foreach_copy_([_grad(piece.parameter) for piece in pieces], reduced)
-        self.inner.step(grad_scale=grad_scale)
+        pieces = [self._pieces[name] for bucket in self._buckets for name in bucket.offsets]
+        reduced = [part for one in zip(self._reduced, self._buckets) for part in self._split(*one)]
+        torch._foreach_copy_([gradient_of(piece.parameter) for piece in pieces], reduced)
+        self._inner.step(grad_scale=grad_scale)
         self._spread_weights()
 
-    def _parts(self, shard: Tensor, index: int) -> list[Tensor]:
-        """The pieces of bucket `index`'s parameters as views of this process's part of that bucket."""
-        start, stop = self._ranges[index]
-        first = start + self.processes.rank * ((stop - start) // self.processes.size)
+    def _split(self, share: Tensor, bucket: Bucket) -> list[Tensor]:
+        """The pieces of a bucket's parameters, as views of this process's share of it."""
+        first, _ = self._share(bucket)
         parts = []
-        for name in self._names[index]:
-            piece = self.pieces[name]
-            begin = max(self._offsets[name] + piece.start - first, 0)
-            parts.append(shard[begin : begin + piece.stop - piece.start])
+        for name, offset in bucket.offsets.items():
+            piece = self._pieces[name]
+            begin = max(offset + piece.start - first, 0)
+            parts.append(share[begin : begin + piece.stop - piece.start])
         return parts
 
     @torch.no_grad()
     def _spread_weights(self) -> None:
-        """Every process's updated pieces into all weights."""
-        self._gather_buckets(
-            {name: piece.parameter for name, piece in self.pieces.items()}, self.weight, self.gather_dtype
-        )
+        """Copy the pieces that each process has updated into the weights of all."""
+        pieces: dict[str, Tensor] = {name: piece.parameter for name, piece in self._pieces.items()}
+        self._gather_buckets(pieces, self._weight, self._gather_dtype)
 
     def _gather_buckets(self, pieces: dict[str, Tensor], target: Tensor, matrix_dtype: torch.dtype) -> None:
-        """Pieces of every parameter, from all processes, into `target`, which is laid out as the weights are."""
-        size = self.processes.size
-        for is_vector in (False, True):  # one gather each, because every hop of it costs time whatever it carries
+        """Collect pieces from all processes in `target`, which has the layout of the flat buffers."""
+        for is_vector in (False, True):  # one message each: every hop costs time, however little it carries
             dtype = torch.float32 if is_vector else matrix_dtype
-            indices = [i for i, names in enumerate(self._names) if (len(self.shapes[names[0]]) < 2) == is_vector]
-            ranges = [self._ranges[index] for index in indices]
-            lengths = [(stop - start) // size for start, stop in ranges]
-            shard = torch.zeros(sum(lengths), dtype=dtype, device=target.device)
-            parts = [part for index, one in zip(indices, shard.split(lengths)) for part in self._parts(one, index)]
-            torch._foreach_copy_(parts, [pieces[name] for index in indices for name in self._names[index]])
-            received = torch.empty(size, len(shard), dtype=dtype, device=target.device)
-            _all_gather(received.view(-1), shard)
-            for (start, stop), columns in zip(ranges, received.split(lengths, dim=1)):
-                target[start:stop].view(size, -1).copy_(columns)
+            buckets = [bucket for bucket in self._buckets if bucket.is_vector == is_vector]
+            sizes = [self._share_size(bucket) for bucket in buckets]
+            share = torch.zeros(sum(sizes), dtype=dtype, device=target.device)
+            parts = [part for one in zip(share.split(sizes), buckets) for part in self._split(*one)]
+            torch._foreach_copy_(parts, [pieces[name] for bucket in buckets for name in bucket.offsets])
+            received = torch.empty(self._processes.size, len(share), dtype=dtype, device=target.device)
+            _all_gather(received.view(-1), share)
+            for bucket, columns in zip(buckets, received.split(sizes, dim=1)):
+                target[bucket.start : bucket.stop].view_as(columns).copy_(columns)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._gather({name: piece.parameter.detach() for name, piece in self._pieces.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return save_state(self._inner, self._pieces, self._gather)
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        load_state(self._inner, self._pieces, tensors, where)
 
     @torch.no_grad()
     def _gather(self, pieces: dict[str, Tensor]) -> dict[str, Tensor]:
         # Between steps the gradient buffer is free.
-        self._gather_buckets(pieces, self.gradient, torch.float32)
-        if not self.processes.is_first:
+        self._gather_buckets(pieces, self._gradient, torch.float32)
+        if not self._processes.is_first:
             return {}
-        whole = {}
-        for name, shape in self.shapes.items():
-            offset = self._offsets[name]
-            whole[name] = self.gradient[offset : offset + shape.numel()].view(shape).to("cpu", copy=True)
-        return whole
+        offsets = {name: offset for bucket in self._buckets for name, offset in bucket.offsets.items()}
+        return {name: self._view(self._gradient, name, offsets[name]).to("cpu", copy=True) for name in self._shapes}

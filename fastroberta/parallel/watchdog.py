@@ -1,6 +1,6 @@
-"""Which of a run's processes holds the others up, and what becomes of a run in which one has died or hangs.
+"""Ending a run in which a process has died or hangs, and saying which one.
 
-Processes tell each other over torchrun's store who is alive and how far it has come.
+Each process publishes a heartbeat and its progress in torchrun's store.
 """
 
 from __future__ import annotations
@@ -22,45 +22,39 @@ import torch.distributed as dist
 from ..errors import ProcessError
 
 HEARTBEAT_SECONDS = 1.0
-
-
-# When someone has certainly failed, so many seconds without a heartbeat say who.
+# Once something has failed, a process without a heartbeat for this many seconds is the one that died.
 SILENCE_AFTER_FAILURE = 6.0
-
-
-# While nothing else has failed, a process counts as dead after so many: a library may keep Python from running for long.
+# Before that, it takes this many: a library may keep Python from running for a long time.
 SILENCE = 30.0
-
-
 STORE_SECONDS = 10.0  # a store that takes longer to answer is gone
 
 
 class Watchdog:
-    """Threads that tell the others how far this process is, and end it when it gets no further.
+    """Threads that publish the progress of this process, and end it when it makes none.
 
-    Each process counts its progress: a micro-batch done, its gradients ready, a step ended. When one stays where it is,
-    the others wait for it inside a reduction, with a higher count. After `timeout` seconds without progress every
-    process looks at all counts; the lowest is who they wait for. Then they end, and torchrun with them. A process without
-    a heartbeat is named sooner. The clock runs from the first progress on, so that starting may take any time.
+    Progress is a count: micro-batches done, gradients ready, steps ended. When one process hangs, the others wait for it in
+    a reduction, with a higher count. After `timeout` seconds without progress, every process compares all counts; the
+    lowest belongs to the one that hangs. Then all of them exit, and torchrun with them. A process without a heartbeat is
+    reported sooner. The clock starts with the first progress, so that start-up may take any time.
 
-    A process whose torchrun is gone gets SIGTERM: it saves a checkpoint and ends, and no orphan keeps a GPU.
+    If torchrun is gone, its processes get SIGTERM: they save a checkpoint and exit, and no orphan occupies a GPU.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
-        # A connection of its own: the first one may be waiting for something while this has to speak.
+        # A connection of its own: the first one may be blocked in a call when the watchdog has to report.
         self._store = dist.PrefixStore("fastroberta-progress", store.clone())  # type: ignore[attr-defined]  # not in its stub
         self._rank, self._size, self._timeout = rank, size, timeout
         self._who = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
         self._count, self._where, self._changed = 0, "start", math.inf
         self._parent = os.getppid()
         self._ended = threading.Event()
-        # Two, because the store of a machine that froze never answers, and the time goes on.
+        # Two threads, because the store on a frozen machine never answers, and the clock must go on.
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._beat, self._watch)]
         for thread in self._threads:
             thread.start()
 
     def note(self, where: str) -> None:
-        """One more thing done; `where` says what comes next."""
+        """Count one unit of progress; `where` says what comes next."""
         self._count, self._where, self._changed = self._count + 1, where, time.monotonic()
 
     def pause(self) -> None:
@@ -72,7 +66,7 @@ class Watchdog:
             thread.join(timeout=5)
 
     def find_dead(self, silence: float = SILENCE_AFTER_FAILURE) -> str:
-        """Who gives no sign of life for so many seconds, in words; empty if all do."""
+        """The processes without a heartbeat for this many seconds, in words; empty if there are none."""
         before = self._read()
         time.sleep(silence)
         after = self._read()
@@ -101,11 +95,11 @@ class Watchdog:
                 dead = self.find_dead(SILENCE)
                 if dead and since == self._changed and not self._ended.is_set():
                     self._end(
-                        f"error: {dead}: gives no sign of life; started again, the run continues from its last checkpoint"
+                        f"error: {dead}: gives no sign of life; when restarted, the run continues from its last checkpoint"
                     )
 
     def _read(self) -> dict[int, list[Any]]:
-        """What each process last said of itself, by rank; nothing where the store is gone."""
+        """What each process last published, by rank; empty if the store is gone."""
         last_resort = threading.Timer(
             STORE_SECONDS, self._end, [f"error: {self._who}: the store of torchrun's first machine does not answer"]
         )
@@ -127,14 +121,14 @@ class Watchdog:
         late = [rank for rank, report in reports.items() if report[1] == lowest]
         waiting = [rank for rank in reports if rank not in late]
         if not waiting:
-            message = f"all processes are at the same place ({self._where}): look at the network between them"
+            message = f"all processes are at the same point ({self._where}): check the network between them"
         else:
             names = ", ".join(f"{reports[rank][3]} at {reports[rank][2]}" for rank in late)
             message = f"the others wait for {names}"
-        # One of those who wait speaks at once; the late ones show where they are, if they still can.
+        # One of the waiting processes reports; those that hang show their stacks, if they still can.
         if self._rank == min(waiting, default=0) or not reports:
             self._end(
-                f"error: no progress for {self._timeout:g} s, {message}; started again, the run continues from its last "
+                f"error: no progress for {self._timeout:g} s, {message}; when restarted, the run continues from its last "
                 "checkpoint"
             )
         elif self._rank in late:
@@ -143,8 +137,8 @@ class Watchdog:
         self._end("")
 
     def _end(self, message: str) -> None:
-        """The main thread cannot be asked to end: it waits inside a library."""
+        """Exit from this thread: the main thread is blocked inside a library."""
         if message:
             print(message, file=sys.stderr, flush=True)
-        time.sleep(2 * HEARTBEAT_SECONDS)  # torchrun ends the others with the first; they may have something to say
+        time.sleep(2 * HEARTBEAT_SECONDS)  # once this one is gone, torchrun ends the others; let them report first
         os._exit(ProcessError.exit_code)

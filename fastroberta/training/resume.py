@@ -44,11 +44,11 @@ def describe_run(step: int, eval_loss: float | None, manifest: Manifest, num_tok
     }
 
 
-def load_weights(checkpoint: Path, model: RobertaForMaskedLM, run: dict[str, Any]) -> int:
+def load_weights(checkpoint: Path, model: RobertaForMaskedLM, run: dict[str, Any], is_mixture: bool) -> int:
     """Copy the weights of an earlier checkpoint of the same run into the model, and return the checkpoint's step.
 
     Args:
-        run: this run, from `describe_run`.
+        run: this run, from `describe_run`. is_mixture: whether its data are several corpora.
     Raises:
         CheckpointError: the checkpoint is damaged.
         ConfigurationError: it belongs to a run with other settings or other data.
@@ -57,7 +57,9 @@ def load_weights(checkpoint: Path, model: RobertaForMaskedLM, run: dict[str, Any
     state = read_state(checkpoint)
     before, now = flatten(state["config"]), flatten(run["config"])
     for name, value in now.items():
-        if name.split(".")[0] not in MAY_CHANGE and before.get(name, value) != value:
+        # Several corpora have weights, on which the order depends.
+        may_change = name.split(".")[0] in MAY_CHANGE and not (name == "data" and is_mixture)
+        if not may_change and before.get(name, value) != value:
             raise ConfigurationError(
                 f"{name}: {value!r}, but {checkpoint} was trained with {before[name]!r}; keep that value, or give another "
                 "--output_dir"

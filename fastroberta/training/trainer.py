@@ -31,18 +31,17 @@ from ..checkpoint import (
     save_checkpoint,
 )
 from ..cli.arguments import validate
+from ..cli.program import StopRequest
 from ..config import TrainConfig
-from ..corpus.shards import load_manifest
 from ..corpus.tokenizer import load_tokenizer
-from ..data import Batch, heldout_batches, masking_arguments, move_ahead, open_split
+from ..data import Batch, heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
 from ..errors import DeviceMemoryError, Stopped
 from ..hf import save_huggingface
 from ..model import COMPUTE_DTYPES, AttentionScope
 from ..optim import LossScaler, learning_rate
-from ..parallel.fsdp import FullyShardedOptimizer, shard_model
+from ..parallel.distribute import DistributedOptimizer, distribute
 from ..parallel.processes import Processes, add_bits, select_device
-from ..parallel.replicated import ReplicatedOptimizer
-from ..parallel.sharded import ShardedOptimizer
+from ..parallel.votes import StopVotes
 from ..precision import settle_precision
 from .initial_model import build_model
 from .meter import Meter
@@ -51,7 +50,6 @@ from .picture import draw_losses, draw_sparkline, read_losses
 from .report import RunLog, describe_model, describe_result, fill_in, say
 from .resume import describe_run, flatten, load_weights
 from .score import Scores, evaluate_model
-from .stop import StopRequest
 
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
 
@@ -78,12 +76,13 @@ class Trainer:
         self.processes = processes or Processes(select_device(config.device))
         self.device = self.processes.device
 
-        self.manifest = load_manifest(config.data)
+        self.corpora = load_corpora(config.data)
+        self.manifest = self.corpora[0].manifest  # for the tokenizer, which all corpora share
         self.tokenizer = load_tokenizer(self.manifest.directory)
         self.masking = masking_arguments(self.manifest, config.mlm_probability)
         self.blocks, self.heldout = (
             open_split(
-                self.manifest,
+                self.corpora,
                 split,
                 max_seq_length=config.max_seq_length,
                 packing=config.packing,
@@ -105,9 +104,9 @@ class Trainer:
         if self.processes.is_first and not config.dry_run:
             remove_partial_checkpoints(self.output_dir)
         if checkpoints:
-            self.step = load_weights(checkpoints[-1], self.model, self._describe_run())
+            self.step = load_weights(checkpoints[-1], self.model, self._describe_run(), len(self.corpora) > 1)
         self._check_processes()
-        self.optimizer = self._distribute()
+        self.optimizer: DistributedOptimizer = distribute(self.model, config, self.processes)
         self.loss: Callable[..., LinearCrossEntropyOutput] = self.model.loss
         if config.torch_compile:
             self.loss = torch.compile(self.model.loss)
@@ -119,7 +118,8 @@ class Trainer:
         dropout_seed = fold_seed(config.seed, DROPOUT_STREAM, device=self.device)
         self.dropout_keys = self.model.dropout_keys(dropout_seed, self.device)
         self.batches = MicroBatches(config, self.blocks, self.processes)
-        self.stop = StopRequest(self.processes)
+        self.stop = StopRequest()
+        self.votes = StopVotes(self.processes, lambda: self.stop.number is not None)
 
     # The run
 
@@ -137,7 +137,7 @@ class Trainer:
         self.describe()
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(self.stop)
+            stack.enter_context(self.stop)
             stack.enter_context(self.processes.explain_failures())
             log = stack.enter_context(RunLog(config, self.processes, self.make_meter(), self.step))
             before = self.score(log) if self.step == 0 else None
@@ -149,13 +149,12 @@ class Trainer:
                     log.write_training(self.step)
                 if self._is_due(config.eval_steps):
                     after = self.score(log)
-                is_stopping = stop.is_agreed()
+                is_stopping = self.votes.agreed()
                 if self._is_due(config.save_steps) or is_stopping:
                     checkpoint = self.save(log)
                 if is_stopping and self.step < last_step:
-                    raise Stopped(
-                        f"{stop.cause} at step {self.step}; {checkpoint} is saved, the same command continues"
-                    )
+                    cause = self.stop.name or "a signal"  # that another process got
+                    raise Stopped(f"{cause} at step {self.step}; {checkpoint} is saved, the same command continues")
         seconds = time.monotonic() - started
         sentences = fill_in(self.model, self.heldout, self.tokenizer, self.manifest.special_token_ids, 5)
         entropy = self.heldout.unigram_entropy()
@@ -177,6 +176,14 @@ class Trainer:
     def describe(self) -> None:
         """Say what is trained on what."""
         say(self.processes, describe_model(self.config, self.processes, self.blocks, self.batches.size))
+        say(self.processes, f"{self.config.data}: {self.blocks.describe_verified()}")
+        if len(self.corpora) > 1:
+            epochs = self.blocks.count_epochs(self.batches.num_sequences_until(self.config.max_steps))
+            for (manifest, weight), size, count in zip(self.corpora, self.blocks.corpus_sizes, epochs):
+                say(
+                    self.processes,
+                    f"  {manifest.directory}, weight {weight:g}: {size:,} sequences, {count:.2f} epochs in all",
+                )
         if self.precision_reason != "as asked":
             say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
         if self.step:
@@ -207,7 +214,7 @@ class Trainer:
         norm = self.optimizer.last_grad_norm
         found_inf = (~torch.isfinite(norm)).float()
         self.scaler.update(found_inf)
-        self.stop.send(sums.totals[3])
+        self.votes.cast(sums.totals[3])
         if meter is not None:
             meter.add(sums.totals[:3], norm, found_inf, sums.sizes)
 
@@ -248,7 +255,7 @@ class Trainer:
                 say(self.processes, self.batches.halve(self.step, short), sys.stderr)
                 torch.cuda.empty_cache()
                 return None
-        totals[3] += self.stop.is_noted
+        totals[3] += self.stop.number is not None
         return StepSums(totals, expected_masked, sizes)
 
     def forward(self, batch: Batch) -> LinearCrossEntropyOutput:
@@ -311,16 +318,6 @@ class Trainer:
         self.optimizer.load_tensors(tensors, str(checkpoint))
 
     # Several processes
-
-    def _distribute(self) -> ReplicatedOptimizer:
-        """The model on its device, or its part of it, and the optimizer of what this process updates."""
-        if self.processes.size == 1 or self.config.sharding == "none":
-            return ReplicatedOptimizer(self.model.to(self.device), self.config.optimizer, self.processes)
-        if self.config.sharding == "optimizer":
-            self.model.to(self.device)
-            return ShardedOptimizer(self.model, self.config.optimizer, self.processes, self.model.compute_dtype)
-        shard_model(self.model, self.processes)
-        return FullyShardedOptimizer(self.model, self.config.optimizer, self.processes)
 
     def _check_processes(self) -> None:
         """Refuse to start if the processes are not about to do the same."""

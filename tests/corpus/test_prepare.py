@@ -28,7 +28,7 @@ import fastroberta.prepare
 from fastroberta.cli.directories import own_directory
 from fastroberta.cli.program import run
 from fastroberta.corpus.read import find_files, read_pieces
-from fastroberta.corpus.shards import ShardReader, load_manifest
+from fastroberta.corpus.shards import ShardReader, load_manifest, write_manifest
 from fastroberta.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from fastroberta.data import open_split
 from fastroberta.errors import ConfigurationError, DataError, Stopped
@@ -673,7 +673,7 @@ def test_a_finished_run_over_changed_inputs_is_refused(go, tmp_path):
     # What was prepared before the manifest held the inputs stays of use.
     contents = json.loads((out / "manifest.json").read_text())
     del contents["files"]
-    (out / "manifest.json").write_text(json.dumps(contents))
+    write_manifest(out, contents)
     assert texts(go(folder)) == joined(DOCUMENTS)
 
 

@@ -84,7 +84,7 @@ def test_what_is_written_is_read_back(tmp_path, dtype, largest):
     shard = ShardReader(tmp_path / "train-00000.bin")
     assert read([shard.path]) == documents
     assert (shard.dtype, shard.tokenizer_sha256) == (np.dtype(dtype), SHA)
-    assert isinstance(shard.tokens, np.memmap)
+    assert not shard.tokens.flags.owndata  # mapped, not read
     assert entries[0]["documents"] == shard.num_documents == len(documents)
     assert entries[0]["sha256"] == file_sha256(shard.path) and entries[0]["bytes"] == shard.path.stat().st_size
 
@@ -204,12 +204,31 @@ def test_what_does_not_fit_the_manifest_is_refused(tmp_path, damage, message):
 
 
 def edit(directory, value, *keys):
+    """Change the manifest and write it again, with a checksum that is right."""
     contents = json.loads((directory / "manifest.json").read_text())
     inner = contents
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    (directory / "manifest.json").write_text(json.dumps(contents))
+    write_manifest(directory, contents)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path):
+    path = finished(tmp_path) / "manifest.json"
+    data = path.read_bytes()
+    bits = np.random.default_rng(0).integers(0, 8, len(data))
+    for place, bit in enumerate(bits):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << int(bit)]) + data[place + 1 :])
+        with pytest.raises(DataError):
+            load_manifest(tmp_path)
+    path.write_bytes(data)
+    load_manifest(tmp_path)
+    # The same contents in other words.
+    path.write_bytes(data.replace(b'"version": 2', b'"version": 2.0'))
+    with pytest.raises(
+        DataError, match=r"manifest\.json: its bytes do not match the checksum in it; copy the directory"
+    ):
+        load_manifest(tmp_path)
 
 
 def test_verify_finds_one_flipped_bit(tmp_path):
@@ -222,21 +241,33 @@ def test_verify_finds_one_flipped_bit(tmp_path):
         load_manifest(tmp_path, verify=True)
 
 
+def read_all(shards):
+    for shard in shards:
+        shard.read_tokens(0, shard.num_tokens)
+        shard.read_sentence_starts(0, shard.num_sentences)
+        shard.read_document_starts(0, shard.num_documents)
+
+
 @pytest.mark.parametrize(
-    "where", ["header", "first token", "last token", "padding", "sentence starts", "document starts"]
+    "where", ["header", "first token", "last token", "padding", "sentence starts", "document starts", "checksums"]
 )
-def test_reading_a_split_finds_one_flipped_bit(tmp_path, monkeypatch, where):
-    monkeypatch.setattr("fastroberta.corpus.shards.CHUNK", 64)  # several of them, the last one short
+def test_reading_finds_one_flipped_bit_before_it_is_used(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("fastroberta.corpus.shards.CHUNK_BYTES", 192)  # several chunks, the last one short
     manifest = load_manifest(finished(tmp_path))
-    shard = next(one for one in manifest.read_shards("train") if one.tokens.nbytes % 8)
-    assert shard.num_tokens > 128 and shard.num_tokens % 64
+    shards = manifest.read_shards("train")
+    shard = next(one for one in shards[1:] if one.tokens.nbytes % 8)
+    assert shard.verified_bytes == 192 < shard.num_bytes
+    read_all(shards)
+    assert all(one.verified_bytes == one.num_bytes for one in shards)
+    num_checksums = -(-shard.num_bytes // 192)
     offset = {
         "header": HEADER.size - 1,
         "first token": HEADER.size,
         "last token": HEADER.size + shard.tokens.nbytes - 1,
         "padding": HEADER.size + shard.tokens.nbytes,
-        "sentence starts": -shard.document_starts.nbytes - 1,
-        "document starts": -1,
+        "sentence starts": shard.num_bytes - shard.document_starts.nbytes - 1,
+        "document starts": shard.num_bytes - 1,
+        "checksums": shard.num_bytes + 4 * (num_checksums // 2),
     }[where]
     data = bytearray(shard.path.read_bytes())
     data[offset] ^= 1
@@ -244,17 +275,32 @@ def test_reading_a_split_finds_one_flipped_bit(tmp_path, monkeypatch, where):
     load_manifest(tmp_path)  # what can be seen without reading everything is right
     with pytest.raises(
         DataError,
-        match=rf"{shard.path.name}: .*checksum; copy the directory again, or run prepare again with another --out",
+        match=rf"{shard.path.name}: bytes \d+ to \d+ do not match .*; copy the directory again, or run prepare",
     ) as error:
-        manifest.read_shards("train")
+        read_all(manifest.read_shards("train"))
     assert "\n" not in str(error.value)
     assert manifest.read_shards("heldout") == []
 
 
-def test_reading_a_split_refuses_token_ids_outside_the_vocabulary(tmp_path):
+def test_only_what_is_read_is_verified(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastroberta.corpus.shards.CHUNK_BYTES", 192)
+    manifest = load_manifest(finished(tmp_path))
+    shard = manifest.read_shards("train")[0]
+    data = bytearray(shard.path.read_bytes())
+    data[HEADER.size + shard.tokens.nbytes - 1] ^= 1
+    shard.path.write_bytes(data)
+    shard = manifest.read_shards("train")[0]
+    assert shard.read_tokens(40, 60).tolist() == shard.tokens[40:60].tolist()
+    assert shard.verified_bytes == 2 * 192  # the header's chunk and one more
+    shard.release()
+    with pytest.raises(DataError, match="checksum"):
+        shard.read_tokens(50, shard.num_tokens)
+
+
+def test_reading_refuses_token_ids_outside_the_vocabulary(tmp_path):
     edit(finished(tmp_path), 50000, "vocab_size")
     with pytest.raises(DataError, match=r"train-00000.bin: token id 5\d{4} in a vocabulary of 50000; prepare"):
-        load_manifest(tmp_path).read_shards("train")
+        read_all(load_manifest(tmp_path).read_shards("train"))
 
 
 def test_reading_shards_imports_no_torch():

@@ -14,7 +14,7 @@ from fastroberta.cli.arguments import from_dict
 from fastroberta.cli.program import run
 from fastroberta.config import TrainConfig
 from fastroberta.errors import FastRobertaError
-from fastroberta.parallel import replicated, sharded
+from fastroberta.parallel import traffic
 from fastroberta.parallel.processes import join_processes
 from fastroberta.train import main
 from fastroberta.training.meter import Meter
@@ -23,7 +23,7 @@ from fastroberta.training.trainer import Trainer
 
 def run_task(task, processes):
     config = from_dict(TrainConfig, task["config"])
-    replicated.BUCKET_BYTES = sharded.BUCKET_BYTES = task.get("bucket_bytes", 25 * 2**20)
+    traffic.BUCKET_BYTES = task.get("bucket_bytes", 25 * 2**20)
     if task.get("other_seed_on") == processes.rank:
         config.seed += 1
     trainer = Trainer(config, processes)

@@ -158,7 +158,7 @@ def test_half_precision_sharding_resumes_to_the_bit_and_faults_are_named(data, t
     assert first[2]["micro_batch_size"] == second[2]["micro_batch_size"] == 2
     for result in (first, second):
         assert "ProcessError: step 5: the weights of rank" in result[3]["error"]
-        assert "rank 1: seed is 2, and 1 on rank 0" in result[4]["error"]
+        assert "rank 1: seed is 2, but 1 on rank 0" in result[4]["error"]
         assert "train_batch_size = 7 must be a multiple of the 2 processes" in result[5]["error"]
         assert "micro_batch_size = 16 on 2 processes must divide" in result[6]["error"]
     assert not list((tmp_path / "flip").glob("checkpoint-*"))
@@ -206,7 +206,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert select_device("auto", 1) == torch.device("cuda", 1)
     assert select_device("cpu", 5) == torch.device("cpu")
-    with pytest.raises(ConfigurationError, match="process 2 of this machine has no GPU, there are 2"):
+    with pytest.raises(ConfigurationError, match="there is no GPU for process 2 of this machine, which has 2"):
         select_device("cuda", 2)
 
 

@@ -7,7 +7,8 @@ from tiny import make_model, set_gradients
 from fastroberta.config import OptimizerConfig
 from fastroberta.errors import CheckpointError
 from fastroberta.parallel.processes import Processes
-from fastroberta.parallel.replicated import OverlappedReduction, ReplicatedOptimizer
+from fastroberta.parallel.reduction import OverlappedReduction
+from fastroberta.parallel.replicated import ReplicatedOptimizer
 
 ALONE = Processes(torch.device("cpu"))
 

@@ -101,9 +101,9 @@ def test_exit_codes_pass_and_who_was_stopped_is_not_started_again(tmp_path):
 
 def test_bad_arguments_are_one_line():
     for arguments, message in (
-        (["--signals-to-handle=SIGFOO", "x.py"], "error: --signals-to-handle: 'SIGFOO' is no signal"),
+        (["--signals-to-handle=SIGFOO", "x.py"], "error: --signals-to-handle: 'SIGFOO' is not a signal"),
         (["--nproc_per_node=many", "x.py"], "error: torchrun: Unsupported nproc_per_node value: many"),
-        (["--nproc_per_node=0", "x.py"], "error: torchrun: nproc_per_node must be > 0; see its options"),
+        (["--nproc_per_node=0", "x.py"], "error: torchrun: nproc_per_node must be > 0; check its options"),
         (["--nnodes=0", "x.py"], "error: torchrun: min_nodes must be > 0"),
     ):
         code, errors = finish(start(*arguments))
