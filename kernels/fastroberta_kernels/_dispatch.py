@@ -116,8 +116,8 @@ def record_launches() -> Iterator[list[Launch]]:
     """
     global _record
     launches: list[Launch] = []
-    _record = launches.append
+    outer, _record = _record, launches.append
     try:
         yield launches
     finally:
-        _record = None
+        _record = outer
