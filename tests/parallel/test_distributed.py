@@ -40,6 +40,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def slow(value, takes):
+    return pytest.param(value, marks=pytest.mark.slow(reason=takes))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     lines = [f"Number {i} comes before {i + 1}. Nobody knows why {i} does that.\n" for i in range(400)]
@@ -80,7 +84,7 @@ def largest_difference(ours, theirs, step=STEPS):
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, slow(4, "a minute")])
 def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tmp_path, processes):
     changes = {
         f"{sharding}-{name}": {"sharding": sharding, "optimizer": {"name": name, "max_grad_norm": norm}}
@@ -244,8 +248,8 @@ def wait_until_gone(pids):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     "how", [
-        "SIGTERM to the launcher", "SIGINT to the launcher", "SIGTERM to all", "SIGKILL to the launcher",
-        "SIGTERM to one process", "SIGTERM to PyTorch's torchrun",
+        slow("SIGTERM to the launcher", "15 seconds"), slow("SIGINT to the launcher", "15 seconds"), "SIGTERM to all",
+        "SIGKILL to the launcher", "SIGTERM to one process", slow("SIGTERM to PyTorch's torchrun", "15 seconds"),
     ],
 )  # fmt: skip
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
@@ -274,7 +278,7 @@ def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("fault", ["dies", "stops", "sleeps"])
+@pytest.mark.parametrize("fault", ["dies", slow("stops", "40 seconds"), "sleeps"])
 def test_a_process_that_fails_is_named(data, tmp_path, fault):
     environment = {"FAULT": "sleeps 1"} if fault == "sleeps" else {}
     process = start_program(data, tmp_path, environment, hang_timeout=600 if fault == "dies" else 15)
@@ -367,6 +371,7 @@ def test_out_of_memory_inside_fsdp2_ends_the_run_with_5(data, tmp_path):
     wait_until_gone([read_number(tmp_path / f"pid.{rank}") for rank in range(2)])
 
 
+@pytest.mark.slow(reason="30 seconds")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_a_checkpoint_may_take_longer_than_the_hang_timeout(data, tmp_path):
     task = {"config": make_settings(data, tmp_path / "slow", hang_timeout=10, save_steps=STEPS), "slow_save": 14}
