@@ -39,7 +39,7 @@ def test_every_branch_of_every_kernel_compiles():
     """Once, for the H100. Other data types, sizes and chips: the next test."""
     rows = measure_resources(["each_branch"], [90])
     assert [row for row in rows if row.fault] == []
-    assert {row.kernel.split(".")[1] for row in rows} == list_launched_kernels()
+    assert list_launched_kernels() <= {row.kernel.split(".")[1] for row in rows}
 
 
 @pytest.mark.slow(reason="13 minutes on two cores")
