@@ -125,6 +125,15 @@ def test_large_mean_costs_no_accuracy(impl, device):
 
 
 @both
+@pytest.mark.parametrize("num_columns", [48, 5000])  # a row as a whole, and block by block
+def test_epsilon_counts_in_rows_of_small_variance(impl, num_columns, device):
+    inputs, dy = make_inputs((3, num_columns), DTYPES["fp32"], device if impl == "triton" else "cpu")
+    x = (inputs["x"].detach() / 1000).requires_grad_()
+    inputs = {"x": x, "weight": inputs["weight"], "bias": inputs["bias"]}
+    assert_gradients_as_exact_as_torch(lambda **t: layer_norm.layer_norm(**t, impl=impl), compose(0.0), inputs, dy)
+
+
+@both
 @pytest.mark.parametrize("num_columns", [37, 768])
 def test_dropout_decisions_are_those_of_philox(impl, num_columns, device):
     """Forward and backward drop exactly what `philox` says, and the seed's first row shifts the decisions."""
