@@ -97,7 +97,7 @@ def test_twin_is_as_exact_as_torch(num_rows, num_entries, num_classes, width, dt
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("dtype, reduction", zip(DTYPES, ("mean", "sum", "none")))
+@pytest.mark.parametrize("dtype, reduction", list(zip(DTYPES, ("mean", "sum", "none"))))
 def test_reductions_chunk_by_chunk(small_chunks, impl, dtype, reduction, device):
     inputs = make_inputs(41, 131, 48, dtype, device, num_classes=127)
     check_against_torch(*inputs, impl, reduction=reduction, num_classes=127)

@@ -89,7 +89,7 @@ def list_cases(dtypes_by_name):
             yield pytest.param("triton", dtypes, shape, id=f"{shape}-{name}-triton", marks=marks)
 
 
-@pytest.mark.parametrize("impl, dtypes, shape", list_cases(DTYPES))
+@pytest.mark.parametrize("impl, dtypes, shape", list(list_cases(DTYPES)))
 def test_dropout_add_layer_norm_is_as_exact_as_torch(impl, dtypes, shape, device):
     if impl == "triton" and shape[-1] >= 768 and dtypes[0] == torch.float16 and not torch.cuda.is_available():
         pytest.skip("slow in the interpreter; narrow shapes hold this dtype")
@@ -100,7 +100,7 @@ def test_dropout_add_layer_norm_is_as_exact_as_torch(impl, dtypes, shape, device
         assert_exact(impl, inputs, dy, p)
 
 
-@pytest.mark.parametrize("impl, dtype, shape", list_cases({"fp32": torch.float32, "bf16": torch.bfloat16}))
+@pytest.mark.parametrize("impl, dtype, shape", list(list_cases({"fp32": torch.float32, "bf16": torch.bfloat16})))
 def test_layer_norm_is_as_exact_as_torch(impl, dtype, shape, device):
     inputs, dy = make_inputs(shape, (dtype, dtype, torch.float32), device if impl == "triton" else "cpu")
     inputs = {name: inputs[name] for name in ("x", "weight", "bias")}
