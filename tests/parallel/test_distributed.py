@@ -308,6 +308,7 @@ def test_a_process_that_fails_is_named(data, tmp_path, fault):
     assert read_number(tmp_path / "exit.0") == 7 if fault == "dies" else not (tmp_path / "exit.0").exists()
 
 
+@pytest.mark.slow(reason="45 seconds")
 def test_out_of_memory_on_one_process_halves_the_micro_batch_of_all(data, tmp_path):
     """Wherever in the step it comes: what follows is what the smaller size would have given."""
     steps = 6
