@@ -2,14 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-all lint bench clean
 
 train: .venv/installed
 	$(BIN)/python -m fastroberta.train
 
-# A process a core, each with one thread: tests of small tensors spend their time in Python, not in matrix products.
+# One process per core, one thread each: tests on small tensors spend their time in Python, not in matrix products.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# A few minutes on two cores: before every commit.
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
+
+# Also the tests marked `slow`: before a release and after changing a kernel.
+# `make test-all TESTS=tests/bench/test_resources.py` runs one piece; each marked test says how long it takes.
+test-all: .venv/installed-test
+	$(PYTEST) -m "slow or not slow" $(TESTS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

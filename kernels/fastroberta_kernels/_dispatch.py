@@ -129,8 +129,9 @@ def record_launches(capability: int = 80) -> Iterator[list[Launch]]:
     """
     global _record, _recorded_capability
     launches: list[Launch] = []
+    outer = _record, _recorded_capability
     _record, _recorded_capability = launches.append, capability
     try:
         yield launches
     finally:
-        _record, _recorded_capability = None, 80
+        _record, _recorded_capability = outer

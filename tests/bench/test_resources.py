@@ -9,11 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import each_branch
 import pytest
 import torch
 from fastroberta_kernels import _dispatch, attention, cross_entropy, embedding, gelu, layer_norm, masking
 
-from bench.resources import CHIPS, KERNEL_MODULES, Resources, count_loop_instructions, count_resident_blocks
+from bench.resources import (
+    CHIPS,
+    KERNEL_MODULES,
+    Resources,
+    count_loop_instructions,
+    count_resident_blocks,
+    measure_resources,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,20 +33,34 @@ def run_resources(*modules: str, path: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def list_launched_kernels() -> set[str]:
+    """The kernels that the wrappers start, read from their sources."""
+    kernels = set()
+    for name in KERNEL_MODULES:
+        source = Path(importlib.util.find_spec(f"fastroberta_kernels.{name}").origin).read_text()
+        found = re.findall(r"\blaunch\(\s*(\w+)", source)
+        assert found, f"{name}: no launch found"
+        kernels |= set(found)
+    return kernels
+
+
+def test_every_branch_of_every_kernel_compiles():
+    """Once, for one chip. Other data types, sizes and chips: the next test."""
+    rows = measure_resources(["each_branch:launch_cases"], [each_branch.CHIP])
+    assert [row for row in rows if row.fault] == []
+    assert list_launched_kernels() <= {row.kernel.split(".")[1] for row in rows}
+
+
+@pytest.mark.slow(reason="15 minutes on two cores")
 def test_every_kernel_fits_every_data_center_chip():
     done = run_resources("--chips", "80", "90", "100")
     print(done.stdout.splitlines()[-1] if done.stdout else done.stderr)  # how many, in what time
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "FAULT" not in done.stdout
-    # No kernel that a wrapper starts is missing from the launch cases, on any chip.
-    for name in KERNEL_MODULES:
-        source = Path(importlib.util.find_spec(f"fastroberta_kernels.{name}").origin).read_text()
-        kernels = set(re.findall(r"\blaunch\(\s*(\w+)", source))
-        assert kernels, f"{name}: no launch found"
-        for kernel in kernels:
-            for target in (80, 90, 100):
-                row = rf"^\w+\.{kernel} .* sm_{target} "
-                assert re.search(row, done.stdout, re.MULTILINE), f"{name} launches {kernel}: not on sm_{target}"
+    for kernel in list_launched_kernels():
+        for target in (80, 90, 100):
+            row = rf"^\w+\.{kernel} .* sm_{target} "
+            assert re.search(row, done.stdout, re.MULTILINE), f"{kernel}: not on sm_{target}"
 
 
 def shift(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -648,7 +648,7 @@ def test_a_model_inside_another_module():
 # ---- compiled, interpreted, on a GPU ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MASKED_LM)
+@pytest.mark.parametrize("name", ["roberta", pytest.param("bert", marks=pytest.mark.slow(reason="6 seconds"))])
 def test_compiled_as_one_graph(name):
     model = make_model(name, num_hidden_layers=1, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     batch = make_batch(model, "anywhere")

@@ -80,9 +80,18 @@ def assert_exact(impl, inputs, dy, p):
     assert_gradients_as_exact_as_torch(function, compose(p, seed=11), inputs, dy, f"p={p} ")
 
 
-@both
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def list_cases(dtypes_by_name):
+    """Every shape in fp32, every dtype in one shape. All other pairs run the same code, slowly in the interpreter."""
+    for shape in SHAPES:
+        for name, dtypes in dtypes_by_name.items():
+            yield pytest.param("torch", dtypes, shape, id=f"{shape}-{name}-torch")
+            marks = [needs_triton]
+            if name != "fp32" and shape != (2, 5, 7):
+                marks.append(pytest.mark.slow(reason="3 seconds"))
+            yield pytest.param("triton", dtypes, shape, id=f"{shape}-{name}-triton", marks=marks)
+
+
+@pytest.mark.parametrize("impl, dtypes, shape", list(list_cases(DTYPES)))
 def test_dropout_add_layer_norm_is_as_exact_as_torch(impl, dtypes, shape, device):
     if impl == "triton" and shape[-1] >= 768 and dtypes[0] == torch.float16 and not torch.cuda.is_available():
         pytest.skip("slow in the interpreter; narrow shapes hold this dtype")
@@ -93,9 +102,7 @@ def test_dropout_add_layer_norm_is_as_exact_as_torch(impl, dtypes, shape, device
         assert_exact(impl, inputs, dy, p)
 
 
-@both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("impl, dtype, shape", list(list_cases({"fp32": torch.float32, "bf16": torch.bfloat16})))
 def test_layer_norm_is_as_exact_as_torch(impl, dtype, shape, device):
     inputs, dy = make_inputs(shape, (dtype, dtype, torch.float32), device if impl == "triton" else "cpu")
     inputs = {name: inputs[name] for name in ("x", "weight", "bias")}
@@ -123,6 +130,15 @@ def test_large_mean_costs_no_accuracy(impl, device):
     inputs, dy = make_inputs((8, 768), DTYPES["fp32"], device if impl == "triton" else "cpu")
     x = (torch.randn(8, 768, generator=torch.Generator().manual_seed(1)) + 1000).to(inputs["x"].device)
     inputs = {"x": x.requires_grad_(), "weight": inputs["weight"], "bias": inputs["bias"]}
+    assert_gradients_as_exact_as_torch(lambda **t: layer_norm.layer_norm(**t, impl=impl), compose(0.0), inputs, dy)
+
+
+@both
+@pytest.mark.parametrize("num_columns", [48, 5000])  # a row as a whole, and block by block
+def test_epsilon_counts_in_rows_of_small_variance(impl, num_columns, device):
+    inputs, dy = make_inputs((3, num_columns), DTYPES["fp32"], device if impl == "triton" else "cpu")
+    x = (inputs["x"].detach() / 1000).requires_grad_()
+    inputs = {"x": x, "weight": inputs["weight"], "bias": inputs["bias"]}
     assert_gradients_as_exact_as_torch(lambda **t: layer_norm.layer_norm(**t, impl=impl), compose(0.0), inputs, dy)
 
 

@@ -41,6 +41,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def slow(*values, takes):
+    return pytest.param(*values, marks=pytest.mark.slow(reason=takes))
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     lines = [f"Number {i} comes before {i + 1}. Nobody knows why {i} does that.\n" for i in range(400)]
@@ -81,28 +85,31 @@ def largest_difference(ours, theirs, step=STEPS):
     return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tmp_path, processes):
-    changes = {
-        f"{sharding}-{name}": {"sharding": sharding, "optimizer": {"name": name, "max_grad_norm": norm}}
-        for sharding in ("none", "optimizer", "full")
-        for name, norm in (("adamw", 0.0), ("lamb", 1.0))
-        if processes == 2 or name == "lamb"
+ALL_RUNS = [f"{sharding}-{name}" for sharding in ("none", "optimizer", "full") for name in ("adamw", "lamb")]
+
+
+@pytest.mark.parametrize(
+    "processes, runs",
+    [
+        (2, ["none-adamw", "optimizer-adamw", "full-lamb"]),
+        slow(2, ALL_RUNS, takes="a minute"),
+        slow(4, ALL_RUNS[1::2], takes="a minute"),
+    ],
+    ids=["2", "2, all", "4"],
+)
+def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tmp_path, processes, runs):
+    optimizers = {
+        "adamw": {"name": "adamw", "max_grad_norm": 0.0},
+        "lamb": {"name": "lamb", "max_grad_norm": 1.0},
     }
+    changes = {run: {"sharding": run.split("-")[0], "optimizer": optimizers[run.split("-")[1]]} for run in runs}
     # A run that a single process began, and a batch that grows.
-    changes["continued"] = {"sharding": "optimizer", "optimizer": {"name": "lamb", "max_grad_norm": 1.0}}
+    changes["continued"] = {"sharding": "optimizer", "optimizer": optimizers["lamb"]}
     changes["ramp"] = {"batch_ramp": {"start": 8, "tokens": 2000}, "micro_batch_size": 1}
-    singles = {}
-    for name in ("adamw", "lamb", "ramp"):
-        singles[name] = tmp_path / name
-        those = (
-            changes["ramp"]
-            if name == "ramp"
-            else {"optimizer": changes[f"none-{name}" if processes == 2 else "none-lamb"]["optimizer"]}
-        )
-        if name != "adamw" or processes == 2:
-            Trainer(from_dict(TrainConfig, make_settings(data, singles[name], **those))).train()
-    shutil.copytree(singles["lamb"], tmp_path / "continued", ignore=shutil.ignore_patterns(f"*{STEPS:08d}"))
+    singles = {name: {"optimizer": optimizer} for name, optimizer in optimizers.items()} | {"ramp": changes["ramp"]}
+    for name, those in singles.items():
+        Trainer(from_dict(TrainConfig, make_settings(data, tmp_path / name, **those))).train()
+    shutil.copytree(tmp_path / "lamb", tmp_path / "continued", ignore=shutil.ignore_patterns(f"*{STEPS:08d}"))
     tasks = [
         {"config": make_settings(data, tmp_path / name, **those)} for name, those in changes.items() if name != "ramp"
     ]
@@ -111,7 +118,7 @@ def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tm
     assert all("error" not in result for result in results[0]), results[0]
     for name in changes:
         ours = tmp_path / ("shared-ramp" if name == "ramp" else name)
-        theirs = singles["ramp" if name == "ramp" else "lamb" if name == "continued" else name.split("-")[1]]
+        theirs = tmp_path / ("ramp" if name == "ramp" else "lamb" if name == "continued" else name.split("-")[1])
         assert largest_difference(ours, theirs) < 1e-6, name
         if name != "continued":
             losses = [
@@ -246,8 +253,9 @@ def wait_until_gone(pids):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     "how", [
-        "SIGTERM to the launcher", "SIGINT to the launcher", "SIGTERM to all", "SIGKILL to the launcher",
-        "SIGTERM to one process", "SIGTERM to PyTorch's torchrun",
+        slow("SIGTERM to the launcher", takes="15 seconds"), slow("SIGINT to the launcher", takes="15 seconds"),
+        slow("SIGTERM to PyTorch's torchrun", takes="15 seconds"),
+        "SIGTERM to all", "SIGTERM to one process", "SIGKILL to the launcher",
     ],
 )  # fmt: skip
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
@@ -276,7 +284,7 @@ def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("fault", ["dies", "stops", "sleeps"])
+@pytest.mark.parametrize("fault", ["dies", slow("stops", takes="40 seconds"), "sleeps"])
 def test_a_process_that_fails_is_named(data, tmp_path, fault):
     environment = {"FAULT": "sleeps 1"} if fault == "sleeps" else {}
     process = start_program(data, tmp_path, environment, hang_timeout=600 if fault == "dies" else 15)
@@ -302,6 +310,7 @@ def test_a_process_that_fails_is_named(data, tmp_path, fault):
     assert read_number(tmp_path / "exit.0") == 7 if fault == "dies" else not (tmp_path / "exit.0").exists()
 
 
+@pytest.mark.slow(reason="45 seconds")
 def test_out_of_memory_on_one_process_halves_the_micro_batch_of_all(data, tmp_path):
     """Wherever in the step it comes: what follows is what the smaller size would have given."""
     steps = 6
@@ -369,6 +378,7 @@ def test_out_of_memory_inside_fsdp2_ends_the_run_with_5(data, tmp_path):
     wait_until_gone([read_number(tmp_path / f"pid.{rank}") for rank in range(2)])
 
 
+@pytest.mark.slow(reason="30 seconds")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_a_checkpoint_may_take_longer_than_the_hang_timeout(data, tmp_path):
     task = {"config": make_settings(data, tmp_path / "slow", hang_timeout=10, save_steps=STEPS), "slow_save": 14}
