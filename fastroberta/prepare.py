@@ -238,7 +238,7 @@ def _obtain_tokenizer(
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(tokenizer, partial)
         os.replace(partial, directory)
-    return load_tokenizer(directory)
+    return given or load_tokenizer(directory)
 
 
 def _train_tokenizer(config: PrepareConfig, files: list[InputFile], directory: Path, stop: _StopRequest) -> Tokenizer:
