@@ -109,6 +109,7 @@ _SHOWN = (
     ("train/loss", "loss ", "{:.4f}", 1.0),
     ("train/learning_rate", "lr ", "{:.2e}", 1.0),
     ("train/grad_norm", "grad norm ", "{:.3f}", 1.0),
+    ("throughput/megabytes_per_second", "MB/s ", "{:,.1f}", 1.0),
     ("throughput/tokens_per_second", "tokens/s ", "{:,.0f}", 1.0),
     ("throughput/mfu", "MFU ", "{:.1f}%", 100.0),
 )
@@ -150,10 +151,22 @@ class Progress:
     Args:
         total_steps: of the whole run. first_step: steps done before this process began.
         stream: where to; stderr if None, so that results on stdout can be piped.
+        unit: what is counted. seconds_between_lines: plain lines come no more often than this.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0, stream: TextIO | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        *,
+        unit: str = "step",
+        seconds_between_lines: float = 0.0,
+    ):
         self.total_steps = total_steps
+        self._unit = unit
+        self._seconds_between_lines = seconds_between_lines
+        self._last_line = time.monotonic()
         self._stream = sys.stderr if stream is None else stream
         self._reference = (first_step, time.monotonic())
         self._updates = 0
@@ -163,7 +176,12 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+            columns = (
+                TextColumn(unit),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False),
+            )
             self._bar = Bar(*columns, console=Console(file=self._stream))
             self._task = self._bar.add_task("", total=total_steps, completed=first_step)
 
@@ -172,8 +190,9 @@ class Progress:
         line = format_line(metrics, self._estimate_seconds_left(step))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=line)
-        else:
-            print_line(f"step {step}/{self.total_steps}  {line}", self._stream)
+        elif time.monotonic() - self._last_line >= self._seconds_between_lines:
+            self._last_line = time.monotonic()
+            print_line(f"{self._unit} {step}/{self.total_steps}  {line}", self._stream)
 
     def _estimate_seconds_left(self, step: int) -> float | None:
         """At the mean speed since the first update, which leaves out compiling; before the second, since the start."""

@@ -1,37 +1,31 @@
 """`python -m fastroberta.prepare INPUT... --out DIR`: text in, token shards out.
 
-Reads txt, jsonl and parquet, plain or in gzip or zstd; files, folders and globs. Cleans as asked, tokenizes on all
-cores, and writes shards, a held-out split and a manifest. Interrupted in any way, the same command continues; the
-shards depend on the text and the options alone, not on the number of workers or on interruptions.
+Reads txt, JSON lines and parquet, plain or compressed; files, folders and globs. Cleans as asked, tokenizes on all
+cores, and writes shards, a held-out split and a manifest. If it is interrupted, the same command continues. The shards
+depend on the text and the options alone, not on the number of workers or on interruptions.
 
-    tokenize     pieces of about 8 MB of text -> one file each in DIR/work (parallel)
-    deduplicate  the hashes of all pieces -> which documents to drop
-    assemble     pieces, in order -> shards; then the manifest, which makes the directory a finished one
+    tokenize     chunks of about 8 MB of text -> one file each in DIR/work (parallel)
+    deduplicate  the hashes of all documents -> which ones to drop
+    assemble     chunk files, in order -> shards, then the manifest, which completes the directory
 
-While it runs DIR takes twice the size of the shards. Memory: about 200 MB, and as much for each worker, up to 1.3 GB
-where a document has 16 MB, the most that is taken; training a tokenizer holds 256 MB of text; removing duplicates adds
-a byte a document, and sorts 4 million keys at a time.
+While it runs, DIR takes twice the size of the shards. It needs about 200 MB of memory, and as much for each worker, up to
+1.3 GB for a document of 16 MB, the longest allowed. Training a tokenizer holds 256 MB of text. Removing duplicates
+takes a byte a document and sorts 4 million keys at a time.
 
---worker i/n does the i-th of n shares of the corpus (on a machine of its own, say): whole files where there are n of
-them, pieces otherwise. --merge DIR... --out DIR joins the results; each share removed its own duplicates only.
+--cluster has the workers of a Dask cluster tokenize instead: the chunks are its tasks, DIR lies on a disk that all of
+them share, and the rest happens here. --append adds new files to a finished corpus without redoing the old ones.
+Duplicates are judged against all documents, and the old shards stay as they are.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import json
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,13 +34,14 @@ from tokenizers import Tokenizer
 
 from .cli.arguments import parse_arguments
 from .cli.directories import own_directory
-from .cli.program import run
+from .cli.program import StopRequest, run
 from .config import setting
-from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join, warn_of_small_heldout
-from .corpus.chunks import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
+from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, warn_of_small_heldout
+from .corpus.chunks import ChunkSettings, clean_documents, sample_chunks
 from .corpus.encode import split_lines
-from .corpus.read import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
-from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, load_manifest, write_atomically
+from .corpus.read import CHUNK_BYTES, Chunk, InputFile, Problems, find_files, read_chunks
+from .corpus.resume import describe, find_base, find_finished, resume
+from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
@@ -56,17 +51,19 @@ from .corpus.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
+from .corpus.workers import process_chunks
+from .errors import ConfigurationError, DataError
 
-TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tokenizer is trained on at most
+TRAINING_BYTES = 256 << 20  # of text, spread evenly over the corpus, that a tokenizer is trained on at most
 
 
 @dataclass
 class PrepareConfig:
     """One corpus."""
 
-    inputs: list[str] = setting(help="text files, folders or globs; prepared directories with --merge", positional=True)
+    inputs: list[str] = setting(help="text files, folders or globs", positional=True)
     out: str = setting(help="directory to write; an unfinished run found there is continued")
+    append: bool = setting(False, "add new files to the finished corpus in --out, with the options that made it")
     tokenizer: str | None = setting(None, "directory with tokenizer.json, or with vocab.json and merges.txt")
     train_tokenizer: int | None = setting(
         None,
@@ -100,34 +97,37 @@ class PrepareConfig:
     )
 
     shard_tokens: int = setting(2**26, "tokens a shard at most", valid=f"[1, {MAX_SHARD_TOKENS}]")
-    workers: int | None = setting(None, "processes; null takes one for each core", valid="[1, inf)")
-    worker: str | None = setting(None, "i/n: do only the i-th of n shares of the corpus, to be merged later")
-    merge: bool = setting(False, "join directories that --worker prepared")
+    workers: int | None = setting(None, "processes on this machine; null takes one for each core", valid="[1, inf)")
+    cluster: str | None = setting(
+        None, "Dask scheduler whose workers tokenize, tcp://HOST:PORT, or local:N to start N workers here"
+    )
 
     def check(self) -> None:
-        if self.merge and (self.tokenizer or self.train_tokenizer or self.worker):
-            raise ConfigurationError("merge: the directories are prepared already; give only them and --out")
-        if not self.merge and (self.tokenizer is None) == (self.train_tokenizer is None):
+        if self.tokenizer and self.train_tokenizer:
+            raise ConfigurationError("tokenizer: give only one of --tokenizer DIR and --train-tokenizer VOCAB_SIZE")
+        if not (self.append or self.tokenizer or self.train_tokenizer):
             raise ConfigurationError("tokenizer: give one of --tokenizer DIR and --train-tokenizer VOCAB_SIZE")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ConfigurationError(f"max_characters = {self.max_characters}: less than min_characters; raise it")
-        self.share()
-
-    def share(self) -> tuple[int, int]:
-        """(i, n) of --worker, i counted from 0."""
-        first, _, count = (self.worker or "1/1").partition("/")
-        if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
-            raise ConfigurationError(f"worker = {self.worker}: takes i/n with i from 1 to n, for example 1/4")
-        return int(first) - 1, int(count)
+        if self.cluster is not None:
+            if self.workers is not None:
+                raise ConfigurationError("workers: with --cluster the cluster's workers are used; leave out --workers")
+            kind, _, rest = self.cluster.partition(":")
+            if not (rest.isdecimal() and int(rest) if kind == "local" else rest.startswith("//")):
+                raise ConfigurationError(
+                    f"cluster = {self.cluster}: takes a scheduler's address, tcp://HOST:PORT, or local:N with N from 1"
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # The first two paragraphs: --help would run the list after them together.
+    # The first two paragraphs only: --help would run the lines of the table together.
     config = parse_arguments(argv, PrepareConfig, description="\n\n".join((__doc__ or "").split("\n\n")[:2]))
     try:
-        manifest = merge(config) if config.merge else prepare(config)
+        manifest = prepare(config)
     except OSError as error:
-        raise DataError(f"{error.filename or config.out}: {error.strerror}; mend that and start again") from error
+        raise DataError(
+            f"{error.filename or config.out}: {error.strerror or error}; fix that, and the same command continues"
+        ) from error
     print_report(manifest)
     return 0
 
@@ -136,49 +136,66 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Do what the configuration says; a finished directory is left as it is.
 
     Raises:
-        ConfigurationError, DataError, Stopped: see there.
+        ConfigurationError, DataError, DeviceMemoryError, ProcessError, Stopped: see there.
     """
     out = Path(config.out)
     work = out / "work"
     files = find_files(config.inputs, config.format)
     _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
-    options = _identify(config, tokenizer)
-    if finished := _find_finished(out, options, _describe(files)):
+    options = _list_options(config, tokenizer)
+    base: Manifest | None = None
+    if config.append:
+        base, options, files = find_base(out, options, files)
+        tokenizer = load_tokenizer(out)
+        finished = None if files else base
+    else:
+        finished = find_finished(out, options, files)
+    if finished:
+        print(f"{out}: already prepared, nothing to do")
         return finished
-    if warning := warn_of_small_heldout(sum(file.size for file in files), config.heldout_fraction):
+    warning = warn_of_small_heldout(sum(file.size for file in files), config.heldout_fraction)
+    if warning and not base:
         print(warning, file=sys.stderr)
-    with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
-        _resume(work, options, files)
-        if tokenizer is None:
-            tokenizer = _obtain_tokenizer(config, files, work, stop)
-        pieces = _tokenize(config, files, tokenizer, work, stop)
-        dropped = find_duplicates(pieces, work, config.exact_duplicates, config.near_duplicates, stop.check)
+    with own_directory(out, "work/lock", "--out"), StopRequest() as stop:
+        resume(work, options, files, base)
+        tokenizer = _obtain_tokenizer(config, files, tokenizer, work / "tokenizer", stop)
+        settings = _chunk_settings(config, tokenizer, work / "tokenizer")
+        size = sum(file.size for file in files)
+        chunks = process_chunks(
+            _read_all(config, files),
+            work.absolute(),
+            settings,
+            workers=min(config.workers or len(os.sched_getaffinity(0)), 1 + size // CHUNK_BYTES),
+            cluster=config.cluster,
+            total_bytes=size,
+            check=stop.check,
+        )
+        dropped = find_duplicates(chunks, work, base, config.exact_duplicates, config.near_duplicates, stop.check)
+        all_files = (base.contents["files"] if base else []) + describe(files)
         try:
-            manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
+            manifest = assemble(chunks, dropped, tokenizer, out, base, options, all_files, stop.check)
         except NoDocumentError:
-            shutil.rmtree(work)  # it would bind the next try to the options that left nothing
+            shutil.rmtree(work)  # it would hold the next try to the options that left nothing
             raise
         shutil.rmtree(work)
     return manifest
 
 
-# ---- starting and continuing
+def _list_options(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Everything besides the files that decides the bytes of the output, by which an unfinished run is recognized.
 
-
-def _identify(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """All that decides the bytes of the output besides the files, to know an unfinished run again.
-
-    on_bad_input is not in it: after an error the same run may go on with "skip", the pieces done before had no fault.
+    on_bad_input is not part of it: after an error the same run may continue with "skip", because the chunks done before
+    had no fault.
     """
     options = dataclasses.asdict(config)
-    for name in ("out", "workers", "merge", "on_bad_input", "tokenizer"):
+    for name in ("out", "append", "workers", "cluster", "on_bad_input", "tokenizer"):
         del options[name]
     return {**options, "tokenizer_sha256": tokenizer_hash(tokenizer) if tokenizer else None}
 
 
 def _refuse_out_among_inputs(out: Path, inputs: list[str], files: list[InputFile]) -> None:
-    """What is written must not lie beside the text: the next run would read it, and cleaning up could remove text."""
+    """Output must not lie beside the text: the next run would read it, and cleaning up could remove text."""
     place = out.resolve()
     for path in [*filter(os.path.isdir, inputs), *(file.path for file in files)]:
         source = Path(path).resolve()
@@ -186,134 +203,63 @@ def _refuse_out_among_inputs(out: Path, inputs: list[str], files: list[InputFile
             raise ConfigurationError(f"--out {out}: holds or lies in the input {path}; give a directory of its own")
 
 
-def _describe(files: list[InputFile]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(file) for file in files]
-
-
-def _find_finished(out: Path, options: dict[str, Any], files: list[dict[str, Any]]) -> Manifest | None:
-    if not (out / "manifest.json").exists():
-        return None
-    manifest = load_manifest(out)
-    _refuse_other_options(manifest.contents["options"], options, f"{out}: holds a finished corpus")
-    now = {one["path"]: one for one in files}
-    # Manifests of versions before this check have no "files".
-    then = {one["path"]: one for one in manifest.contents["files"]} if "files" in manifest.contents else now
-    changed = [path for path in {**now, **then} if now.get(path) != then.get(path)]
-    if changed:
-        raise ConfigurationError(
-            f"{out}: holds a finished corpus, but {changed[0]} was changed, added or removed since; give another --out, "
-            "or remove the directory to prepare it anew"
+def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Chunk]:
+    for number, file in enumerate(files):
+        yield from read_chunks(
+            file,
+            number,
+            txt_documents=config.txt_documents,
+            text_field=config.text_field,
+            policy=config.on_bad_input,
         )
-    print(f"{out}: already prepared, nothing to do")
-    return manifest
 
 
-def _refuse_other_options(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            raise ConfigurationError(
-                f"{what} with {name} = {found.get(name)}, this run has {wanted[name]}; give the same options, or "
-                "another --out, or remove the directory"
-            )
-
-
-class _StopRequest:
-    """Notes the first SIGINT or SIGTERM, so that the piece in hand is finished; a second one ends the program."""
-
-    def __enter__(self) -> _StopRequest:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.requested = True
-        self.__exit__()
-
-    def check(self) -> None:
-        if self.requested:
-            raise Stopped("stopped; nothing is lost, the same command continues")
-
-
-def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None:
-    """Hold an unfinished run's plan against this one's, and forget what came from files that changed since."""
-    for leftover in [*work.glob("*.tmp"), *work.parent.glob("*.tmp")]:
-        if leftover.is_file():  # tokenizer.tmp is a directory, and is taken away before the next one is written
-            leftover.unlink()
-    plan = {"options": options, "files": _describe(files)}
-    path = work / "plan.json"
-    # A plan from which nothing was made yet, because its first try failed, binds nobody.
-    if path.exists() and (any(work.glob("*.npz")) or (work / "tokenizer").exists()):
-        try:
-            found = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{path}: damaged ({error}); remove {work} and start again") from error
-        _refuse_other_options(found["options"], options, f"{work.parent}: holds an unfinished run")
-        if [file["path"] for file in found["files"]] != [file.path for file in files]:
-            raise ConfigurationError(
-                f"{work.parent}: holds an unfinished run over other files; give the same files, or another --out, or "
-                "remove the directory"
-            )
-        changed = [number for number, file in enumerate(plan["files"]) if file != found["files"][number]]
-        for number in changed:
-            print(f"{files[number].path}: changed since the run began, done again", file=sys.stderr)
-            for piece in work.glob(f"{number:06d}-*.npz"):
-                piece.unlink()
-        if changed and options["train_tokenizer"]:
-            shutil.rmtree(work / "tokenizer", ignore_errors=True)
-            for piece in work.glob("*.npz"):
-                piece.unlink()
-    with write_atomically(path) as file:
-        file.write(json.dumps(plan, indent=1).encode())
-
-
-def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path, stop: _StopRequest) -> Tokenizer:
-    """The tokenizer that this run trained before it was interrupted, or a new one."""
-    assert config.train_tokenizer is not None
-    directory = work / "tokenizer"
+def _obtain_tokenizer(
+    config: PrepareConfig, files: list[InputFile], given: Tokenizer | None, directory: Path, stop: StopRequest
+) -> Tokenizer:
+    """The tokenizer, which workers find in `directory`: the given one, or one trained by this run or before it stopped."""
     if not directory.exists():
-        settings = _piece_settings(config)
-        sample: list[Piece] = []
-        stride, size = 1, 0
-        # Over the whole corpus, whatever --worker says: every share gets the same tokenizer.
-        for number, piece in enumerate(_read_all(config, files)):
-            stop.check()
-            if number % stride == 0:
-                sample.append(piece)
-                size += piece.size()
-            while size > TRAINING_BYTES and len(sample) > 1:  # every second goes, so that it stays evenly spread
-                sample, stride = sample[::2], stride * 2
-                size = sum(map(Piece.size, sample))
-        print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
-
-        def read_texts() -> Iterator[str]:
-            problems = Problems(config.on_bad_input)
-            while sample:
-                for text in clean_documents(sample.pop(0), settings, Counter(), problems):
-                    yield from split_lines(text) if config.newlines == "separator" else [text]
-
-        trained = train_tokenizer(read_texts(), config.train_tokenizer)
-        if (found := vocabulary_size(trained)) < config.train_tokenizer:
-            print(
-                f"train_tokenizer = {config.train_tokenizer}: the text is too little for that, the tokenizer has {found} "
-                "tokens; give more text for more",
-                file=sys.stderr,
-            )
-        partial = work / "tokenizer.tmp"
+        tokenizer = given or _train_tokenizer(config, files, directory, stop)
+        partial = directory.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        save_tokenizer(trained, partial)
+        save_tokenizer(tokenizer, partial)
         os.replace(partial, directory)
-    return load_tokenizer(directory)
+    return given or load_tokenizer(directory)
 
 
-def _piece_settings(config: PrepareConfig) -> PieceSettings:
-    return PieceSettings(
+def _train_tokenizer(config: PrepareConfig, files: list[InputFile], directory: Path, stop: StopRequest) -> Tokenizer:
+    assert config.train_tokenizer is not None
+
+    def read_chunks_until_stopped() -> Iterator[Chunk]:
+        for chunk in _read_all(config, files):
+            stop.check()
+            yield chunk
+
+    sample = sample_chunks(read_chunks_until_stopped(), TRAINING_BYTES)
+    size = sum(map(Chunk.size, sample))
+    print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
+    settings = _chunk_settings(config, None, directory)
+
+    def read_texts() -> Iterator[str]:
+        problems = Problems(config.on_bad_input)
+        while sample:
+            for text in clean_documents(sample.pop(0), settings, Counter(), problems):
+                yield from split_lines(text) if config.newlines == "separator" else [text]
+
+    trained = train_tokenizer(read_texts(), config.train_tokenizer)
+    if (found := vocabulary_size(trained)) < config.train_tokenizer:
+        print(
+            f"train_tokenizer = {config.train_tokenizer}: there is too little text for that many, the tokenizer has "
+            f"{found} tokens; give more text for more",
+            file=sys.stderr,
+        )
+    return trained
+
+
+def _chunk_settings(config: PrepareConfig, tokenizer: Tokenizer | None, directory: Path) -> ChunkSettings:
+    return ChunkSettings(
+        tokenizer=str(directory.absolute()),
+        tokenizer_sha256=tokenizer_hash(tokenizer) if tokenizer else "",
         txt_documents=config.txt_documents,
         text_field=config.text_field,
         split_sentences=config.sentences == "punctuation",
@@ -324,168 +270,6 @@ def _piece_settings(config: PrepareConfig) -> PieceSettings:
         signatures=config.near_duplicates is not None,
         on_bad_input=config.on_bad_input,
     )
-
-
-# ---- tokenize
-
-
-def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
-    for number, file in enumerate(files):
-        yield from read_pieces(
-            file,
-            number,
-            txt_documents=config.txt_documents,
-            text_field=config.text_field,
-            policy=config.on_bad_input,
-        )
-
-
-def _read_share(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
-    """The pieces that are this run's by --worker."""
-    share, count = config.share()
-    if len(files) >= count:
-        for number in range(share, len(files), count):
-            yield from (dataclasses.replace(piece, file_number=number) for piece in _read_all(config, [files[number]]))
-    else:
-        for number, piece in enumerate(_read_all(config, files)):
-            if number % count == share:
-                yield piece
-
-
-def _tokenize(
-    config: PrepareConfig, files: list[InputFile], tokenizer: Tokenizer, work: Path, stop: _StopRequest
-) -> list[Path]:
-    """Write the piece files that are not there yet; all of them, in order."""
-    settings = _piece_settings(config)
-    total = sum(file.size for file in files)
-    workers = min(config.workers or len(os.sched_getaffinity(0)), 1 + total // PIECE_BYTES)
-    paths: list[Path] = []
-    pending: deque[tuple[Piece, concurrent.futures.Future[dict[str, int]]]] = deque()
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(total // config.share()[1]))
-        submit: Callable[[Piece, Path], concurrent.futures.Future[dict[str, int]]]
-        if workers == 1:
-            processor = PieceProcessor(tokenizer, settings)
-
-            def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
-                done: concurrent.futures.Future[dict[str, int]] = concurrent.futures.Future()
-                done.set_result(processor.process(piece, path))
-                return done
-        else:
-            pool = concurrent.futures.ProcessPoolExecutor(
-                workers,
-                multiprocessing.get_context("spawn"),  # a fork would copy the tokenizer's threads in mid-step
-                start_worker,
-                (tokenizer.to_str(), settings),
-            )
-            stack.callback(pool.shutdown, cancel_futures=True)
-
-            def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
-                # A submission may start a worker, which inherits the mask: Ctrl-C is this process's to handle, and a
-                # worker that it hits while it starts would print a traceback.
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                try:
-                    return pool.submit(process_in_worker, piece, path)
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-        def finish_oldest() -> None:
-            # In order, so that of several faults the first is reported.
-            piece, future = pending.popleft()
-            try:
-                done = future.result()
-            except concurrent.futures.BrokenExecutor as error:
-                raise DeviceMemoryError(
-                    f"{piece.file.path}: a worker was killed, most often for want of memory; the same command with "
-                    "fewer --workers continues"
-                ) from error
-            progress.advance(piece.input_bytes, done["bytes"], done["tokens"])
-
-        for piece in _read_share(config, files):
-            stop.check()
-            path = work / f"{piece.file_number:06d}-{piece.number:06d}.npz"
-            paths.append(path)
-            if path.exists():
-                progress.advance(piece.input_bytes)
-                continue
-            pending.append((piece, submit(piece, path)))
-            while len(pending) > workers + 2:
-                finish_oldest()
-        while pending:
-            stop.check()
-            finish_oldest()
-    return paths
-
-
-class Progress:
-    """Share done, MB/s of text, tokens/s and time left; a bar on a terminal, elsewhere a line every ten seconds."""
-
-    def __init__(self, total_bytes: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        console = Console(stderr=True)
-        columns = (TextColumn("tokenizing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
-        self._bar = Bar(*columns, console=console) if console.is_terminal else None
-        self._total = max(total_bytes, 1)
-        self._input_bytes = self._new_input_bytes = self._text_bytes = self._tokens = 0
-        self._start = self._last_line = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._total, speed="")
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def advance(self, input_bytes: int, text_bytes: int | None = None, tokens: int = 0) -> None:
-        """A piece is done; without text_bytes it was done by an earlier run, and says nothing about the speed."""
-        self._input_bytes += input_bytes
-        if text_bytes is not None:
-            self._new_input_bytes += input_bytes
-            self._text_bytes += text_bytes
-            self._tokens += tokens
-        now = time.monotonic()
-        seconds = max(now - self._start, 1e-9)
-        left = max(self._total - self._input_bytes, 0) * seconds / max(self._new_input_bytes, 1)
-        speed = (
-            f"{self._text_bytes / seconds / 1e6:.1f} MB/s, {self._tokens / seconds:,.0f} tokens/s, "
-            f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d} left"
-        )
-        if self._bar:
-            self._bar.update(self._task, completed=min(self._input_bytes, self._total), speed=speed)
-        elif now - self._last_line >= 10:
-            self._last_line = now
-            print(f"tokenizing {min(self._input_bytes / self._total, 1):.1%}, {speed}", file=sys.stderr, flush=True)
-
-
-# ---- joining and reporting
-
-
-def merge(config: PrepareConfig) -> Manifest:
-    """Join prepared directories: their shards in order, linked where the file system can, copied otherwise.
-
-    Raises:
-        DataError: a directory is not finished, damaged, or made with another tokenizer.
-    """
-    out = Path(config.out)
-    manifests = [load_manifest(directory, verify=True) for directory in config.inputs]
-    options = {"merge": config.inputs, "parts": [manifest.contents["options"] for manifest in manifests]}
-    files = [
-        {"path": str(manifest.directory / entry["name"]), "sha256": entry["sha256"]}
-        for manifest in manifests
-        for entry in manifest.contents["shards"]
-    ]
-    if finished := _find_finished(out, options, files):
-        return finished
-    with own_directory(out, "work/lock", "--out"):
-        merged = join(manifests, out, options, files)
-        shutil.rmtree(out / "work")
-    return merged
 
 
 def print_report(manifest: Manifest) -> None:
@@ -507,7 +291,7 @@ def print_report(manifest: Manifest) -> None:
             "larger --heldout-fraction"
         )
     elif not manifest.shard_paths("train"):
-        print("all is held out: to train, prepare more text, or with a smaller --heldout-fraction")
+        print("everything is held out, so there is nothing to train on: prepare more text, or lower --heldout-fraction")
     else:
         data = shlex.quote(str(manifest.directory))
         print(f"{manifest.directory}: ready for python -m fastroberta.train --data {data}")

@@ -1,4 +1,11 @@
-"""Piece files -> shards: drop duplicates, choose what is held out, write in order, and finish with the manifest."""
+"""Chunk files -> shards: drop duplicates, choose what is held out, write in order, and finish with the manifest.
+
+A corpus that removes duplicates keeps what it compared, so that documents can be appended later and judged against all:
+`hashes-00000.bin`, uint64 (documents, 2), for exact duplicates, and `signatures-00000.bin`, uint32 (documents, 128), for
+near ones; a row for each document in the order of reading, whether it was dropped or not. The manifest lists them under
+"duplicate_tables". Appending writes new shards and new tables beside the old ones. The manifest, replaced last, makes
+them count; until then the corpus is the old one.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +23,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import DataError
+from .chunks import load_chunk
 from .deduplicate import find_exact_duplicates, find_near_duplicates
-from .shards import (
-    SPLITS,
-    Manifest,
-    ShardWriter,
-    file_sha256,
-    load_manifest,
-    token_dtype,
-    write_atomically,
-    write_manifest,
-)
-from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
+from .shards import AGAIN, SPLITS, Manifest, ShardWriter, file_sha256, load_manifest, token_dtype, write_manifest
+from .tokenizer import save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
 HELDOUT_TOKENS = 128 * 512  # to hold out at least: 128 sequences, where a tenth of the corpus is that much
 LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
@@ -37,24 +36,23 @@ class NoDocumentError(DataError):
     """Nothing is left to write."""
 
 
-def load_piece(path: Path, *names: str) -> list[np.ndarray]:
-    """The arrays of a piece file; raises DataError where it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as piece:
-            return [piece[name] for name in names]
-    except Exception as error:  # what numpy and zipfile raise for damage has no common base
-        raise DataError(f"{path}: damaged ({error}); remove this file and start again") from error
-
-
 def find_duplicates(
-    pieces: list[Path], work: Path, exact: bool, threshold: float | None, check: Callable[[], None]
+    chunks: list[Path],
+    work: Path,
+    base: Manifest | None,
+    exact: bool,
+    threshold: float | None,
+    check: Callable[[], None],
 ) -> dict[str, np.ndarray]:
     """Flags of the documents to drop, by the name of the cleaning step.
 
     Args:
-        work: where the hashes of all pieces are put together, in a file.
+        work: where the tables of all documents are left: hashes.bin, signatures.bin.
+        base: the corpus that is appended to; its documents come first and are not in the flags.
         exact, threshold: which steps; the threshold of near duplicates, None without them.
-        check: called between pieces; it raises to stop.
+        check: called between chunks; it raises to stop.
+    Raises:
+        DataError: a damaged chunk or table.
     """
     steps: dict[str, tuple[str, Callable[..., np.ndarray]]] = {}
     if exact:
@@ -63,18 +61,20 @@ def find_duplicates(
         steps["near_duplicates"] = ("signatures", partial(find_near_duplicates, threshold=threshold))
     dropped: dict[str, np.ndarray] = {}
     for step, (name, find) in steps.items():
-        table, count = work / f"{name}.bin", 0
-        with open(table, "wb") as file:
-            for path in pieces:
+        table, count, row_bytes = work / f"{name}.bin", 0, 0
+        earlier = copy_table(base, name, table) if base else 0
+        with open(table, "ab" if base else "wb") as file:
+            for path in chunks:
                 check()
-                hashes, *_ = load_piece(path, "hashes")
+                hashes, *_ = load_chunk(path, "hashes")
                 if len(hashes):
-                    count += len(hashes)
-                    file.write(np.ascontiguousarray(load_piece(path, name)[0]).data)
-        flags = find(table, count) if count else np.zeros(0, dtype=bool)
-        table.unlink()
-        for earlier in dropped.values():  # a document is counted once
-            flags &= ~earlier
+                    rows = np.ascontiguousarray(load_chunk(path, name)[0])
+                    count, row_bytes = count + len(rows), rows[0].nbytes
+                    file.write(rows.data)
+        before = earlier // row_bytes if count else 0
+        flags = find(table, before + count)[before:] if count else np.zeros(0, dtype=bool)
+        for others in dropped.values():  # a document is counted once
+            flags &= ~others
         dropped[step] = flags
     return dropped
 
@@ -92,7 +92,7 @@ def warn_of_small_heldout(input_bytes: int, fraction: float) -> str | None:
 
 
 def find_heldout_limit(
-    pieces: list[Path], dropped: dict[str, np.ndarray], fraction: float, check: Callable[[], None]
+    chunks: list[Path], dropped: dict[str, np.ndarray], fraction: float, check: Callable[[], None]
 ) -> int:
     """The bound, at most 2**64 - 1, below which the first half of a document's hash sends it to the held-out split.
 
@@ -104,9 +104,9 @@ def find_heldout_limit(
     if not limit:
         return 0
     hashes, tokens, total, first = np.zeros(0, np.uint64), np.zeros(0, np.int64), 0, 0
-    for path in pieces:
+    for path in chunks:
         check()
-        lengths, sentences, found = load_piece(path, "sentence_lengths", "document_sentences", "hashes")
+        lengths, sentences, found = load_chunk(path, "sentence_lengths", "document_sentences", "hashes")
         kept = np.ones(len(found), dtype=bool)
         for flags in dropped.values():
             kept &= ~flags[first : first + len(found)]
@@ -133,48 +133,76 @@ def find_heldout_limit(
     return min(limit, 2**64 - 1)
 
 
+def copy_table(base: Manifest, name: str, target: Path) -> int:
+    """Copy a corpus's table of hashes or signatures; returns its bytes.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    entry = next(entry for entry in base.contents["duplicate_tables"] if entry["table"] == name)
+    source = base.directory / entry["name"]
+    try:
+        shutil.copyfile(source, target)
+    except FileNotFoundError as error:
+        raise DataError(f"{source}: listed in the manifest, but missing; {AGAIN}") from error
+    if file_sha256(target) != entry["sha256"]:
+        raise DataError(f"{source}: its bytes do not have the manifest's checksum; {AGAIN}")
+    return int(entry["bytes"])
+
+
 def assemble(
-    pieces: list[Path],
+    chunks: list[Path],
     dropped: dict[str, np.ndarray],
     tokenizer: Tokenizer,
     out: Path,
+    base: Manifest | None,
     options: dict[str, Any],
     files: list[dict[str, Any]],
     check: Callable[[], None],
 ) -> Manifest:
-    """Piece files, in order -> shards and manifest.
+    """Chunk files, in order -> shards and manifest.
 
     Args:
-        dropped: what `find_duplicates` found.
+        dropped: what `find_duplicates` found; the tables it left in out/work are kept.
+        base: the corpus in `out` that is appended to.
         options: prepare's, for the manifest; heldout_fraction and shard_tokens are obeyed.
-        files: the inputs with what tells whether they changed, for the manifest.
-        check: called between pieces; it raises to stop.
+        files: all inputs, with what tells whether they changed, for the manifest.
+        check: called between chunks; it raises to stop.
     Raises:
-        DataError: a damaged piece. NoDocumentError: no document at all.
+        DataError: a damaged chunk. NoDocumentError: no document at all.
     """
-    counts: Counter[str] = Counter({step: int(flags.sum()) for step, flags in dropped.items()})
-    problems: Counter[str] = Counter()
-    limit = np.uint64(find_heldout_limit(pieces, dropped, options["heldout_fraction"], check))
+    found: dict[str, Counter[str]] = {"counts": Counter(), "problems": Counter()}
+    for part, counter in found.items():
+        counter.update(base.contents["report"][part] if base else {})
+    found["counts"].update({step: int(flags.sum()) for step, flags in dropped.items()})
+    # Documents that were appended are held out by the rule of the first ones.
+    if base:
+        limit = int(base.contents["heldout_limit"])
+    else:
+        limit = find_heldout_limit(chunks, dropped, options["heldout_fraction"], check)
     dtype = token_dtype(vocabulary_size(tokenizer))
-    sha256 = options["tokenizer_sha256"] or tokenizer_hash(tokenizer)
+    sha256 = tokenizer_hash(tokenizer)
     first = 0
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(ShardWriter(out, split, dtype, sha256, options["shard_tokens"])) for split in SPLITS
         ]
-        for path in pieces:
+        for writer in writers:  # new shards are numbered on from the old ones
+            writer.files += (
+                [entry for entry in base.contents["shards"] if entry["split"] == writer.split] if base else []
+            )
+        for path in chunks:
             check()
-            tokens, sentence_lengths, document_sentences, hashes, report = load_piece(
+            tokens, sentence_lengths, document_sentences, hashes, report = load_chunk(
                 path, "tokens", "sentence_lengths", "document_sentences", "hashes", "report"
             )
-            found = json.loads(report.tobytes())
-            counts.update(found["counts"])
-            problems.update(found["problems"])
+            for part, counts in json.loads(report.tobytes()).items():
+                found[part].update(counts)
             kept = np.ones(len(hashes), dtype=bool)
             for flags in dropped.values():
                 kept &= ~flags[first : first + len(hashes)]
             first += len(hashes)
-            is_heldout = hashes[:, 0] < limit
+            is_heldout = hashes[:, 0] < np.uint64(limit)
             for writer, chosen in zip(writers, (kept & ~is_heldout, kept & is_heldout)):
                 sentences = np.repeat(chosen, document_sentences)
                 writer.append(
@@ -184,74 +212,51 @@ def assemble(
                 )
     shards = [entry for writer in writers for entry in writer.files]
     if not shards:
-        left_out = [f"{counts[step]:,} {step.replace('_', ' ')}" for step in LEFT_OUT if counts[step]]
-        mended = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
-        found = f"left out: {', '.join(left_out)}; " if left_out else ""
-        found += f"mended or left out: {', '.join(mended)}; " if mended else ""
-        raise NoDocumentError(
-            f"{', '.join(options['inputs'])}: no document is left; {found}give {'other' if mended else 'more'} text, "
-            "or clean less"
-        )
-    return finish(out, shards, tokenizer, sha256, {"counts": counts, "problems": problems}, options, files)
-
-
-def finish(
-    out: Path,
-    shards: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    sha256: str,
-    report: dict[str, Any],
-    options: dict[str, Any],
-    files: list[dict[str, Any]],
-) -> Manifest:
-    """Write the tokenizer's files and the manifest."""
-    names = save_tokenizer(tokenizer, out)
+        raise NoDocumentError(_explain_nothing(found["counts"], found["problems"], options["inputs"]))
+    if base:  # whose files stay as they are until the manifest is replaced
+        tokenizer_files = base.contents["tokenizer_files"]
+    else:
+        tokenizer_files = [_list_file(out / name) for name in save_tokenizer(tokenizer, out)]
     contents = {
         "tokenizer_sha256": sha256,
         "vocab_size": vocabulary_size(tokenizer),
         "special_token_ids": {f"{n}_token_id": i for n, i in special_token_ids(tokenizer)._asdict().items()},
         "shards": shards,
-        "tokenizer_files": [
-            {"name": name, "bytes": (out / name).stat().st_size, "sha256": file_sha256(out / name)} for name in names
-        ],
-        "report": report,
+        "tokenizer_files": tokenizer_files,
+        "duplicate_tables": _keep_tables(out, base),
+        "heldout_limit": limit,
+        "report": found,
         "options": options,
         "files": files,
     }
     write_manifest(out, contents)
+    for entry in base.contents["duplicate_tables"] if base else []:
+        (out / entry["name"]).unlink(missing_ok=True)
     return load_manifest(out)
 
 
-def join(manifests: list[Manifest], out: Path, options: dict[str, Any], files: list[dict[str, Any]]) -> Manifest:
-    """Prepared directories -> one, with their shards in order.
-
-    Raises:
-        DataError: made with different tokenizers.
-    """
-    first = manifests[0]
-    for manifest in manifests[1:]:
-        if manifest.tokenizer_sha256 != first.tokenizer_sha256:
-            raise DataError(f"{manifest.directory}: another tokenizer than {first.directory}; prepare both with one")
-    shards: list[dict[str, Any]] = []
-    for split in SPLITS:
-        number = 0
-        for manifest in manifests:
-            for entry in (entry for entry in manifest.contents["shards"] if entry["split"] == split):
-                name = f"{split}-{number:05d}.bin"
-                _link_or_copy(manifest.directory / entry["name"], out / name)
-                shards.append({**entry, "name": name})
-                number += 1
-    report = {
-        part: sum((Counter(manifest.contents["report"][part]) for manifest in manifests), Counter())
-        for part in ("counts", "problems")
-    }
-    return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, files)
+def _keep_tables(out: Path, base: Manifest | None) -> list[dict[str, Any]]:
+    """Move the tables from out/work beside the shards, under names that the corpus before does not use."""
+    old = {entry["name"] for entry in base.contents["duplicate_tables"]} if base else set()
+    entries = []
+    for name in ("hashes", "signatures"):
+        table = out / "work" / f"{name}.bin"
+        if table.exists():
+            place = next(place for n in (0, 1) if (place := out / f"{name}-{n:05d}.bin").name not in old)
+            os.replace(table, place)
+            entries.append({"table": name, **_list_file(place)})
+    return entries
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        with write_atomically(target) as file, open(source, "rb") as original:
-            shutil.copyfileobj(original, file, 1 << 20)
+def _list_file(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _explain_nothing(counts: Counter[str], problems: Counter[str], inputs: list[str]) -> str:
+    left_out = [f"{counts[step]:,} {step.replace('_', ' ')}" for step in LEFT_OUT if counts[step]]
+    mended = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
+    reasons = f"left out: {', '.join(left_out)}; " if left_out else ""
+    reasons += f"mended or left out: {', '.join(mended)}; " if mended else ""
+    return (
+        f"{', '.join(inputs)}: no document is left; {reasons}give {'other' if mended else 'more'} text, or clean less"
+    )

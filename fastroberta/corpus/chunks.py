@@ -1,43 +1,44 @@
-"""The unit of work of prepare: a piece of text -> a file of its documents, cleaned, tokenized and hashed.
+"""The unit of prepare's work: a chunk of text in, a file with its documents out: cleaned, tokenized and hashed.
 
-A piece file (npz) holds, in the order of the documents:
+A chunk file (npz) holds, in the order of the documents:
 
     tokens, sentence_lengths, document_sentences    as `ShardWriter.append` takes them
     hashes                                          uint64 (documents, 2), BLAKE2b of the cleaned text
-    signatures                                      uint32 (documents, permutations), where near duplicates are wanted
-    report                                          JSON: what was read, mended and left out
+    signatures                                      uint32 (documents, permutations), only for near duplicates
+    report                                          JSON: counts of what was read, left out and mended
 
-It appears by a rename when it is complete: a run that is interrupted, however, continues with the pieces it lacks.
+A file is renamed into place once it is complete, so an interrupted run continues with the chunks it lacks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from ..errors import DataError
 from .deduplicate import Signer
 from .encode import DocumentEncoder
-from .read import Piece, Problems, read_documents
+from .read import Chunk, Problems, read_documents
 from .shards import write_atomically
+from .tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class PieceSettings:
-    """What decides a piece's bytes besides its text; the meanings are those of prepare's options."""
+class ChunkSettings:
+    """What decides the bytes of a chunk file besides the text; the names are those of prepare's options."""
 
+    tokenizer: str  # its directory, which every worker must be able to read
+    tokenizer_sha256: str
     txt_documents: str
     text_field: str
     split_sentences: bool
@@ -49,23 +50,25 @@ class PieceSettings:
     on_bad_input: str
 
 
-class PieceProcessor:
-    """Turns pieces into piece files; one in each worker, for the words that its encoder remembers."""
+class ChunkProcessor:
+    """Turns chunks into chunk files. Worth keeping: its encoder remembers the words it has seen. Not thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: PieceSettings):
+    def __init__(self, settings: ChunkSettings):
         self._settings = settings
-        self._encoder = DocumentEncoder(tokenizer, split_sentences=settings.split_sentences, newlines=settings.newlines)
+        self._encoder = DocumentEncoder(
+            load_tokenizer(settings.tokenizer), split_sentences=settings.split_sentences, newlines=settings.newlines
+        )
         self._signer = Signer() if settings.signatures else None
 
-    def process(self, piece: Piece, path: Path) -> dict[str, int]:
-        """Write the piece's file; returns the bytes of text and the tokens in it."""
+    def process(self, chunk: Chunk, path: Path) -> dict[str, int]:
+        """Write the chunk's file; returns the bytes of text and the tokens in it."""
         counts: Counter[str] = Counter()
         problems = Problems(self._settings.on_bad_input)
         hashes: list[bytes] = []
         signatures: list[np.ndarray] = []
 
         def take() -> Iterator[str]:
-            for text in clean_documents(piece, self._settings, counts, problems):
+            for text in clean_documents(chunk, self._settings, counts, problems):
                 hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
                 if self._signer:
                     signatures.append(self._signer.sign(text))
@@ -75,18 +78,18 @@ class PieceProcessor:
         arrays: dict[str, Any] = {**vars(encoded), "hashes": np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)}
         if signatures:
             arrays["signatures"] = np.stack(signatures)
-        counts["bytes"] = piece.size()
-        report = {"counts": counts, "problems": piece.problems + problems.counts}
+        counts["bytes"] = chunk.size()
+        report = {"counts": counts, "problems": chunk.problems + problems.counts}
         arrays["report"] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         with write_atomically(path) as file:
             np.savez(file, **arrays)
-        return {"bytes": piece.size(), "tokens": len(encoded.tokens)}
+        return {"bytes": chunk.size(), "tokens": len(encoded.tokens)}
 
 
-def clean_documents(piece: Piece, settings: PieceSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
-    """The documents of a piece that the settings keep, as they are to be tokenized; counts each step."""
+def clean_documents(chunk: Chunk, settings: ChunkSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
+    """The documents of a chunk that the settings keep, ready to be tokenized; each step is counted."""
     documents = read_documents(
-        piece, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
+        chunk, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
     )
     for text in documents:
         counts["read"] += 1
@@ -104,28 +107,43 @@ def clean_documents(piece: Piece, settings: PieceSettings, counts: Counter[str],
             yield text
 
 
-_processor: PieceProcessor | None = None  # of this worker
+def load_chunk(path: Path, *names: str) -> list[np.ndarray]:
+    """The named arrays of a chunk file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: missing, although a worker has written it; put --out on a disk that all workers share"
+        ) from error
+    except Exception as error:  # numpy's and zipfile's errors for damaged files have no common base
+        raise DataError(f"{path}: damaged ({error}); remove this file and start again") from error
 
 
-def start_worker(tokenizer: str, settings: PieceSettings) -> None:
-    """Set a worker process up: one thread, deaf to the terminal's Ctrl-C, gone when its parent is."""
-    global _processor
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is faster than threads in each
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    _processor = PieceProcessor(Tokenizer.from_str(tokenizer), settings)
+def sample_chunks(chunks: Iterable[Chunk], limit: int) -> list[Chunk]:
+    """Chunks spread evenly over the corpus, of `limit` bytes of text at most, but always at least one."""
+    sample: list[Chunk] = []
+    stride, size = 1, 0
+    for number, chunk in enumerate(chunks):
+        if number % stride == 0:
+            sample.append(chunk)
+            size += chunk.size()
+        while size > limit and len(sample) > 1:  # dropping every second one keeps the rest evenly spread
+            sample, stride = sample[::2], stride * 2
+            size = sum(map(Chunk.size, sample))
+    return sample
 
 
-def _follow_parent() -> None:
-    """Workers of a parent that was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+_worker = threading.local()  # Dask workers may have several threads, and a processor belongs to one
 
 
-def process_in_worker(piece: Piece, path: Path) -> dict[str, int]:
-    """`PieceProcessor.process` in a process that `start_worker` set up."""
-    assert _processor is not None
-    return _processor.process(piece, path)
+def process_chunk(settings: ChunkSettings, chunk: Chunk, path: Path) -> dict[str, int]:
+    """`ChunkProcessor.process` with a processor that this thread keeps from call to call."""
+    if getattr(_worker, "settings", None) != settings:
+        os.stat(settings.tokenizer)  # without a shared disk this fails first, as an OSError
+        _worker.processor, _worker.settings = ChunkProcessor(settings), settings
+    return _worker.processor.process(chunk, path)

@@ -1,13 +1,14 @@
 """Which documents repeat an earlier one: exactly, or nearly, by MinHash.
 
 Workers give each document a 128-bit hash and, for near duplicates, a MinHash signature (Broder, 1997) of its shingles
-of five words. When all are there, documents are compared by sorting keys: whole hashes for exact duplicates, one band
-of the signature after another for near ones (locality-sensitive hashing; Leskovec et al., Mining of Massive Datasets,
-section 3.4). Two documents with an equal band are near duplicates when the share of equal signature entries, which
-estimates the Jaccard similarity of their shingles, reaches the threshold. A bucket's documents are compared with its
-first, and of a pair the later one goes, whatever became of the earlier.
+of five words. Once all are there, documents with equal keys are found by sorting: the keys are the hashes for exact
+duplicates, and one band of the signature after another for near ones (locality-sensitive hashing; Leskovec et al.,
+Mining of Massive Datasets, section 3.4). Documents with an equal band are near duplicates if the share of equal
+signature entries, which estimates the Jaccard similarity of their shingles, reaches the threshold. Each document is
+compared with the first that has its band, and dropped if they match, even if that first one was dropped itself.
 
-Everything is a function of the documents' order. Memory is bounded by sorting a part of the keys at a time.
+The result depends on the order of the documents alone, and no document changes the verdict on an earlier one. Memory
+is bounded by sorting part of the keys at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _WORD = re.compile(r"\w+")
 
 
 class Signer:
-    """Computes MinHash signatures.
+    """Computes MinHash signatures of texts.
 
     Raises:
         ConfigurationError: datasketch is not installed.
@@ -44,7 +45,7 @@ class Signer:
         self._empty = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, hashfunc=int)
 
     def sign(self, text: str) -> np.ndarray:
-        """The signature of a text: uint32, (NUM_PERMUTATIONS,). Case, punctuation and space do not matter."""
+        """The signature of a text: uint32, (NUM_PERMUTATIONS,). Case, punctuation and white space do not matter."""
         words = np.array([zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], dtype=np.uint64)
         count = max(1, len(words) - SHINGLE_WORDS + 1)
         words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
@@ -53,13 +54,13 @@ class Signer:
             shingles = (shingles ^ words[offset : offset + count]) * np.uint64(0x9E3779B97F4A7C15)
             shingles ^= shingles >> np.uint64(29)
         sketch = self._empty.copy()
-        for start in range(0, count, _ROWS_AT_ONCE):  # datasketch holds a matrix of shingles by permutations
+        for start in range(0, count, _ROWS_AT_ONCE):  # datasketch allocates shingles x permutations
             sketch.update_batch((shingles[start : start + _ROWS_AT_ONCE] >> np.uint64(32)).tolist())
         return sketch.hashvalues.astype(np.uint32)
 
 
 def find_exact_duplicates(hashes: Path, num_documents: int) -> np.ndarray:
-    """Flags of the documents that equal an earlier one.
+    """Flag the documents that equal an earlier one.
 
     Args:
         hashes: a file of uint64, (num_documents, 2). num_documents: at least one.
@@ -74,11 +75,11 @@ def find_exact_duplicates(hashes: Path, num_documents: int) -> np.ndarray:
 
 
 def find_near_duplicates(signatures: Path, num_documents: int, threshold: float) -> np.ndarray:
-    """Flags of the documents that resemble an earlier one.
+    """Flag the documents that resemble an earlier one.
 
     Args:
         signatures: a file of uint32, (num_documents, NUM_PERMUTATIONS). num_documents: at least one.
-        threshold: the least estimated Jaccard similarity of near duplicates.
+        threshold: the estimated Jaccard similarity from which on documents are near duplicates.
     Returns:
         bool, (num_documents,).
     """
@@ -86,7 +87,7 @@ def find_near_duplicates(signatures: Path, num_documents: int, threshold: float)
 
     repeated = np.zeros(num_documents, dtype=bool)
     table = np.memmap(signatures, dtype=np.uint32, mode="r", shape=(num_documents, NUM_PERMUTATIONS))
-    # The numbers of bands and of rows in one that err least around the threshold.
+    # It chooses the number of bands, and of rows in each, that err least around the threshold.
     index = MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS)
     for first in range(0, index.b * index.r, index.r):
         for later, earlier in _find_equal(table, partial(_hash_columns, first=first, count=index.r)):
@@ -98,7 +99,7 @@ def find_near_duplicates(signatures: Path, num_documents: int, threshold: float)
 
 
 def _hash_columns(rows: np.ndarray, first: int, count: int) -> np.ndarray:
-    """One uint64 for each row, from `count` of its uint32."""
+    """Hash `count` columns of each row into a uint64."""
     keys = np.zeros(len(rows), dtype=np.uint64)
     for column in rows.T[first : first + count]:
         keys = (keys ^ column) * np.uint64(0xBF58476D1CE4E5B9)
@@ -107,13 +108,13 @@ def _hash_columns(rows: np.ndarray, first: int, count: int) -> np.ndarray:
 
 
 def _find_equal(table: np.memmap, key: Callable[[np.ndarray], np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers of all rows whose key an earlier row has, and of the first row that has it; a part at a time."""
+    """Numbers of the rows whose key an earlier row has, and of the first row that has it; part by part."""
     path = str(table.filename)
     parts = np.uint64(-(-len(table) // _KEYS_AT_ONCE))
     for part in range(int(parts)):
         found_keys, found_rows = [], []
         for start in range(0, len(table), _ROWS_AT_ONCE):
-            # Read, not mapped: pages of a map would count as this process's memory until the system wants them.
+            # Read, not mapped: mapped pages count as this process's memory until the system reclaims them.
             count = min(_ROWS_AT_ONCE, len(table) - start)
             rows = np.fromfile(path, table.dtype, count * table.shape[1], offset=start * table[0].nbytes)
             keys = key(rows.reshape(count, -1))

@@ -1,6 +1,6 @@
-"""The text that every Python brings: the language reference and the standard library's docstrings, about 2 MB.
+"""Text that comes with every Python: the language reference and the standard library's docstrings, about 2 MB.
 
-`python -m fastroberta.train` without data trains on it, so that a first run needs neither a download nor a corpus.
+`python -m fastroberta.train` trains on it when it is given no data, so a first run needs no download.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def python_texts() -> Iterator[tuple[str, str]]:
-    """Name and text of each topic of `pydoc_data.topics` and of each docstring in the standard library.
+    """The name and text of each topic in `pydoc_data.topics` and of each docstring in the standard library.
 
-    Modules are parsed, not imported: importing some of them opens windows or prints.
+    Modules are parsed, not imported, because importing some of them opens windows or prints.
     """
     from pydoc_data.topics import topics
 
@@ -27,7 +27,7 @@ def python_texts() -> Iterator[tuple[str, str]]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # files that are deliberately not valid Python
+        except (SyntaxError, ValueError):  # some files are invalid on purpose
             continue
         module = ".".join(path.relative_to(library).with_suffix("").parts)
         for node in ast.walk(tree):
@@ -38,7 +38,7 @@ def python_texts() -> Iterator[tuple[str, str]]:
 
 
 def write_python_texts(path: Path) -> int:
-    """Write `python_texts` as JSON lines with the field `text`; return the number of documents."""
+    """Write `python_texts` as JSON lines with the field `text`; returns the number of documents."""
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

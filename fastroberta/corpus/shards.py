@@ -28,6 +28,7 @@ import json
 import mmap
 import os
 import shlex
+import socket
 import struct
 import zlib
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[io.BufferedRandom]:
     """Open a temporary file that becomes `path`, on the disk and not only in its cache, if the block succeeds."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # machines may share the disk
     try:
         with open(temporary, "w+b") as file:
             yield file

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
+import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,12 +29,14 @@ import fastroberta.corpus.read
 import fastroberta.prepare
 from fastroberta.cli.directories import own_directory
 from fastroberta.cli.program import run
-from fastroberta.corpus.read import find_files, read_pieces
-from fastroberta.corpus.shards import ShardReader, load_manifest, write_manifest
+from fastroberta.corpus.chunks import ChunkProcessor, ChunkSettings
+from fastroberta.corpus.read import find_files, read_chunks
+from fastroberta.corpus.shards import ShardReader, load_manifest
 from fastroberta.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from fastroberta.corpus.workers import process_chunks
 from fastroberta.data import open_split
-from fastroberta.errors import ConfigurationError, DataError, Stopped
-from fastroberta.prepare import PrepareConfig, main, merge, prepare
+from fastroberta.errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
+from fastroberta.prepare import PrepareConfig, main, prepare
 
 DOCUMENTS = ["One. Two\nthree.", "café au lait", "Third document, a little longer than the others."]
 
@@ -51,8 +55,9 @@ def go(tmp_path, tokenizer_directory):
 
     def call(*inputs, out="out", **options):
         options = {"tokenizer": tokenizer_directory, "heldout_fraction": 0.0, "workers": 1, **options}
-        config = PrepareConfig(inputs=[str(path) for path in inputs], out=str(tmp_path / out), **options)
-        return merge(config) if config.merge else prepare(config)
+        if options.get("cluster"):
+            del options["workers"]
+        return prepare(PrepareConfig(inputs=[str(path) for path in inputs], out=str(tmp_path / out), **options))
 
     return call
 
@@ -64,7 +69,7 @@ def texts(manifest, split="train"):
     for path in manifest.shard_paths(split):
         shard = ShardReader(path)
         starts = [*shard.sentence_starts[np.asarray(shard.document_starts)].tolist(), shard.num_tokens]
-        for start, end in pairwise(starts):
+        for start, end in itertools.pairwise(starts):
             assert shard.tokens[end - 1] == manifest.special_token_ids["eos_token_id"]
             found.append(tokenizer.decode(shard.tokens[start : end - 1].tolist()))
     return found
@@ -164,12 +169,12 @@ def test_many_members_and_frames_are_one_file(go, tmp_path):
     assert texts(go(tmp_path / "a.txt.gz", tmp_path / "b.txt.zst")) == joined(DOCUMENTS) * 2
 
 
-# ---- pieces: wherever the text is cut, nothing changes
+# ---- chunks: wherever the text is cut, nothing changes
 
 
-@pytest.mark.parametrize("piece_bytes, chunk", [(64, 16), (64, 1000), (1000, 7), (10**6, 1)])
+@pytest.mark.parametrize("chunk_bytes, buffer", [(64, 16), (64, 1000), (1000, 7), (10**6, 1)])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, piece_bytes, chunk):
+def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, chunk_bytes, buffer):
     documents = corpus(count=60)
     path = tmp_path / f"text.{kind}"
     if kind == "txt":
@@ -179,14 +184,14 @@ def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, piece_bytes, c
     else:
         as_parquet(path, documents)
     whole = digest(go(path, shard_tokens=700, out="whole").directory)
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", piece_bytes)
-    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", chunk)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", buffer)
     assert digest(go(path, shard_tokens=700).directory) == whole
     assert texts(load_manifest(tmp_path / "out")) == documents
 
 
 def test_line_numbers_survive_cutting(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 50)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 50)
     monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 20)
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 10)
     with open(path, "a") as file:
@@ -390,7 +395,7 @@ def test_invalid_utf8_in_a_parquet_row_is_that_row(go, tmp_path):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(fastroberta.corpus.read, "MAX_RECORD_BYTES", 4000)
     monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 500)
     documents = ["before", "word\n" * 2000 if kind == "txt" else "word " * 2000, "after", "and after"]
@@ -409,8 +414,8 @@ def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind
     assert found == ["before", "after", "and after"]
     # Not even the reader holds it.
     options = {"txt_documents": "blank-line", "text_field": "text", "policy": "skip"}
-    pieces = [piece.data for piece in read_pieces(find_files([str(path)], "auto")[0], 0, **options)]
-    assert kind == "parquet" or max(map(len, pieces)) < 5000
+    chunks = [chunk.data for chunk in read_chunks(find_files([str(path)], "auto")[0], 0, **options)]
+    assert kind == "parquet" or max(map(len, chunks)) < 5000
 
 
 @pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.txt.zst"])
@@ -445,11 +450,11 @@ def test_a_corpus_without_a_document_is_refused(go, tmp_path, data, options, mes
 
 
 def start(tmp_path, tokenizer_directory, *options):
-    """The program in a process of its own, with small pieces so that there is something to interrupt."""
+    """The program in a process of its own, with small chunks so that there is something to interrupt."""
     code = (
         "import sys, fastroberta.corpus.read, fastroberta.prepare, fastroberta.cli.program\n"
         "if __name__ == '__main__':\n"
-        "    fastroberta.corpus.read.PIECE_BYTES = fastroberta.prepare.PIECE_BYTES = 4000\n"
+        "    fastroberta.corpus.read.CHUNK_BYTES = fastroberta.prepare.CHUNK_BYTES = 4000\n"
         "    sys.exit(fastroberta.cli.program.run(fastroberta.prepare.main))\n"
     )
     (tmp_path / "program.py").write_text(code)
@@ -470,19 +475,26 @@ def test_the_number_of_workers_changes_nothing(tmp_path, tokenizer_directory, ca
     assert len(load_manifest(tmp_path / "out1", verify=True).shard_paths("train")) > 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_run_continues_to_the_same_bytes(go, tmp_path, tokenizer_directory, number, workers):
+@pytest.mark.parametrize(
+    "number, workers",
+    [*itertools.product([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], [1, 2]), (signal.SIGINT, "local:2")],
+)
+def test_an_interrupted_run_continues_to_the_same_bytes(
+    go, tmp_path, monkeypatch, tokenizer_directory, number, workers
+):
+    if workers == "local:2":
+        pytest.importorskip("distributed")
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=1500))
     whole = digest(go(source, shard_tokens=5000, heldout_fraction=0.1, out="whole").directory)
-    options = [source, "--out", "out", "--shard-tokens", 5000, "--heldout-fraction", 0.1, "--workers", workers]
+    options = [source, "--out", "out", "--shard-tokens", 5000, "--heldout-fraction", 0.1]
+    options += ["--cluster", workers] if isinstance(workers, str) else ["--workers", workers]
     program = start(tmp_path, tokenizer_directory, *options)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("work/*.npz"))) < 3 and program.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     children = list_children(program.pid)
-    assert len(children) >= (workers if workers > 1 else 0) or not os.path.exists("/proc")
+    assert len(children) >= (workers != 1) * 2 or not os.path.exists("/proc")
     if number == signal.SIGINT:  # as a terminal sends it: to the workers too
         os.killpg(program.pid, number)
     else:
@@ -497,30 +509,28 @@ def test_an_interrupted_run_continues_to_the_same_bytes(go, tmp_path, tokenizer_
             assert time.monotonic() < deadline
             time.sleep(0.01)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "work").glob("*.npz")}
-    (tmp_path / "out" / "work" / "000000-000099.npz.1.tmp").write_text("half a piece")
-    finish = start(tmp_path, tokenizer_directory, *options)
-    _, errors = finish.communicate(timeout=120)
-    assert finish.returncode == 0, errors
+    (tmp_path / "out" / "work" / "000000-000099.npz.1.tmp").write_text("half a chunk")
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 4000)
+    go(source, shard_tokens=5000, heldout_fraction=0.1)
     assert before and digest(tmp_path / "out") == whole
 
 
-def test_an_idle_worker_goes_with_its_parent(tmp_path, tokenizer_directory):
+def test_an_idle_worker_goes_with_its_parent(tmp_path):
     (tmp_path / "program.py").write_text(
-        "import multiprocessing, os, signal, sys, time\n"
-        "from pathlib import Path\n"
-        "from fastroberta.corpus.chunks import PieceSettings, start_worker\n"
-        "def work(tokenizer, ready):\n"
-        "    start_worker(tokenizer, PieceSettings('line', 'text', True, False, 0, None, False, 'error'))\n"
+        "import multiprocessing, os, signal, time\n"
+        "from fastroberta.corpus.workers import start_worker\n"
+        "def work(ready):\n"
+        "    start_worker()\n"
         "    ready.put(os.getpid())\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    spawn = multiprocessing.get_context('spawn')\n"
         "    ready = spawn.SimpleQueue()\n"
-        "    spawn.Process(target=work, args=(Path(sys.argv[1]).read_text(), ready)).start()\n"
+        "    spawn.Process(target=work, args=(ready,)).start()\n"
         "    print(ready.get(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    command = [sys.executable, str(tmp_path / "program.py"), f"{tokenizer_directory}/tokenizer.json"]
+    command = [sys.executable, str(tmp_path / "program.py")]
     with open(tmp_path / "output", "w+") as output:  # not a pipe: the worker would hold it open
         assert subprocess.run(command, stdout=output, cwd=tmp_path, timeout=60).returncode == -signal.SIGKILL
         output.seek(0)
@@ -546,24 +556,22 @@ def is_running(pid):
     return False
 
 
-def test_done_pieces_are_not_done_again(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 4000)
+def test_done_chunks_are_not_done_again(go, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 4000)
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     whole = digest(go(source, out="whole").directory)
-    process, done = fastroberta.corpus.chunks.PieceProcessor.process, []
+    process, done = ChunkProcessor.process, []
 
-    def fail_at_fifth(self, piece, path):
+    def fail_at_fifth(self, chunk, path):
         if len(done) == 5:
             raise Stopped("stopped")
-        done.append(piece.number)
-        return process(self, piece, path)
+        done.append(chunk.number)
+        return process(self, chunk, path)
 
-    monkeypatch.setattr(fastroberta.corpus.chunks.PieceProcessor, "process", fail_at_fifth)
+    monkeypatch.setattr(ChunkProcessor, "process", fail_at_fifth)
     with pytest.raises(Stopped):
         go(source)
-    monkeypatch.setattr(
-        fastroberta.corpus.chunks.PieceProcessor, "process", lambda *a: (done.append(a[1].number), process(*a))[1]
-    )
+    monkeypatch.setattr(ChunkProcessor, "process", lambda *a: (done.append(a[1].number), process(*a))[1])
     assert digest(go(source).directory) == whole
     assert done == list(range(len(done))) and len(done) > 10
 
@@ -572,7 +580,7 @@ def test_done_pieces_are_not_done_again(go, tmp_path, monkeypatch):
 def stop_in(name, monkeypatch):
     """Stop a run as a signal would, where it calls a function of the module."""
 
-    def stop_here(*arguments):
+    def stop_here(*arguments, **options):
         raise Stopped("stopped")
 
     with monkeypatch.context() as context, pytest.raises(Stopped):
@@ -624,10 +632,10 @@ def test_a_run_that_left_nothing_binds_nobody(go, tmp_path, tokenizer):
 
 
 def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatch):
-    """It is of the text that they chose, though no piece may be there yet."""
+    """It is of the text that they chose, though no chunk may be there yet."""
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
     training = {"tokenizer": None, "train_tokenizer": 300}
-    with stop_in("_tokenize", monkeypatch):
+    with stop_in("process_chunks", monkeypatch):
         go(source, **training)
     with pytest.raises(ConfigurationError, match="unfinished run with nfc = False"):
         go(source, nfc=True, **training)
@@ -649,7 +657,7 @@ def test_a_finished_run_over_changed_inputs_is_refused(go, tmp_path):
     folder.mkdir()
     source = write_jsonl(folder / "a.jsonl", DOCUMENTS)
     before = source.stat()
-    out = go(folder).directory
+    go(folder)
 
     def is_refused(path):
         with pytest.raises(ConfigurationError) as error:
@@ -670,12 +678,6 @@ def test_a_finished_run_over_changed_inputs_is_refused(go, tmp_path):
     source.rename(folder / "c.jsonl")
     assert is_refused(folder / "c.jsonl")
 
-    # What was prepared before the manifest held the inputs stays of use.
-    contents = json.loads((out / "manifest.json").read_text())
-    del contents["files"]
-    write_manifest(out, contents)
-    assert texts(go(folder)) == joined(DOCUMENTS)
-
 
 def test_two_runs_do_not_write_one_directory(go, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
@@ -687,88 +689,233 @@ def test_two_runs_do_not_write_one_directory(go, tmp_path):
     go(source)
 
 
-def test_a_damaged_piece_is_named(go, tmp_path, monkeypatch):
+def test_a_damaged_chunk_is_named(go, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
     with stop_in("assemble", monkeypatch):
         go(source)
-    piece = tmp_path / "out" / "work" / "000000-000000.npz"
-    data = bytearray(piece.read_bytes())
+    chunk = tmp_path / "out" / "work" / "000000-000000.npz"
+    data = bytearray(chunk.read_bytes())
     data[len(data) // 3] ^= 1
-    piece.write_bytes(data)
+    chunk.write_bytes(data)
     with pytest.raises(DataError, match=r"000000-000000\.npz: damaged.*remove this file"):
         go(source)
-    piece.unlink()
+    chunk.unlink()
     assert texts(go(source)) == corpus(count=20)
 
 
-# ---- shares of a corpus
+# ---- on a cluster
 
 
-@pytest.mark.parametrize("num_files", [1, 5])
-def test_shares_merge_to_the_whole(go, tmp_path, monkeypatch, num_files):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 3000)
-    documents = corpus()
-    paths = [write_jsonl(tmp_path / f"{n}.jsonl", documents[n::num_files]) for n in range(num_files)]
-    whole = go(*paths, heldout_fraction=0.1, out="whole")
-    parts = [go(*paths, heldout_fraction=0.1, worker=f"{n}/3", out=f"part{n}") for n in (1, 2, 3)]
-    assert all(0.15 < len(texts(part)) / len(texts(whole)) < 0.5 for part in parts)
-    merged = go(*(part.directory for part in parts), merge=True, tokenizer=None, out="merged")
-    load_manifest(merged.directory, verify=True)
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=None, silence_logs=logging.CRITICAL
+    ) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def worker_killed(cluster, work):
+    """Meanwhile a worker is given chunks, does not move on, and is killed when others have written chunk files."""
+
+    def strike():
+        while len(list(work.glob("*.npz"))) < 2 or not worker.processing:
+            time.sleep(0.005)
+        os.kill(worker.pid, signal.SIGKILL)
+
+    worker = next(iter(cluster.scheduler.workers.values()))
+    os.kill(worker.pid, signal.SIGSTOP)
+    thread = threading.Thread(target=strike)
+    thread.start()
+    yield
+    thread.join()
+    assert not is_running(worker.pid)
+
+
+def test_a_cluster_that_loses_a_worker_gives_the_same_bytes(go, tmp_path, monkeypatch, cluster):
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 12000)
+    documents = corpus(count=1000)
+    source = write_jsonl(tmp_path / "a.jsonl", documents + documents[::3])
+    options = {"exact_duplicates": True, "heldout_fraction": 0.1, "shard_tokens": 5000}
+    whole = go(source, out="whole", **options)
+    assert whole.contents["report"]["counts"]["exact_duplicates"] == 334
+    with worker_killed(cluster, tmp_path / "out" / "work"):
+        manifest = go(source, cluster=cluster.scheduler_address, **options)
+    assert digest(manifest.directory) == digest(whole.directory)
+    # Given up after too many losses, the same command continues.
+    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+    with (
+        worker_killed(cluster, tmp_path / "lost" / "work"),
+        pytest.raises(DeviceMemoryError, match="killed by one task"),
+    ):
+        go(source, cluster=cluster.scheduler_address, out="lost", **options)
+    assert digest(go(source, out="lost", **options).directory) == digest(whole.directory)
+    # The workers, which may serve many runs, follow the options of each.
+    source = write_jsonl(tmp_path / "b.jsonl", DOCUMENTS)
+    assert texts(go(source, cluster=cluster.scheduler_address, min_characters=30, out="long")) == joined(DOCUMENTS[2:])
+
+
+def test_faults_that_a_cluster_meets_are_one_line(go, tmp_path, monkeypatch, cluster):
+    dask = pytest.importorskip("dask")
+    (tmp_path / "a.txt").write_bytes(b"good\n\nb\xffad")
+    with pytest.raises(DataError, match=r"line 3, byte 2 of the record: invalid UTF-8"):
+        go(tmp_path / "a.txt", cluster=cluster.scheduler_address)
+    options = {"txt_documents": "line", "text_field": "text"}
+    chunks = read_chunks(find_files([str(tmp_path / "a.txt")], "auto")[0], 0, policy="error", **options)
+    settings = ChunkSettings(
+        str(tmp_path / "elsewhere"), "", **options, split_sentences=True, nfc=False, min_characters=0,
+        max_characters=None, signatures=False, on_bad_input="error",
+    )  # fmt: skip
+    with pytest.raises(
+        DataError, match=r"elsewhere: a worker cannot use it .* put --out on a disk that all workers share"
+    ):
+        process_chunks(
+            chunks, tmp_path, settings, workers=1, cluster=cluster.scheduler_address, total_bytes=1, check=lambda: None
+        )
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "100ms"}),
+        pytest.raises(ConfigurationError, match="no Dask scheduler answers"),
+    ):
+        go(tmp_path / "a.txt", cluster="tcp://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'fastroberta\[cluster\]'"):
+        go(tmp_path / "a.txt", cluster="local:1")
+
+
+# ---- appending
+
+
+CLEANED = {"exact_duplicates": True, "near_duplicates": 0.8, "heldout_fraction": 0.1, "shard_tokens": 1500}
+
+
+@pytest.fixture
+def two_parts(tmp_path, monkeypatch):
+    """Two files; the second repeats documents of both, exactly and nearly."""
+    pytest.importorskip("datasketch")
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 3000)
+    first, second = corpus(0, 150), corpus(1, 120)
+    first += [first[0] + " Again and again.", first[1]]
+    long = [text for text in first if len(text) > 250]
+    second += first[10:20] + second[:5] + [text.replace("Number", "number!") for text in long] + [second[7] + " more"]
+    return write_jsonl(tmp_path / "a.jsonl", first), write_jsonl(tmp_path / "b.jsonl", second)
+
+
+def top_files(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("stop_at", [None, "chunks", "shards", "end"])
+def test_appending_gives_the_corpus_of_one_run(go, two_parts, tmp_path, monkeypatch, capsys, stop_at):
+    a, b = two_parts
+    whole = go(a, b, out="whole", **CLEANED)
+    old = go(a, **CLEANED)
+    before = top_files(old.directory)
+
+    def stop_here(*arguments, **options):
+        raise Stopped("stopped")
+
+    where = {"chunks": "fastroberta.prepare.assemble", "shards": "fastroberta.corpus.assemble.write_manifest"}
+    if stop_at in where:
+        with monkeypatch.context() as context, pytest.raises(Stopped):
+            context.setattr(where[stop_at], stop_here)
+            go(b, append=True, **CLEANED)
+        after = top_files(old.directory)
+        assert before.items() <= after.items() and (len(after) > len(before)) == (stop_at == "shards")
+        assert go(a, **CLEANED) == old  # still a finished corpus
+        monkeypatch.setattr(ChunkProcessor, "process", stop_here)  # all chunks are there
+    if stop_at == "end":  # killed when only the work was left to remove
+        with monkeypatch.context() as context, pytest.raises(Stopped):
+            context.setattr("fastroberta.corpus.assemble.load_manifest", stop_here)
+            go(b, append=True, **CLEANED)
+    appended = go(b, append=True, **CLEANED)
+    assert load_manifest(appended.directory, verify=True) == appended
+    assert appended.contents["report"] == whole.contents["report"]
+    assert min(whole.contents["report"]["counts"][f"{kind}_duplicates"] for kind in ("exact", "near")) > 10
     for split in ("train", "heldout"):
-        assert texts(merged, split) == [text for part in parts for text in texts(part, split)]
-        assert sorted(texts(merged, split)) == sorted(texts(whole, split))
-    assert merged.contents["report"] == whole.contents["report"]
-    assert merged.special_token_ids == whole.special_token_ids
-    again = go(*(part.directory for part in parts), merge=True, tokenizer=None, out="merged")
-    assert again == merged
+        assert texts(appended, split) == texts(whole, split)
+        assert len(appended.shard_paths(split)) > len(old.shard_paths(split)) >= 1
+    after = top_files(old.directory)
+    assert all(after[name] == before[name] for name in before if name.startswith(("train", "heldout", "tokenizer")))
+    tables = [table["sha256"] for table in appended.contents["duplicate_tables"]]
+    assert tables == [table["sha256"] for table in whole.contents["duplicate_tables"]] and len(tables) == 2
+    listed = (
+        entry["name"] for kind in ("shards", "tokenizer_files", "duplicate_tables") for entry in appended.contents[kind]
+    )
+    assert set(after) == {"manifest.json", *listed}
+    capsys.readouterr()
+    for again in (lambda: go(b, append=True, **CLEANED), lambda: go(a, b, append=True, **CLEANED)):
+        assert again() == appended
+        assert "already prepared" in capsys.readouterr().out
+    monkeypatch.undo()
+    third = write_jsonl(tmp_path / "c.jsonl", corpus(1, 120))  # nothing new in it
+    more = go(third, append=True, **CLEANED)
+    assert more.count("train", "tokens") == appended.count("train", "tokens")
+    assert (
+        more.contents["report"]["counts"]["exact_duplicates"]
+        == 120 + (appended.contents["report"]["counts"]["exact_duplicates"])
+    )
+    assert [Path(file["path"]).name for file in more.contents["files"]] == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_a_merge_of_parts_that_changed_is_refused(go, tmp_path):
-    source = tmp_path / "a.jsonl"
+def test_appending_takes_the_tokenizer_of_the_corpus(go, two_parts, tokenizer_directory):
+    a, b = two_parts
+    old = go(a, tokenizer=None, train_tokenizer=300)
+    with pytest.raises(ConfigurationError, match="finished corpus with tokenizer_sha256"):
+        go(b, append=True)
+    with pytest.raises(ConfigurationError, match="finished corpus with train_tokenizer = 300, this run has 400"):
+        go(b, append=True, tokenizer=None, train_tokenizer=400)
+    appended = go(b, append=True, tokenizer=None)
+    assert appended.tokenizer_sha256 == old.tokenizer_sha256
+    assert len(texts(appended)) == sum(len(path.read_text().splitlines()) for path in two_parts)
+    assert not appended.contents["duplicate_tables"]  # nothing is kept that is not needed
 
-    def merge_anew(documents):
-        write_jsonl(source, documents)
-        shutil.rmtree(tmp_path / "part", ignore_errors=True)
-        return go(go(source, out="part").directory, merge=True, tokenizer=None, out="merged")
 
-    merged = merge_anew(DOCUMENTS)
-    assert merge_anew(DOCUMENTS) == merged
-    with pytest.raises(ConfigurationError, match=r"part/train-00000\.bin was changed, added or removed since"):
-        merge_anew(DOCUMENTS[::-1])
-
-
-def test_merge_refuses_what_does_not_belong_together(go, tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 3)
-    one = go(source, out="one").directory
-    other = go(source, tokenizer=None, train_tokenizer=280, out="other").directory
-    with pytest.raises(DataError, match="another tokenizer"):
-        go(one, other, merge=True, tokenizer=None)
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
-        go(one, tmp_path, merge=True, tokenizer=None)
-    shard = other / "train-00000.bin"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
-    with pytest.raises(DataError, match="checksum"):
-        go(other, merge=True, tokenizer=None)
+def test_appending_refuses_what_does_not_fit(go, two_parts, monkeypatch):
+    a, b = two_parts
+    old = go(a, **CLEANED)
+    with pytest.raises(ConfigurationError, match=r"finished corpus with near_duplicates = 0\.8, this run has 0\.9"):
+        go(b, append=True, **{**CLEANED, "near_duplicates": 0.9})
+    with monkeypatch.context() as context:  # as if another run had appended just before this one took the lock
+        context.setattr("fastroberta.corpus.resume.load_manifest", lambda out: next(manifests))
+        manifests = iter([old, dataclasses.replace(old, vocab_size=1)])
+        with pytest.raises(ConfigurationError, match="another run has just changed it"):
+            go(b, append=True, **CLEANED)
+    table = old.directory / old.contents["duplicate_tables"][1]["name"]
+    content = table.read_bytes()
+    table.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"signatures-00000\.bin: its bytes do not have the manifest's checksum"):
+        go(b, append=True, **CLEANED)
+    table.unlink()
+    with pytest.raises(DataError, match=r"signatures-00000\.bin: listed in the manifest, but missing"):
+        go(b, append=True, **CLEANED)
+    write_jsonl(a, DOCUMENTS)
+    with pytest.raises(ConfigurationError, match=r"a\.jsonl: changed since it became part"):
+        go(a, b, append=True, **CLEANED)
 
 
 # ---- tokenizers
 
 
-def test_a_trained_tokenizer_is_the_same_for_every_share(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 3000)
-    monkeypatch.setattr(fastroberta.prepare, "TRAINING_BYTES", 20_000)  # less than there is
-    source = write_jsonl(tmp_path / "a.jsonl", corpus())
-    options = {"tokenizer": None, "train_tokenizer": 400}
-    one, other = (go(source, worker=f"{n}/2", out=f"{n}", **options) for n in (1, 2))
-    assert one.tokenizer_sha256 == other.tokenizer_sha256 and one.vocab_size == 400
-    assert sorted(texts(one) + texts(other)) == sorted(corpus())
+def test_a_tokenizer_is_trained_on_a_sample_of_the_whole_corpus(go, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 3000)
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [f"first{n % 7}" for n in range(900)] + [f"last{n % 7}" for n in range(900)]
+    )
+    options = {"tokenizer": None, "train_tokenizer": 300}
+    whole = go(source, out="whole", **options)
+    monkeypatch.setattr(fastroberta.prepare, "TRAINING_BYTES", 12_000)  # less than there is
+    part = go(source, **options)
+    assert part.vocab_size == whole.vocab_size
+    for word in ("first", "last"):
+        assert len(load_tokenizer(part.directory).encode(word, add_special_tokens=False).ids) == 1
 
 
 def test_a_vocabulary_that_the_text_does_not_fill_is_told(go, tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     for asked in (300, 50265):
         found = go(source, tokenizer=None, train_tokenizer=asked, out=str(asked)).vocab_size
-        told = f"train_tokenizer = {asked}: the text is too little for that, the tokenizer has {found} tokens"
+        told = f"train_tokenizer = {asked}: there is too little text for that many, the tokenizer has {found} tokens"
         assert (told in capsys.readouterr().err) == (found < asked) == (asked == 50265)
 
 
@@ -794,7 +941,7 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert {"documents read 4", "left out: empty 1"} <= set(lines)
     assert any(line.startswith("train 3 documents, 5 sentences, ") for line in lines)
-    assert "nothing is held out, but training needs it" in output and "ready" not in output
+    assert "nothing is held out, but training needs some" in output and "ready" not in output
     manifest = load_manifest(out)
     assert sorted(os.listdir(out)) == sorted(
         [
@@ -813,7 +960,7 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
     output = capsys.readouterr().out
     assert (f"ready for python -m fastroberta.train --data '{out}'" in output) == (missing is None)
     assert ("nothing is held out" in output) == (missing == "heldout")
-    assert ("all is held out" in output) == (missing == "train")
+    assert ("everything is held out" in output) == (missing == "train")
     for split in ("train", "heldout"):  # as the trainer opens them
         cut = {"max_seq_length": 32, "packing": "full-sentences", "attention_scope": "block"}
         with pytest.raises(DataError, match=f"no {split} documents") if split == missing else contextlib.nullcontext():
@@ -826,16 +973,16 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
         ([], 2, "inputs"),
         (["a.txt"], 2, "--out is required"),
         (["a.txt", "--out", "o"], 2, "one of --tokenizer"),
-        (["a.txt", "--out", "o", "--tokenizer", "t", "--train-tokenizer", "500"], 2, "one of --tokenizer"),
+        (["a.txt", "--out", "o", "--tokenizer", "t", "--train-tokenizer", "500"], 2, "only one of --tokenizer"),
         (["a.txt", "--out", "o", "--train-tokenizer", "100"], 2, "train_tokenizer = 100"),
         (["a.txt", "--out", "o", "--train-tokenizer", "1000000000"], 2, "must lie in [261, 1000000]"),
         (["none.txt", "--out", "o", "--train-tokenizer", "300"], 2, "no such file"),
         (["a.txt", "--out", "o", "--tokenizer", "none"], 2, "no tokenizer.json"),
-        (["a.txt", "--out", "o", "--train-tokenizer", "300", "--worker", "0/2"], 2, "worker = 0/2"),
-        (["a.txt", "--out", "o", "--train-tokenizer", "300", "--worker", "3/2"], 2, "worker = 3/2"),
+        (["a.txt", "--out", "o", "--train-tokenizer", "300", "--cluster", "local:0"], 2, "cluster = local:0: takes"),
+        (["a.txt", "--out", "o", "--train-tokenizer", "300", "--cluster", "host:80"], 2, "cluster = host:80: takes"),
+        (["a.txt", "--out", "o", "--train-tokenizer", "300", "--cluster", "local:2", "--workers", "2"], 2, "workers: "),
         (["a.txt", "--out", "o", "--train-tokenizer", "300", "--heldout", "0.1"], 2, "heldout_fraction"),
-        (["a.txt", "--out", "o", "--merge", "--train-tokenizer", "300"], 2, "merge"),
-        (["a.txt", "--out", "o", "--merge"], 3, "is a file, so it is not prepared data"),
+        (["a.txt", "--out", "o", "--append"], 2, "o: no finished corpus to append to"),
         (["a.txt", "--out", "a.txt", "--train-tokenizer", "300"], 2, "--out a.txt: is a file"),
         (["a.txt", "--out", "bad.txt", "--train-tokenizer", "300"], 2, "--out bad.txt: is a file"),
         (["a.txt", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input a.txt"),
