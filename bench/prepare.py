@@ -97,15 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_text(inputs: Sequence[str], path: Path, limit: int) -> int:
     """Write documents as JSON lines until `limit` bytes of text are reached; returns the bytes of text."""
     from fastroberta.corpus.python_texts import python_texts
-    from fastroberta.corpus.read import Problems, find_files, read_documents, read_pieces
+    from fastroberta.corpus.read import Problems, find_files, read_chunks, read_documents
 
     def documents():
         if not inputs:
             yield from (text for _, text in python_texts())
         options = {"txt_documents": "blank-line", "text_field": "text"}
         for file in find_files(inputs, "auto") if inputs else []:
-            for piece in read_pieces(file, 0, policy="skip", **options):
-                yield from read_documents(piece, problems=Problems("skip"), **options)
+            for chunk in read_chunks(file, 0, policy="skip", **options):
+                yield from read_documents(chunk, problems=Problems("skip"), **options)
 
     size = 0
     with open(path, "w", encoding="utf-8") as output:

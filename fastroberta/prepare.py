@@ -4,16 +4,16 @@ Reads txt, jsonl and parquet, plain or in gzip or zstd; files, folders and globs
 cores, and writes shards, a held-out split and a manifest. Interrupted in any way, the same command continues; the
 shards depend on the text and the options alone, not on the number of workers or on interruptions.
 
-    tokenize     pieces of about 8 MB of text -> one file each in DIR/work (parallel)
-    deduplicate  the hashes of all pieces -> which documents to drop
-    assemble     pieces, in order -> shards; then the manifest, which makes the directory a finished one
+    tokenize     chunks of about 8 MB of text -> one file each in DIR/work (parallel)
+    deduplicate  the hashes of all chunks -> which documents to drop
+    assemble     chunks, in order -> shards; then the manifest, which makes the directory a finished one
 
 While it runs DIR takes twice the size of the shards. Memory: about 200 MB, and as much for each worker, up to 1.3 GB
 where a document has 16 MB, the most that is taken; training a tokenizer holds 256 MB of text; removing duplicates adds
 a byte a document, and sorts 4 million keys at a time.
 
 --worker i/n does the i-th of n shares of the corpus (on a machine of its own, say): whole files where there are n of
-them, pieces otherwise. --merge DIR... --out DIR joins the results; each share removed its own duplicates only.
+them, chunks otherwise. --merge DIR... --out DIR joins the results; each share removed its own duplicates only.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from .cli.directories import own_directory
 from .cli.program import run
 from .config import setting
 from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
-from .corpus.chunks import PieceProcessor, PieceSettings, clean_documents, process_in_worker, start_worker
-from .corpus.read import PIECE_BYTES, InputFile, Piece, Problems, find_files, read_pieces
+from .corpus.chunks import ChunkProcessor, ChunkSettings, clean_documents, process_in_worker, start_worker
+from .corpus.read import CHUNK_BYTES, Chunk, InputFile, Problems, find_files, read_chunks
 from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, load_manifest, write_atomically
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
@@ -141,10 +141,10 @@ def prepare(config: PrepareConfig) -> Manifest:
         _resume(work, options, files)
         if tokenizer is None:
             tokenizer = _obtain_tokenizer(config, files, work, stop)
-        pieces = _tokenize(config, files, tokenizer, work, stop)
-        dropped = find_duplicates(pieces, work, config.exact_duplicates, config.near_duplicates, stop.check)
+        chunks = _tokenize(config, files, tokenizer, work, stop)
+        dropped = find_duplicates(chunks, work, config.exact_duplicates, config.near_duplicates, stop.check)
         try:
-            manifest = assemble(pieces, dropped, tokenizer, out, options, _describe(files), stop.check)
+            manifest = assemble(chunks, dropped, tokenizer, out, options, _describe(files), stop.check)
         except NoDocumentError:
             shutil.rmtree(work)  # it would bind the next try to the options that left nothing
             raise
@@ -158,7 +158,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 def _identify(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that decides the bytes of the output besides the files, to know an unfinished run again.
 
-    on_bad_input is not in it: after an error the same run may go on with "skip", the pieces done before had no fault.
+    on_bad_input is not in it: after an error the same run may go on with "skip", the chunks done before had no fault.
     """
     options = dataclasses.asdict(config)
     for name in ("out", "workers", "merge", "on_bad_input", "tokenizer"):
@@ -207,7 +207,7 @@ def _refuse_other_options(found: dict[str, Any], wanted: dict[str, Any], what: s
 
 
 class _StopRequest:
-    """Notes the first SIGINT or SIGTERM, so that the piece in hand is finished; a second one ends the program."""
+    """Notes the first SIGINT or SIGTERM, so that the chunk in hand is finished; a second one ends the program."""
 
     def __enter__(self) -> _StopRequest:
         self.requested = False
@@ -252,12 +252,12 @@ def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None
         changed = [number for number, file in enumerate(plan["files"]) if file != found["files"][number]]
         for number in changed:
             print(f"{files[number].path}: changed since the run began, done again", file=sys.stderr)
-            for piece in work.glob(f"{number:06d}-*.npz"):
-                piece.unlink()
+            for chunk in work.glob(f"{number:06d}-*.npz"):
+                chunk.unlink()
         if changed and options["train_tokenizer"]:
             shutil.rmtree(work / "tokenizer", ignore_errors=True)
-            for piece in work.glob("*.npz"):
-                piece.unlink()
+            for chunk in work.glob("*.npz"):
+                chunk.unlink()
     with write_atomically(path) as file:
         file.write(json.dumps(plan, indent=1).encode())
 
@@ -267,18 +267,18 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
     assert config.train_tokenizer is not None
     directory = work / "tokenizer"
     if not directory.exists():
-        settings = _piece_settings(config)
-        sample: list[Piece] = []
+        settings = _chunk_settings(config)
+        sample: list[Chunk] = []
         stride, size = 1, 0
         # Over the whole corpus, whatever --worker says: every share gets the same tokenizer.
-        for number, piece in enumerate(_read_all(config, files)):
+        for number, chunk in enumerate(_read_all(config, files)):
             stop.check()
             if number % stride == 0:
-                sample.append(piece)
-                size += piece.size()
+                sample.append(chunk)
+                size += chunk.size()
             while size > TRAINING_BYTES and len(sample) > 1:  # every second goes, so that it stays evenly spread
                 sample, stride = sample[::2], stride * 2
-                size = sum(map(Piece.size, sample))
+                size = sum(map(Chunk.size, sample))
         print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
 
         def read_lines() -> Iterator[str]:
@@ -301,8 +301,8 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
     return load_tokenizer(directory)
 
 
-def _piece_settings(config: PrepareConfig) -> PieceSettings:
-    return PieceSettings(
+def _chunk_settings(config: PrepareConfig) -> ChunkSettings:
+    return ChunkSettings(
         txt_documents=config.txt_documents,
         text_field=config.text_field,
         split_sentences=config.sentences == "punctuation",
@@ -317,9 +317,9 @@ def _piece_settings(config: PrepareConfig) -> PieceSettings:
 # ---- tokenize
 
 
-def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
+def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Chunk]:
     for number, file in enumerate(files):
-        yield from read_pieces(
+        yield from read_chunks(
             file,
             number,
             txt_documents=config.txt_documents,
@@ -328,36 +328,36 @@ def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
         )
 
 
-def _read_share(config: PrepareConfig, files: list[InputFile]) -> Iterator[Piece]:
-    """The pieces that are this run's by --worker."""
+def _read_share(config: PrepareConfig, files: list[InputFile]) -> Iterator[Chunk]:
+    """The chunks that are this run's by --worker."""
     share, count = config.share()
     if len(files) >= count:
         for number in range(share, len(files), count):
-            yield from (dataclasses.replace(piece, file_number=number) for piece in _read_all(config, [files[number]]))
+            yield from (dataclasses.replace(chunk, file_number=number) for chunk in _read_all(config, [files[number]]))
     else:
-        for number, piece in enumerate(_read_all(config, files)):
+        for number, chunk in enumerate(_read_all(config, files)):
             if number % count == share:
-                yield piece
+                yield chunk
 
 
 def _tokenize(
     config: PrepareConfig, files: list[InputFile], tokenizer: Tokenizer, work: Path, stop: _StopRequest
 ) -> list[Path]:
-    """Write the piece files that are not there yet; all of them, in order."""
-    settings = _piece_settings(config)
+    """Write the chunk files that are not there yet; all of them, in order."""
+    settings = _chunk_settings(config)
     total = sum(file.size for file in files)
-    workers = min(config.workers or len(os.sched_getaffinity(0)), 1 + total // PIECE_BYTES)
+    workers = min(config.workers or len(os.sched_getaffinity(0)), 1 + total // CHUNK_BYTES)
     paths: list[Path] = []
-    pending: deque[tuple[Piece, concurrent.futures.Future[dict[str, int]]]] = deque()
+    pending: deque[tuple[Chunk, concurrent.futures.Future[dict[str, int]]]] = deque()
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(total // config.share()[1]))
-        submit: Callable[[Piece, Path], concurrent.futures.Future[dict[str, int]]]
+        submit: Callable[[Chunk, Path], concurrent.futures.Future[dict[str, int]]]
         if workers == 1:
-            processor = PieceProcessor(tokenizer, settings)
+            processor = ChunkProcessor(tokenizer, settings)
 
-            def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
+            def submit(chunk: Chunk, path: Path) -> concurrent.futures.Future[dict[str, int]]:
                 done: concurrent.futures.Future[dict[str, int]] = concurrent.futures.Future()
-                done.set_result(processor.process(piece, path))
+                done.set_result(processor.process(chunk, path))
                 return done
         else:
             pool = concurrent.futures.ProcessPoolExecutor(
@@ -368,35 +368,35 @@ def _tokenize(
             )
             stack.callback(pool.shutdown, cancel_futures=True)
 
-            def submit(piece: Piece, path: Path) -> concurrent.futures.Future[dict[str, int]]:
+            def submit(chunk: Chunk, path: Path) -> concurrent.futures.Future[dict[str, int]]:
                 # A submission may start a worker, which inherits the mask: Ctrl-C is this process's to handle, and a
                 # worker that it hits while it starts would print a traceback.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
-                    return pool.submit(process_in_worker, piece, path)
+                    return pool.submit(process_in_worker, chunk, path)
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
         def finish_oldest() -> None:
             # In order, so that of several faults the first is reported.
-            piece, future = pending.popleft()
+            chunk, future = pending.popleft()
             try:
                 done = future.result()
             except concurrent.futures.BrokenExecutor as error:
                 raise DeviceMemoryError(
-                    f"{piece.file.path}: a worker was killed, most often for want of memory; the same command with "
+                    f"{chunk.file.path}: a worker was killed, most often for want of memory; the same command with "
                     "fewer --workers continues"
                 ) from error
-            progress.advance(piece.input_bytes, done["bytes"], done["tokens"])
+            progress.advance(chunk.input_bytes, done["bytes"], done["tokens"])
 
-        for piece in _read_share(config, files):
+        for chunk in _read_share(config, files):
             stop.check()
-            path = work / f"{piece.file_number:06d}-{piece.number:06d}.npz"
+            path = work / f"{chunk.file_number:06d}-{chunk.number:06d}.npz"
             paths.append(path)
             if path.exists():
-                progress.advance(piece.input_bytes)
+                progress.advance(chunk.input_bytes)
                 continue
-            pending.append((piece, submit(piece, path)))
+            pending.append((chunk, submit(chunk, path)))
             while len(pending) > workers + 2:
                 finish_oldest()
         while pending:
@@ -431,7 +431,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, input_bytes: int, text_bytes: int | None = None, tokens: int = 0) -> None:
-        """A piece is done; without text_bytes it was done by an earlier run, and says nothing about the speed."""
+        """A chunk is done; without text_bytes it was done by an earlier run, and says nothing about the speed."""
         self._input_bytes += input_bytes
         if text_bytes is not None:
             self._new_input_bytes += input_bytes

@@ -1,4 +1,4 @@
-"""Piece files -> shards: drop duplicates, choose what is held out, write in order, and finish with the manifest."""
+"""Chunk files -> shards: drop duplicates, choose what is held out, write in order, and finish with the manifest."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ class NoDocumentError(DataError):
     """Nothing is left to write."""
 
 
-def load_piece(path: Path, *names: str) -> list[np.ndarray]:
-    """The arrays of a piece file; raises DataError where it is damaged."""
+def load_chunk(path: Path, *names: str) -> list[np.ndarray]:
+    """The arrays of a chunk file; raises DataError where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as piece:
-            return [piece[name] for name in names]
+        with np.load(path, allow_pickle=False) as chunk:
+            return [chunk[name] for name in names]
     except Exception as error:  # what numpy and zipfile raise for damage has no common base
         raise DataError(f"{path}: damaged ({error}); remove this file and start again") from error
 
 
 def find_duplicates(
-    pieces: list[Path], work: Path, exact: bool, threshold: float | None, check: Callable[[], None]
+    chunks: list[Path], work: Path, exact: bool, threshold: float | None, check: Callable[[], None]
 ) -> dict[str, np.ndarray]:
     """Flags of the documents to drop, by the name of the cleaning step.
 
     Args:
-        work: where the hashes of all pieces are put together, in a file.
+        work: where the hashes of all chunks are put together, in a file.
         exact, threshold: which steps; the threshold of near duplicates, None without them.
-        check: called between pieces; it raises to stop.
+        check: called between chunks; it raises to stop.
     """
     steps: dict[str, tuple[str, Callable[..., np.ndarray]]] = {}
     if exact:
@@ -64,12 +64,12 @@ def find_duplicates(
     for step, (name, find) in steps.items():
         table, count = work / f"{name}.bin", 0
         with open(table, "wb") as file:
-            for path in pieces:
+            for path in chunks:
                 check()
-                hashes, *_ = load_piece(path, "hashes")
+                hashes, *_ = load_chunk(path, "hashes")
                 if len(hashes):
                     count += len(hashes)
-                    file.write(np.ascontiguousarray(load_piece(path, name)[0]).data)
+                    file.write(np.ascontiguousarray(load_chunk(path, name)[0]).data)
         flags = find(table, count) if count else np.zeros(0, dtype=bool)
         table.unlink()
         for earlier in dropped.values():  # a document is counted once
@@ -79,7 +79,7 @@ def find_duplicates(
 
 
 def assemble(
-    pieces: list[Path],
+    chunks: list[Path],
     dropped: dict[str, np.ndarray],
     tokenizer: Tokenizer,
     out: Path,
@@ -87,15 +87,15 @@ def assemble(
     files: list[dict[str, Any]],
     check: Callable[[], None],
 ) -> Manifest:
-    """Piece files, in order -> shards and manifest.
+    """Chunk files, in order -> shards and manifest.
 
     Args:
         dropped: what `find_duplicates` found.
         options: prepare's, for the manifest; heldout_fraction and shard_tokens are obeyed.
         files: the inputs with what tells whether they changed, for the manifest.
-        check: called between pieces; it raises to stop.
+        check: called between chunks; it raises to stop.
     Raises:
-        DataError: a damaged piece. NoDocumentError: no document at all.
+        DataError: a damaged chunk. NoDocumentError: no document at all.
     """
     counts: Counter[str] = Counter({step: int(flags.sum()) for step, flags in dropped.items()})
     problems: Counter[str] = Counter()
@@ -107,9 +107,9 @@ def assemble(
         writers = [
             stack.enter_context(ShardWriter(out, split, dtype, sha256, options["shard_tokens"])) for split in SPLITS
         ]
-        for path in pieces:
+        for path in chunks:
             check()
-            tokens, sentence_lengths, document_sentences, hashes, report = load_piece(
+            tokens, sentence_lengths, document_sentences, hashes, report = load_chunk(
                 path, "tokens", "sentence_lengths", "document_sentences", "hashes", "report"
             )
             found = json.loads(report.tobytes())

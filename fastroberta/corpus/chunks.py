@@ -1,13 +1,13 @@
-"""The unit of work of prepare: a piece of text -> a file of its documents, cleaned, tokenized and hashed.
+"""The unit of work of prepare: a chunk of text -> a file of its documents, cleaned, tokenized and hashed.
 
-A piece file (npz) holds, in the order of the documents:
+A chunk file (npz) holds, in the order of the documents:
 
     tokens, sentence_lengths, document_sentences    as `ShardWriter.append` takes them
     hashes                                          uint64 (documents, 2), BLAKE2b of the cleaned text
     signatures                                      uint32 (documents, permutations), where near duplicates are wanted
     report                                          JSON: what was read, mended and left out
 
-It appears by a rename when it is complete: a run that is interrupted, however, continues with the pieces it lacks.
+It appears by a rename when it is complete: a run that is interrupted, however, continues with the chunks it lacks.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tokenizers import Tokenizer
 
 from .deduplicate import Signer
 from .encode import DocumentEncoder
-from .read import Piece, Problems, read_documents
+from .read import Chunk, Problems, read_documents
 from .shards import write_atomically
 
 
 @dataclass(frozen=True)
-class PieceSettings:
-    """What decides a piece's bytes besides its text; the meanings are those of prepare's options."""
+class ChunkSettings:
+    """What decides a chunk's bytes besides its text; the meanings are those of prepare's options."""
 
     txt_documents: str
     text_field: str
@@ -48,23 +48,23 @@ class PieceSettings:
     on_bad_input: str
 
 
-class PieceProcessor:
-    """Turns pieces into piece files; one in each worker, for the words that its encoder remembers."""
+class ChunkProcessor:
+    """Turns chunks into chunk files; one in each worker, for the words that its encoder remembers."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: PieceSettings):
+    def __init__(self, tokenizer: Tokenizer, settings: ChunkSettings):
         self._settings = settings
         self._encoder = DocumentEncoder(tokenizer, split_sentences=settings.split_sentences)
         self._signer = Signer() if settings.signatures else None
 
-    def process(self, piece: Piece, path: Path) -> dict[str, int]:
-        """Write the piece's file; returns the bytes of text and the tokens in it."""
+    def process(self, chunk: Chunk, path: Path) -> dict[str, int]:
+        """Write the chunk's file; returns the bytes of text and the tokens in it."""
         counts: Counter[str] = Counter()
         problems = Problems(self._settings.on_bad_input)
         hashes: list[bytes] = []
         signatures: list[np.ndarray] = []
 
         def take() -> Iterator[str]:
-            for text in clean_documents(piece, self._settings, counts, problems):
+            for text in clean_documents(chunk, self._settings, counts, problems):
                 hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
                 if self._signer:
                     signatures.append(self._signer.sign(text))
@@ -74,18 +74,18 @@ class PieceProcessor:
         arrays: dict[str, Any] = {**vars(encoded), "hashes": np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)}
         if signatures:
             arrays["signatures"] = np.stack(signatures)
-        counts["bytes"] = piece.size()
-        report = {"counts": counts, "problems": piece.problems + problems.counts}
+        counts["bytes"] = chunk.size()
+        report = {"counts": counts, "problems": chunk.problems + problems.counts}
         arrays["report"] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         with write_atomically(path) as file:
             np.savez(file, **arrays)
-        return {"bytes": piece.size(), "tokens": len(encoded.tokens)}
+        return {"bytes": chunk.size(), "tokens": len(encoded.tokens)}
 
 
-def clean_documents(piece: Piece, settings: PieceSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
-    """The documents of a piece that the settings keep, as they are to be tokenized; counts each step."""
+def clean_documents(chunk: Chunk, settings: ChunkSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
+    """The documents of a chunk that the settings keep, as they are to be tokenized; counts each step."""
     documents = read_documents(
-        piece, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
+        chunk, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
     )
     for text in documents:
         counts["read"] += 1
@@ -103,17 +103,17 @@ def clean_documents(piece: Piece, settings: PieceSettings, counts: Counter[str],
             yield text
 
 
-_processor: PieceProcessor | None = None  # of this worker
+_processor: ChunkProcessor | None = None  # of this worker
 
 
-def start_worker(tokenizer: str, settings: PieceSettings) -> None:
+def start_worker(tokenizer: str, settings: ChunkSettings) -> None:
     """Set a worker process up: one thread, deaf to the terminal's Ctrl-C, gone when its parent is."""
     global _processor
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is faster than threads in each
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _processor = PieceProcessor(Tokenizer.from_str(tokenizer), settings)
+    _processor = ChunkProcessor(Tokenizer.from_str(tokenizer), settings)
 
 
 def _follow_parent() -> None:
@@ -124,7 +124,7 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def process_in_worker(piece: Piece, path: Path) -> dict[str, int]:
-    """`PieceProcessor.process` in a process that `start_worker` set up."""
+def process_in_worker(chunk: Chunk, path: Path) -> dict[str, int]:
+    """`ChunkProcessor.process` in a process that `start_worker` set up."""
     assert _processor is not None
-    return _processor.process(piece, path)
+    return _processor.process(chunk, path)

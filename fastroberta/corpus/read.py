@@ -1,7 +1,7 @@
-"""Files -> pieces of whole records -> documents.
+"""Files -> chunks of whole records -> documents.
 
-One process reads every file in order and cuts it into pieces of a few megabytes that end where a record ends; pieces
-are what workers take. Cutting depends on the text alone, so that a second run finds the same pieces.
+One process reads every file in order and cuts it into chunks of a few megabytes that end where a record ends; chunks
+are what workers take. Cutting depends on the text alone, so that a second run finds the same chunks.
 
 Whatever is wrong with the input goes through `Problems`: with the policy "error" the first fault stops the program;
 with "skip" what has one right reading is mended (byte order marks and NULs are removed, carriage returns become line
@@ -27,7 +27,7 @@ import zstandard
 
 from ..errors import ConfigurationError, DataError
 
-PIECE_BYTES = 8 << 20  # of text in one piece of work
+CHUNK_BYTES = 8 << 20  # of text in one chunk of work
 MAX_RECORD_BYTES = 16 << 20  # of one document, or of one line of JSON; more is a file that is not what it seems
 MAX_EXPANSION = 200  # text shrinks 3- to 10-fold; this much is an accident or an attack
 SUFFIXES = {
@@ -67,7 +67,7 @@ class InputFile:
 
 
 @dataclass
-class Piece:
+class Chunk:
     """Whole records of one file."""
 
     file: InputFile
@@ -75,7 +75,7 @@ class Piece:
     number: int  # within the file
     first_record: int  # number of the first line, or row, counted from 1
     data: Data
-    input_bytes: int = 0  # of the file, as it lies on the disk, that were read for this piece
+    input_bytes: int = 0  # of the file, as it lies on the disk, that were read for this chunk
     problems: Counter[str] = field(default_factory=Counter)  # found while reading
 
     def size(self) -> int:
@@ -126,17 +126,17 @@ def _format_of(path: str) -> str | None:
     return SUFFIXES.get(suffix)
 
 
-def read_pieces(
+def read_chunks(
     file: InputFile, file_number: int, *, txt_documents: str, text_field: str, policy: str
-) -> Iterator[Piece]:
-    """The pieces of a file, in order. Every file has a last one, perhaps empty, that carries what was found last.
+) -> Iterator[Chunk]:
+    """The chunks of a file, in order. Every file has a last one, perhaps empty, that carries what was found last.
 
-    Memory: two pieces, or twice the longest record.
+    Memory: two chunks, or twice the longest record.
     """
     problems = Problems(policy)
     if file.size == 0:
         problems.report("empty file", file.path, "remove it")
-        yield Piece(file, file_number, 0, 1, b"", 0, problems.counts)
+        yield Chunk(file, file_number, 0, 1, b"", 0, problems.counts)
         return
     try:
         with open(file.path, "rb") as raw:
@@ -148,7 +148,7 @@ def read_pieces(
             position = 0
             for number, (first_record, data) in enumerate(contents):
                 read = max(0, raw.tell() - position)
-                yield Piece(file, file_number, number, first_record, data, read, problems.counts)
+                yield Chunk(file, file_number, number, first_record, data, read, problems.counts)
                 problems.counts = Counter()
                 position += read
     except OSError as error:
@@ -237,7 +237,7 @@ def _zstd_is_whole(raw: IO[bytes]) -> bool:
 def _cut_lines(
     file: InputFile, chunks: Iterator[bytes], txt_documents: str, problems: Problems
 ) -> Iterator[tuple[int, Data]]:
-    """Text -> (number of the first line, whole records of about PIECE_BYTES)."""
+    """Text -> (number of the first line, whole records of about CHUNK_BYTES)."""
     by_blank_line = file.format == "txt" and txt_documents == "blank-line"
     what = "document (text between blank lines)" if by_blank_line else "line"
     advice = "if each line is a document, say --txt-documents line" if by_blank_line else "split it"
@@ -245,12 +245,12 @@ def _cut_lines(
     line, buffer, discarding = 1, b"", False
     for chunk in _normalize(file, chunks, problems):
         buffer += chunk
-        while len(buffer) >= (1 if discarding else PIECE_BYTES):
+        while len(buffer) >= (1 if discarding else CHUNK_BYTES):
             if discarding:
                 cut = _find_record_end(buffer, 0, by_blank_line)
             else:
-                cut = _find_last_record_end(buffer[:PIECE_BYTES], by_blank_line) or _find_record_end(
-                    buffer, PIECE_BYTES - 1, by_blank_line
+                cut = _find_last_record_end(buffer[:CHUNK_BYTES], by_blank_line) or _find_record_end(
+                    buffer, CHUNK_BYTES - 1, by_blank_line
                 )
             if cut == 0 and len(buffer) > MAX_RECORD_BYTES and not discarding:
                 problems.report(f"a {what} of over {MAX_RECORD_BYTES >> 20} MB", f"{file.path}, line {line}", advice)
@@ -320,7 +320,7 @@ def _normalize(file: InputFile, chunks: Iterator[bytes], problems: Problems) -> 
 
 
 def _read_parquet(file: InputFile, raw: IO[bytes], text_field: str, problems: Problems) -> Iterator[tuple[int, Data]]:
-    """One column of a parquet file -> (number of the first row, rows of about PIECE_BYTES)."""
+    """One column of a parquet file -> (number of the first row, rows of about CHUNK_BYTES)."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -334,7 +334,7 @@ def _read_parquet(file: InputFile, raw: IO[bytes], text_field: str, problems: Pr
             for text in _read_column(table, text_field, file, problems):
                 rows.append(text)
                 size += len(text or b"")
-                if size >= PIECE_BYTES:
+                if size >= CHUNK_BYTES:
                     yield row, rows
                     row, rows, size = row + len(rows), [], 0
     except (pyarrow.ArrowException, OSError) as error:
@@ -379,11 +379,11 @@ def _read_column(table: Any, name: str, file: InputFile, problems: Problems) -> 
             yield from batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
 
 
-def read_documents(piece: Piece, *, txt_documents: str, text_field: str, problems: Problems) -> Iterator[str]:
-    """The documents of a piece: strings without NULs, carriage returns and lone surrogates, perhaps empty."""
-    kind = piece.file.format
-    for where, data in _read_records(piece, by_blank_line=kind == "txt" and txt_documents == "blank-line"):
-        place = f"{piece.file.path}, {'row' if kind == 'parquet' else 'line'} {where}"
+def read_documents(chunk: Chunk, *, txt_documents: str, text_field: str, problems: Problems) -> Iterator[str]:
+    """The documents of a chunk: strings without NULs, carriage returns and lone surrogates, perhaps empty."""
+    kind = chunk.file.format
+    for where, data in _read_records(chunk, by_blank_line=kind == "txt" and txt_documents == "blank-line"):
+        place = f"{chunk.file.path}, {'row' if kind == 'parquet' else 'line'} {where}"
         if data is None:
             problems.report(f"no text in {text_field!r}", place, "fill the row or remove it")
             continue
@@ -409,17 +409,17 @@ def read_documents(piece: Piece, *, txt_documents: str, text_field: str, problem
         yield text
 
 
-def _read_records(piece: Piece, *, by_blank_line: bool) -> Iterator[tuple[int, bytes | None]]:
+def _read_records(chunk: Chunk, *, by_blank_line: bool) -> Iterator[tuple[int, bytes | None]]:
     """Number and bytes of each record; blank ones only separate others."""
-    if isinstance(piece.data, list):
-        yield from enumerate(piece.data, piece.first_record)
+    if isinstance(chunk.data, list):
+        yield from enumerate(chunk.data, chunk.first_record)
         return
-    lines = enumerate(piece.data.split(b"\n"), piece.first_record)
+    lines = enumerate(chunk.data.split(b"\n"), chunk.first_record)
     if not by_blank_line:
         yield from ((number, line) for number, line in lines if line and not line.isspace())
         return
     document: list[bytes] = []
-    first = piece.first_record
+    first = chunk.first_record
     for number, line in lines:
         if line and not line.isspace():
             if not document:

@@ -27,7 +27,7 @@ import fastroberta.corpus.read
 import fastroberta.prepare
 from fastroberta.cli.directories import own_directory
 from fastroberta.cli.program import run
-from fastroberta.corpus.read import find_files, read_pieces
+from fastroberta.corpus.read import find_files, read_chunks
 from fastroberta.corpus.shards import ShardReader, load_manifest
 from fastroberta.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from fastroberta.data import open_split
@@ -164,12 +164,12 @@ def test_many_members_and_frames_are_one_file(go, tmp_path):
     assert texts(go(tmp_path / "a.txt.gz", tmp_path / "b.txt.zst")) == joined(DOCUMENTS) * 2
 
 
-# ---- pieces: wherever the text is cut, nothing changes
+# ---- chunks: wherever the text is cut, nothing changes
 
 
-@pytest.mark.parametrize("piece_bytes, chunk", [(64, 16), (64, 1000), (1000, 7), (10**6, 1)])
+@pytest.mark.parametrize("chunk_bytes, buffer", [(64, 16), (64, 1000), (1000, 7), (10**6, 1)])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, piece_bytes, chunk):
+def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, chunk_bytes, buffer):
     documents = corpus(count=60)
     path = tmp_path / f"text.{kind}"
     if kind == "txt":
@@ -179,14 +179,14 @@ def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, piece_bytes, c
     else:
         as_parquet(path, documents)
     whole = digest(go(path, shard_tokens=700, out="whole").directory)
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", piece_bytes)
-    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", chunk)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", buffer)
     assert digest(go(path, shard_tokens=700).directory) == whole
     assert texts(load_manifest(tmp_path / "out")) == documents
 
 
 def test_line_numbers_survive_cutting(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 50)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 50)
     monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 20)
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 10)
     with open(path, "a") as file:
@@ -390,7 +390,7 @@ def test_invalid_utf8_in_a_parquet_row_is_that_row(go, tmp_path):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(fastroberta.corpus.read, "MAX_RECORD_BYTES", 4000)
     monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 500)
     documents = ["before", "word\n" * 2000 if kind == "txt" else "word " * 2000, "after", "and after"]
@@ -409,8 +409,8 @@ def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind
     assert found == ["before", "after", "and after"]
     # Not even the reader holds it.
     options = {"txt_documents": "blank-line", "text_field": "text", "policy": "skip"}
-    pieces = [piece.data for piece in read_pieces(find_files([str(path)], "auto")[0], 0, **options)]
-    assert kind == "parquet" or max(map(len, pieces)) < 5000
+    chunks = [chunk.data for chunk in read_chunks(find_files([str(path)], "auto")[0], 0, **options)]
+    assert kind == "parquet" or max(map(len, chunks)) < 5000
 
 
 @pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.txt.zst"])
@@ -445,11 +445,11 @@ def test_a_corpus_without_a_document_is_refused(go, tmp_path, data, options, mes
 
 
 def start(tmp_path, tokenizer_directory, *options):
-    """The program in a process of its own, with small pieces so that there is something to interrupt."""
+    """The program in a process of its own, with small chunks so that there is something to interrupt."""
     code = (
         "import sys, fastroberta.corpus.read, fastroberta.prepare, fastroberta.cli.program\n"
         "if __name__ == '__main__':\n"
-        "    fastroberta.corpus.read.PIECE_BYTES = fastroberta.prepare.PIECE_BYTES = 4000\n"
+        "    fastroberta.corpus.read.CHUNK_BYTES = fastroberta.prepare.CHUNK_BYTES = 4000\n"
         "    sys.exit(fastroberta.cli.program.run(fastroberta.prepare.main))\n"
     )
     (tmp_path / "program.py").write_text(code)
@@ -497,7 +497,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(go, tmp_path, tokenizer_
             assert time.monotonic() < deadline
             time.sleep(0.01)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "work").glob("*.npz")}
-    (tmp_path / "out" / "work" / "000000-000099.npz.1.tmp").write_text("half a piece")
+    (tmp_path / "out" / "work" / "000000-000099.npz.1.tmp").write_text("half a chunk")
     finish = start(tmp_path, tokenizer_directory, *options)
     _, errors = finish.communicate(timeout=120)
     assert finish.returncode == 0, errors
@@ -508,9 +508,9 @@ def test_an_idle_worker_goes_with_its_parent(tmp_path, tokenizer_directory):
     (tmp_path / "program.py").write_text(
         "import multiprocessing, os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from fastroberta.corpus.chunks import PieceSettings, start_worker\n"
+        "from fastroberta.corpus.chunks import ChunkSettings, start_worker\n"
         "def work(tokenizer, ready):\n"
-        "    start_worker(tokenizer, PieceSettings('line', 'text', True, False, 0, None, False, 'error'))\n"
+        "    start_worker(tokenizer, ChunkSettings('line', 'text', True, False, 0, None, False, 'error'))\n"
         "    ready.put(os.getpid())\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
@@ -546,23 +546,23 @@ def is_running(pid):
     return False
 
 
-def test_done_pieces_are_not_done_again(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 4000)
+def test_done_chunks_are_not_done_again(go, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 4000)
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     whole = digest(go(source, out="whole").directory)
-    process, done = fastroberta.corpus.chunks.PieceProcessor.process, []
+    process, done = fastroberta.corpus.chunks.ChunkProcessor.process, []
 
-    def fail_at_fifth(self, piece, path):
+    def fail_at_fifth(self, chunk, path):
         if len(done) == 5:
             raise Stopped("stopped")
-        done.append(piece.number)
-        return process(self, piece, path)
+        done.append(chunk.number)
+        return process(self, chunk, path)
 
-    monkeypatch.setattr(fastroberta.corpus.chunks.PieceProcessor, "process", fail_at_fifth)
+    monkeypatch.setattr(fastroberta.corpus.chunks.ChunkProcessor, "process", fail_at_fifth)
     with pytest.raises(Stopped):
         go(source)
     monkeypatch.setattr(
-        fastroberta.corpus.chunks.PieceProcessor, "process", lambda *a: (done.append(a[1].number), process(*a))[1]
+        fastroberta.corpus.chunks.ChunkProcessor, "process", lambda *a: (done.append(a[1].number), process(*a))[1]
     )
     assert digest(go(source).directory) == whole
     assert done == list(range(len(done))) and len(done) > 10
@@ -624,7 +624,7 @@ def test_a_run_that_left_nothing_binds_nobody(go, tmp_path, tokenizer):
 
 
 def test_a_tokenizer_that_was_trained_binds_its_options(go, tmp_path, monkeypatch):
-    """It is of the text that they chose, though no piece may be there yet."""
+    """It is of the text that they chose, though no chunk may be there yet."""
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
     training = {"tokenizer": None, "train_tokenizer": 300}
     with stop_in("_tokenize", monkeypatch):
@@ -687,17 +687,17 @@ def test_two_runs_do_not_write_one_directory(go, tmp_path):
     go(source)
 
 
-def test_a_damaged_piece_is_named(go, tmp_path, monkeypatch):
+def test_a_damaged_chunk_is_named(go, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "a.jsonl", corpus(count=20))
     with stop_in("assemble", monkeypatch):
         go(source)
-    piece = tmp_path / "out" / "work" / "000000-000000.npz"
-    data = bytearray(piece.read_bytes())
+    chunk = tmp_path / "out" / "work" / "000000-000000.npz"
+    data = bytearray(chunk.read_bytes())
     data[len(data) // 3] ^= 1
-    piece.write_bytes(data)
+    chunk.write_bytes(data)
     with pytest.raises(DataError, match=r"000000-000000\.npz: damaged.*remove this file"):
         go(source)
-    piece.unlink()
+    chunk.unlink()
     assert texts(go(source)) == corpus(count=20)
 
 
@@ -706,7 +706,7 @@ def test_a_damaged_piece_is_named(go, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("num_files", [1, 5])
 def test_shares_merge_to_the_whole(go, tmp_path, monkeypatch, num_files):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 3000)
     documents = corpus()
     paths = [write_jsonl(tmp_path / f"{n}.jsonl", documents[n::num_files]) for n in range(num_files)]
     whole = go(*paths, heldout_fraction=0.1, out="whole")
@@ -755,7 +755,7 @@ def test_merge_refuses_what_does_not_belong_together(go, tmp_path):
 
 
 def test_a_trained_tokenizer_is_the_same_for_every_share(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "PIECE_BYTES", 3000)
+    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 3000)
     monkeypatch.setattr(fastroberta.prepare, "TRAINING_BYTES", 20_000)  # less than there is
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     options = {"tokenizer": None, "train_tokenizer": 400}
