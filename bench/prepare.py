@@ -96,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_text(inputs: Sequence[str], path: Path, limit: int) -> int:
     """Write documents as JSON lines until `limit` bytes of text are reached; returns the bytes of text."""
+    from fastroberta.corpus.problems import Problems
     from fastroberta.corpus.python_texts import python_texts
-    from fastroberta.corpus.read import Problems, find_files, read_chunks, read_documents
+    from fastroberta.corpus.read import read_chunks, read_documents
+    from fastroberta.corpus.sources import find_files
 
     def documents():
         if not inputs:

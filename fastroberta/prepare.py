@@ -1,6 +1,7 @@
 """`python -m fastroberta.prepare INPUT... --out DIR`: text in, token shards out.
 
-Reads txt, jsonl and parquet, plain or in gzip or zstd; files, folders and globs. Cleans as asked, tokenizes on all
+Reads txt, jsonl, csv, tsv, parquet and Arrow, plain or in gzip, bzip2, xz or zstd: files, folders, globs, URLs, and
+standard input. Cleans as asked, tokenizes on all
 cores, and writes shards, a held-out split and a manifest. Interrupted in any way, the same command continues; the
 shards depend on the text and the options alone, not on the number of workers or on interruptions.
 
@@ -44,8 +45,10 @@ from .cli.program import run
 from .config import setting
 from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
 from .corpus.chunks import ChunkProcessor, ChunkSettings, clean_documents, process_in_worker, start_worker
-from .corpus.read import CHUNK_BYTES, Chunk, InputFile, Problems, find_files, read_chunks
+from .corpus.problems import MENDED, Problems
+from .corpus.read import CHUNK_BYTES, Chunk, read_chunks
 from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, load_manifest, write_atomically
+from .corpus.sources import InputFile, find_files
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
@@ -64,7 +67,10 @@ TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tok
 class PrepareConfig:
     """One corpus."""
 
-    inputs: list[str] = setting(help="text files, folders or globs; prepared directories with --merge", positional=True)
+    inputs: list[str] = setting(
+        help="text files, folders, globs or URLs, - for standard input; prepared directories with --merge",
+        positional=True,
+    )
     out: str = setting(help="directory to write; an unfinished run found there is continued")
     tokenizer: str | None = setting(None, "directory with tokenizer.json, or with vocab.json and merges.txt")
     train_tokenizer: int | None = setting(
@@ -73,10 +79,14 @@ class PrepareConfig:
         valid=f"[{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]",
     )
 
-    format: Literal["auto", "txt", "jsonl", "parquet"] = setting("auto", "of the inputs; auto goes by their names")
+    format: Literal["auto", "txt", "jsonl", "csv", "tsv", "parquet", "arrow"] = setting(
+        "auto", "of the inputs; auto goes by their names, or looks into them"
+    )
     txt_documents: Literal["blank-line", "line"] = setting("blank-line", "what ends a document in txt")
-    text_field: str = setting("text", "field of jsonl records, or column of parquet files, that holds the text")
-    on_bad_input: Literal["error", "skip"] = setting("error", "stop, or mend or leave out and count")
+    text_field: str = setting(
+        "text", "field or column that holds the text; messages.content is one inside another, lists become lines"
+    )
+    on_bad_input: Literal["error", "skip"] = setting("error", "stop at damaged input, or leave it out and count it")
 
     nfc: bool = setting(False, "bring text into Unicode normal form C")
     min_characters: int = setting(0, "leave out shorter documents", valid="[0, inf)")
@@ -131,7 +141,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     out = Path(config.out)
     work = out / "work"
-    files = find_files(config.inputs, config.format)
+    files = find_files(config.inputs, config.format, config.text_field)
     _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     options = _identify(config, tokenizer)
@@ -482,7 +492,8 @@ def print_report(manifest: Manifest) -> None:
     lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
     names = {"normalized": "  brought into NFC"} | {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
     lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
-    lines += [(f"  mended or left out: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+    for kind, count in sorted(problems.items(), key=lambda one: (one[0] not in MENDED, one[0])):
+        lines.append((f"  {'mended' if kind in MENDED else 'left out'}: {kind}", f"{count:,}"))
     for split in SPLITS:
         written = [f"{manifest.count(split, what):,} {what}" for what in ("documents", "sentences", "tokens")]
         lines.append((split, ", ".join(written)))

@@ -30,7 +30,8 @@ from tokenizers import Tokenizer
 
 from .deduplicate import Signer
 from .encode import DocumentEncoder
-from .read import Chunk, Problems, read_documents
+from .problems import Problems
+from .read import Chunk, read_documents
 from .shards import write_atomically
 
 
