@@ -22,6 +22,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from .cli.arguments import parse_arguments
@@ -44,9 +46,13 @@ from .cli.directories import own_directory
 from .cli.program import run
 from .config import setting
 from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, join
-from .corpus.chunks import ChunkProcessor, ChunkSettings, clean_documents, process_in_worker, start_worker
+from .corpus.boilerplate import find_recurring, write_line_hashes
+from .corpus.chunks import ChunkProcessor, ChunkSettings, process_in_worker, start_worker
+from .corpus.clean import Cleaner, CleaningSettings, normalize, read_blocklist
 from .corpus.problems import MENDED, Problems
-from .corpus.read import CHUNK_BYTES, Chunk, read_chunks
+from .corpus.quality import Thresholds
+from .corpus.read import CHUNK_BYTES, Chunk, read_chunks, read_documents
+from .corpus.report import check_report_path, write_report
 from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, load_manifest, write_atomically
 from .corpus.sources import InputFile, find_files
 from .corpus.tokenizer import (
@@ -60,6 +66,7 @@ from .corpus.tokenizer import (
 )
 from .errors import ConfigurationError, DataError, DeviceMemoryError, Stopped
 
+BOILERPLATE = "boilerplate.npy"  # in the work folder
 TRAINING_BYTES = 256 << 20  # of text, evenly spread over the corpus, that a tokenizer is trained on at most
 
 
@@ -88,13 +95,24 @@ class PrepareConfig:
     )
     on_bad_input: Literal["error", "skip"] = setting("error", "stop at damaged input, or leave it out and count it")
 
+    # Cleaning, in the order in which it is done; corpus/clean.py has the details.
     nfc: bool = setting(False, "bring text into Unicode normal form C")
+    boilerplate: int | None = setting(
+        None, "remove lines of three words or more that at least this many documents share", valid="[2, inf)"
+    )
     min_characters: int = setting(0, "leave out shorter documents", valid="[0, inf)")
     max_characters: int | None = setting(None, "leave out longer documents", valid="[1, inf)")
+    blocklist: str | None = setting(None, "file of words and phrases, one a line; leave out documents that hold one")
+    quality: str | None = setting(None, "leave out documents that break rules: gopher, c4, or single ones, by commas")
+    thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
+    languages: str | None = setting(None, "keep these languages only: codes such as en,de, told by py3langid")
+    language_confidence: float = setting(0.5, "least probability of the language", valid="[0, 1]")
     exact_duplicates: bool = setting(False, "leave out documents that equal an earlier one")
     near_duplicates: float | None = setting(
         None, "leave out documents this similar to an earlier one (Jaccard, by MinHash); 0.8 is usual", valid="(0, 1]"
     )
+    report: str | None = setting(None, "FILE.html or FILE.md to write: the figures, and examples of what was left out")
+
     sentences: Literal["punctuation", "lines"] = setting("punctuation", "where sentences end, line ends aside")
     heldout_fraction: float = setting(
         0.005, "share of the documents kept for evaluation, chosen by a hash of their text", valid="[0, 1)"
@@ -112,6 +130,8 @@ class PrepareConfig:
             raise ConfigurationError("tokenizer: give one of --tokenizer DIR and --train-tokenizer VOCAB_SIZE")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ConfigurationError(f"max_characters = {self.max_characters}: less than min_characters; raise it")
+        if self.report:
+            check_report_path(self.report)
         self.share()
 
     def share(self) -> tuple[int, int]:
@@ -130,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise DataError(f"{error.filename or config.out}: {error.strerror}; mend that and start again") from error
     print_report(manifest)
+    if config.report:
+        title = f"{manifest.directory}: prepared text"
+        write_report(Path(config.report), title, list_figures(manifest), manifest.contents["report"]["examples"])
     return 0
 
 
@@ -144,14 +167,18 @@ def prepare(config: PrepareConfig) -> Manifest:
     files = find_files(config.inputs, config.format, config.text_field)
     _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    settings = _chunk_settings(config, work)
+    Cleaner(dataclasses.replace(settings.cleaning, boilerplate=None))  # what it lacks is said before the work
     options = _identify(config, tokenizer)
     if finished := _find_finished(out, options, _describe(files)):
         return finished
     with own_directory(out, "work/lock", "--out"), _StopRequest() as stop:
         _resume(work, options, files)
+        if config.boilerplate:
+            _count_boilerplate(config, files, work, stop)
         if tokenizer is None:
-            tokenizer = _obtain_tokenizer(config, files, work, stop)
-        chunks = _tokenize(config, files, tokenizer, work, stop)
+            tokenizer = _obtain_tokenizer(config, settings, files, work, stop)
+        chunks = _tokenize(config, settings, files, tokenizer, work, stop)
         dropped = find_duplicates(chunks, work, config.exact_duplicates, config.near_duplicates, stop.check)
         try:
             manifest = assemble(chunks, dropped, tokenizer, out, options, _describe(files), stop.check)
@@ -171,8 +198,11 @@ def _identify(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[str, A
     on_bad_input is not in it: after an error the same run may go on with "skip", the chunks done before had no fault.
     """
     options = dataclasses.asdict(config)
-    for name in ("out", "workers", "merge", "on_bad_input", "tokenizer"):
+    for name in ("out", "workers", "merge", "on_bad_input", "tokenizer", "report"):
         del options[name]
+    if config.blocklist:
+        words = "\n".join(read_blocklist(config.blocklist))
+        options["blocklist"] = f"{config.blocklist} ({hashlib.sha256(words.encode()).hexdigest()[:16]})"
     return {**options, "tokenizer_sha256": tokenizer_hash(tokenizer) if tokenizer else None}
 
 
@@ -248,7 +278,7 @@ def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None
     plan = {"options": options, "files": _describe(files)}
     path = work / "plan.json"
     # A plan from which nothing was made yet, because its first try failed, binds nobody.
-    if path.exists() and (any(work.glob("*.npz")) or (work / "tokenizer").exists()):
+    if path.exists() and any(next(work.glob(made), None) for made in ("*.npz", "tokenizer", BOILERPLATE)):
         try:
             found = json.loads(path.read_bytes())
         except ValueError as error:
@@ -264,7 +294,8 @@ def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None
             print(f"{files[number].path}: changed since the run began, done again", file=sys.stderr)
             for chunk in work.glob(f"{number:06d}-*.npz"):
                 chunk.unlink()
-        if changed and options["train_tokenizer"]:
+        if changed and (options["train_tokenizer"] or options["boilerplate"]):
+            (work / BOILERPLATE).unlink(missing_ok=True)
             shutil.rmtree(work / "tokenizer", ignore_errors=True)
             for chunk in work.glob("*.npz"):
                 chunk.unlink()
@@ -272,12 +303,36 @@ def _resume(work: Path, options: dict[str, Any], files: list[InputFile]) -> None
         file.write(json.dumps(plan, indent=1).encode())
 
 
-def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path, stop: _StopRequest) -> Tokenizer:
+def _count_boilerplate(config: PrepareConfig, files: list[InputFile], work: Path, stop: _StopRequest) -> None:
+    """Find the lines that recur, over the whole corpus whatever --worker says."""
+    assert config.boilerplate is not None
+    if (work / BOILERPLATE).exists():
+        return
+    print(f"looking for lines that {config.boilerplate} documents share", file=sys.stderr)
+    problems = Problems(config.on_bad_input)
+
+    def read() -> Iterator[str]:
+        for chunk in _read_all(config, files):
+            stop.check()
+            for text in read_documents(
+                chunk, txt_documents=config.txt_documents, text_field=config.text_field, problems=problems
+            ):
+                yield normalize(text, config.nfc)[0]
+
+    table = work / "lines.tmp"
+    recurring = find_recurring(table, write_line_hashes(read(), table), config.boilerplate)
+    table.unlink()
+    with write_atomically(work / BOILERPLATE) as file:
+        np.save(file, recurring)
+
+
+def _obtain_tokenizer(
+    config: PrepareConfig, settings: ChunkSettings, files: list[InputFile], work: Path, stop: _StopRequest
+) -> Tokenizer:
     """The tokenizer that this run trained before it was interrupted, or a new one."""
     assert config.train_tokenizer is not None
     directory = work / "tokenizer"
     if not directory.exists():
-        settings = _chunk_settings(config)
         sample: list[Chunk] = []
         stride, size = 1, 0
         # Over the whole corpus, whatever --worker says: every share gets the same tokenizer.
@@ -292,9 +347,15 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
         print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
 
         def read_lines() -> Iterator[str]:
-            problems = Problems(config.on_bad_input)
+            problems, cleaner = Problems(config.on_bad_input), Cleaner(settings.cleaning)
             while sample:
-                for text in clean_documents(sample.pop(0), settings, Counter(), problems):
+                documents = read_documents(
+                    sample.pop(0),
+                    txt_documents=config.txt_documents,
+                    text_field=config.text_field,
+                    problems=problems,
+                )
+                for text in cleaner.clean(documents, Counter(), {}):
                     yield from filter(None, map(str.strip, text.split("\n")))
 
         trained = train_tokenizer(read_lines(), config.train_tokenizer)
@@ -311,14 +372,22 @@ def _obtain_tokenizer(config: PrepareConfig, files: list[InputFile], work: Path,
     return load_tokenizer(directory)
 
 
-def _chunk_settings(config: PrepareConfig) -> ChunkSettings:
+def _chunk_settings(config: PrepareConfig, work: Path) -> ChunkSettings:
     return ChunkSettings(
         txt_documents=config.txt_documents,
         text_field=config.text_field,
         split_sentences=config.sentences == "punctuation",
-        nfc=config.nfc,
-        min_characters=config.min_characters,
-        max_characters=config.max_characters,
+        cleaning=CleaningSettings(
+            nfc=config.nfc,
+            min_characters=config.min_characters,
+            max_characters=config.max_characters,
+            blocklist=read_blocklist(config.blocklist) if config.blocklist else (),
+            quality=config.quality,
+            thresholds=config.thresholds,
+            languages=config.languages,
+            language_confidence=config.language_confidence,
+            boilerplate=str(work / BOILERPLATE) if config.boilerplate else None,
+        ),
         signatures=config.near_duplicates is not None,
         on_bad_input=config.on_bad_input,
     )
@@ -351,10 +420,14 @@ def _read_share(config: PrepareConfig, files: list[InputFile]) -> Iterator[Chunk
 
 
 def _tokenize(
-    config: PrepareConfig, files: list[InputFile], tokenizer: Tokenizer, work: Path, stop: _StopRequest
+    config: PrepareConfig,
+    settings: ChunkSettings,
+    files: list[InputFile],
+    tokenizer: Tokenizer,
+    work: Path,
+    stop: _StopRequest,
 ) -> list[Path]:
     """Write the chunk files that are not there yet; all of them, in order."""
-    settings = _chunk_settings(config)
     total = sum(file.size for file in files)
     workers = min(config.workers or len(os.sched_getaffinity(0)), 1 + total // CHUNK_BYTES)
     paths: list[Path] = []
@@ -486,17 +559,24 @@ def merge(config: PrepareConfig) -> Manifest:
     return merged
 
 
-def print_report(manifest: Manifest) -> None:
-    """What was read, mended, left out and written."""
+def list_figures(manifest: Manifest) -> list[tuple[str, str]]:
+    """What was read, mended, left out and written: names and values."""
     counts, problems = manifest.contents["report"]["counts"], manifest.contents["report"]["problems"]
     lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
-    names = {"normalized": "  brought into NFC"} | {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
+    names = {"normalized": "  brought into NFC", "boilerplate": "  lines removed: boilerplate"}
+    names |= {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
     lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
     for kind, count in sorted(problems.items(), key=lambda one: (one[0] not in MENDED, one[0])):
         lines.append((f"  {'mended' if kind in MENDED else 'left out'}: {kind}", f"{count:,}"))
     for split in SPLITS:
         written = [f"{manifest.count(split, what):,} {what}" for what in ("documents", "sentences", "tokens")]
         lines.append((split, ", ".join(written)))
+    return lines
+
+
+def print_report(manifest: Manifest) -> None:
+    """Print the figures and what can be done next."""
+    lines = list_figures(manifest)
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import DataError
+from .clean import MAX_EXAMPLES, REASONS, Examples, add_example
 from .deduplicate import find_exact_duplicates, find_near_duplicates
 from .shards import (
     SPLITS,
@@ -29,7 +30,7 @@ from .shards import (
 )
 from .tokenizer import load_tokenizer, save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
-LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
+LEFT_OUT = (*REASONS, "exact_duplicates", "near_duplicates")  # counts of documents
 
 
 class NoDocumentError(DataError):
@@ -99,6 +100,7 @@ def assemble(
     """
     counts: Counter[str] = Counter({step: int(flags.sum()) for step, flags in dropped.items()})
     problems: Counter[str] = Counter()
+    examples: Examples = {}
     limit = np.uint64(int(options["heldout_fraction"] * 2**64))
     dtype = token_dtype(vocabulary_size(tokenizer))
     sha256 = options["tokenizer_sha256"] or tokenizer_hash(tokenizer)
@@ -115,9 +117,17 @@ def assemble(
             found = json.loads(report.tobytes())
             counts.update(found["counts"])
             problems.update(found["problems"])
+            for reason, kept_examples in found["examples"].items():
+                for detail, text in kept_examples:
+                    add_example(examples, reason, detail, text)
             kept = np.ones(len(hashes), dtype=bool)
-            for flags in dropped.values():
-                kept &= ~flags[first : first + len(hashes)]
+            for step, flags in dropped.items():
+                goes = flags[first : first + len(hashes)]
+                kept &= ~goes
+                for document in np.flatnonzero(goes)[: MAX_EXAMPLES - len(examples.get(step, []))]:
+                    is_its = np.repeat(np.arange(len(hashes)) == document, document_sentences)
+                    text = tokenizer.decode(tokens[np.repeat(is_its, sentence_lengths)][:-1].tolist())
+                    add_example(examples, step, "", text)
             first += len(hashes)
             is_heldout = hashes[:, 0] < limit
             for writer, chosen in zip(writers, (kept & ~is_heldout, kept & is_heldout)):
@@ -137,7 +147,9 @@ def assemble(
             f"{', '.join(options['inputs'])}: no document is left; {found}give {'other' if mended else 'more'} text, "
             "or clean less"
         )
-    return finish(out, shards, tokenizer, sha256, {"counts": counts, "problems": problems}, options, files)
+    return finish(
+        out, shards, tokenizer, sha256, {"counts": counts, "problems": problems, "examples": examples}, options, files
+    )
 
 
 def finish(
@@ -186,10 +198,15 @@ def join(manifests: list[Manifest], out: Path, options: dict[str, Any], files: l
                 _link_or_copy(manifest.directory / entry["name"], out / name)
                 shards.append({**entry, "name": name})
                 number += 1
-    report = {
+    report: dict[str, Any] = {
         part: sum((Counter(manifest.contents["report"][part]) for manifest in manifests), Counter())
         for part in ("counts", "problems")
     }
+    report["examples"] = {}
+    for manifest in manifests:
+        for reason, found in manifest.contents["report"]["examples"].items():
+            for detail, text in found:
+                add_example(report["examples"], reason, detail, text)
     return finish(out, shards, load_tokenizer(first.directory), first.tokenizer_sha256, report, options, files)
 
 

@@ -5,7 +5,7 @@ A chunk file (npz) holds, in the order of the documents:
     tokens, sentence_lengths, document_sentences    as `ShardWriter.append` takes them
     hashes                                          uint64 (documents, 2), BLAKE2b of the cleaned text
     signatures                                      uint32 (documents, permutations), where near duplicates are wanted
-    report                                          JSON: what was read, mended and left out
+    report                                          JSON: what was read, mended and left out, with examples
 
 It appears by a rename when it is complete: a run that is interrupted, however, continues with the chunks it lacks.
 """
@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from .clean import Cleaner, CleaningSettings, Examples
 from .deduplicate import Signer
 from .encode import DocumentEncoder
 from .problems import Problems
@@ -42,9 +42,7 @@ class ChunkSettings:
     txt_documents: str
     text_field: str
     split_sentences: bool
-    nfc: bool
-    min_characters: int
-    max_characters: int | None
+    cleaning: CleaningSettings
     signatures: bool
     on_bad_input: str
 
@@ -55,6 +53,7 @@ class ChunkProcessor:
     def __init__(self, tokenizer: Tokenizer, settings: ChunkSettings):
         self._settings = settings
         self._encoder = DocumentEncoder(tokenizer, split_sentences=settings.split_sentences)
+        self._cleaner = Cleaner(settings.cleaning)
         self._signer = Signer() if settings.signatures else None
 
     def process(self, chunk: Chunk, path: Path) -> dict[str, int]:
@@ -64,8 +63,16 @@ class ChunkProcessor:
         hashes: list[bytes] = []
         signatures: list[np.ndarray] = []
 
+        examples: Examples = {}
+
         def take() -> Iterator[str]:
-            for text in clean_documents(chunk, self._settings, counts, problems):
+            documents = read_documents(
+                chunk,
+                txt_documents=self._settings.txt_documents,
+                text_field=self._settings.text_field,
+                problems=problems,
+            )
+            for text in self._cleaner.clean(documents, counts, examples):
                 hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
                 if self._signer:
                     signatures.append(self._signer.sign(text))
@@ -76,32 +83,11 @@ class ChunkProcessor:
         if signatures:
             arrays["signatures"] = np.stack(signatures)
         counts["bytes"] = chunk.size()
-        report = {"counts": counts, "problems": chunk.problems + problems.counts}
+        report = {"counts": counts, "problems": chunk.problems + problems.counts, "examples": examples}
         arrays["report"] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         with write_atomically(path) as file:
             np.savez(file, **arrays)
         return {"bytes": chunk.size(), "tokens": len(encoded.tokens)}
-
-
-def clean_documents(chunk: Chunk, settings: ChunkSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
-    """The documents of a chunk that the settings keep, as they are to be tokenized; counts each step."""
-    documents = read_documents(
-        chunk, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
-    )
-    for text in documents:
-        counts["read"] += 1
-        if settings.nfc and not unicodedata.is_normalized("NFC", text):
-            counts["normalized"] += 1
-            text = unicodedata.normalize("NFC", text)
-        text = text.strip()
-        if not text:
-            counts["empty"] += 1
-        elif len(text) < settings.min_characters:
-            counts["too_short"] += 1
-        elif settings.max_characters is not None and len(text) > settings.max_characters:
-            counts["too_long"] += 1
-        else:
-            yield text
 
 
 _processor: ChunkProcessor | None = None  # of this worker
