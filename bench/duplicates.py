@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_texts(pairs: int, draw: random.Random) -> Iterator[str]:
     """First halves of all pairs and as many texts without a counterpart, then the second halves."""
-    vocabulary = [f"w{number}" for number in range(20_000)]
+    digits = str.maketrans("0123456789", "abcdefghij")  # datatrove takes all numbers for equal
+    vocabulary = [f"{number:05}".translate(digits) for number in range(20_000)]
     count = 400  # shingles of a text
     seconds = []
     for similarity in SIMILARITIES:
@@ -97,9 +98,12 @@ def find_datasketch(texts: list[str], threshold: float) -> np.ndarray:
 def find_datatrove(texts: list[str], threshold: float) -> np.ndarray:
     """The same by the signatures of its first stage; an equal bucket is a duplicate, as in its second."""
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.utils.hashing import HashConfig
+
+    config = MinhashConfig(n_grams=SHINGLE_WORDS, hash_config=HashConfig(hash_fc="sha1"))  # its xxhash needs an old one
 
     with tempfile.TemporaryDirectory() as folder:
-        signer = MinhashDedupSignature(folder, MinhashConfig(n_grams=SHINGLE_WORDS))
+        signer = MinhashDedupSignature(folder, config)
         seen: set[tuple[int, ...]] = set()
         found = np.zeros(len(texts), dtype=bool)
         for number, text in enumerate(texts):

@@ -45,10 +45,10 @@ def unpack(raw: IO[bytes], path: str, problems: Problems, read_bytes: int) -> It
     raw.seek(0)
     compression = recognize(raw.read(10))
     raw.seek(0)
-    chunks = _unpack_zstd(raw, read_bytes) if compression == "zstd" else _read(_OPEN[compression](raw), read_bytes)
+    parts = _unpack_zstd(raw) if compression == "zstd" else _read(_OPEN[compression](raw), read_bytes)
     expanded = 0
     try:
-        for chunk in chunks:
+        for chunk in _gather(parts, read_bytes):
             expanded += len(chunk)
             if expanded > 64 * read_bytes and expanded > MAX_EXPANSION * raw.tell():
                 fault = f"unpacks to over {MAX_EXPANSION} times its size"
@@ -68,23 +68,33 @@ def _read(file: Any, read_bytes: int) -> Iterator[bytes]:
     return iter(lambda: file.read1(read_bytes), b"")
 
 
-def _unpack_zstd(raw: IO[bytes], read_bytes: int) -> Iterator[bytes]:
+def _unpack_zstd(raw: IO[bytes]) -> Iterator[bytes]:
     """Frame by frame: zstandard's stream reader takes the end of a truncated file for the end of its data."""
-    frame = zstandard.ZstdDecompressor().decompressobj(write_size=1 << 14)
-    unpacked, size, is_whole = [], 0, True
-    try:
-        while data := (frame.unused_data if frame.eof else b"") or raw.read(_ZSTD_INPUT):
-            if frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj(write_size=1 << 14)
-            unpacked.append(frame.decompress(data))
-            size += len(unpacked[-1])
-            is_whole = frame.eof
-            if size >= read_bytes:
-                yield b"".join(unpacked)
-                unpacked, size = [], 0
-    except zstandard.ZstdError:
-        yield b"".join(unpacked)
-        raise
-    yield b"".join(unpacked)
+    frame, is_whole = _start_frame(), True
+    while data := (frame.unused_data if frame.eof else b"") or raw.read(_ZSTD_INPUT):
+        if frame.eof:
+            frame = _start_frame()
+        yield frame.decompress(data)
+        is_whole = frame.eof
     if not is_whole:
         raise EOFError
+
+
+def _start_frame() -> Any:
+    return zstandard.ZstdDecompressor().decompressobj(write_size=1 << 14)
+
+
+def _gather(parts: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Join small parts to at least `size` bytes; what comes before a fault is passed on before it is raised."""
+    gathered, count = [], 0
+    try:
+        for part in parts:
+            gathered.append(part)
+            count += len(part)
+            if count >= size:
+                yield b"".join(gathered)
+                gathered, count = [], 0
+    except Exception:
+        yield b"".join(gathered)
+        raise
+    yield b"".join(gathered)
