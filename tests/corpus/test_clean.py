@@ -166,7 +166,7 @@ def test_languages_are_told_apart():
     kept, counts, examples = clean([GOOD, GERMAN, JAPANESE], languages="en, ja")
     assert kept == [GOOD, JAPANESE] and counts == {"other_languages": 1}
     assert examples["other_languages"][0][0].startswith("de, 0.") or examples["other_languages"][0][0] == "de, 1.00"
-    assert clean(["ok", GOOD], languages="en", language_confidence=0.9)[0] == [GOOD]
+    assert clean(["The cat.", GOOD], languages="en", language_confidence=0.9)[0] == [GOOD]
     with pytest.raises(ConfigurationError, match="languages: 'english' is not known; take of ace, af,"):
         clean([], languages="english")
 
