@@ -1,11 +1,11 @@
-"""`python -m bench PIECE`: kernels, train, prepare, resources, report; `all` runs them one after another."""
+"""`python -m bench PIECE`: kernels, train, prepare, duplicates, resources, report; `all` runs them one after another."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-PIECES = ("kernels", "train", "prepare", "resources", "report", "all", "gpu")
+PIECES = ("kernels", "train", "prepare", "duplicates", "resources", "report", "all", "gpu")
 
 
 def main() -> int:

@@ -206,8 +206,10 @@ def write_text(inputs: Sequence[str], files: Sequence[Path], limit: int, *, repe
     Args:
         repeat: start again when the text ends.
     """
+    from fastroberta.corpus.problems import Problems
     from fastroberta.corpus.python_texts import python_texts
-    from fastroberta.corpus.read import Problems, find_files, read_chunks, read_documents
+    from fastroberta.corpus.read import read_chunks, read_documents
+    from fastroberta.corpus.sources import find_files
 
     def documents() -> Iterator[str]:
         if not inputs:
@@ -274,7 +276,8 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 
 def measure_reader(files: Sequence[Path]) -> float:
     """Megabytes a second that are read and cut into chunks, by one process."""
-    from fastroberta.corpus.read import find_files, read_chunks
+    from fastroberta.corpus.read import read_chunks
+    from fastroberta.corpus.sources import find_files
 
     start, size = time.perf_counter(), 0
     for file in find_files(map(str, files), "auto"):

@@ -20,6 +20,7 @@ Duplicates are judged against all documents, and the old shards stay as they are
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shlex
 import shutil
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from .cli.arguments import parse_arguments
@@ -37,11 +39,17 @@ from .cli.directories import own_directory
 from .cli.program import StopRequest, run
 from .config import setting
 from .corpus.assemble import LEFT_OUT, NoDocumentError, assemble, find_duplicates, warn_of_small_heldout
-from .corpus.chunks import ChunkSettings, clean_documents, sample_chunks
+from .corpus.boilerplate import find_recurring, write_line_hashes
+from .corpus.chunks import ChunkSettings, sample_chunks
+from .corpus.clean import Cleaner, CleaningSettings, normalize, read_blocklist
 from .corpus.encode import split_lines
-from .corpus.read import CHUNK_BYTES, Chunk, InputFile, Problems, find_files, read_chunks
-from .corpus.resume import describe, find_base, find_finished, resume
-from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest
+from .corpus.problems import MENDED, Problems
+from .corpus.quality import Thresholds
+from .corpus.read import CHUNK_BYTES, Chunk, read_chunks, read_documents
+from .corpus.report import check_report_path, write_report
+from .corpus.resume import BOILERPLATE, describe, find_base, find_finished, resume
+from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, write_atomically
+from .corpus.sources import InputFile, find_files
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
@@ -61,43 +69,68 @@ TRAINING_BYTES = 256 << 20  # of text, spread evenly over the corpus, that a tok
 class PrepareConfig:
     """One corpus."""
 
-    inputs: list[str] = setting(help="text files, folders or globs", positional=True)
+    inputs: list[str] = setting(help="text files, folders, globs or URLs; - for standard input", positional=True)
     out: str = setting(help="directory to write; an unfinished run found there is continued")
     append: bool = setting(False, "add new files to the finished corpus in --out, with the options that made it")
-    tokenizer: str | None = setting(None, "directory with tokenizer.json, or with vocab.json and merges.txt")
+    tokenizer: str | None = setting(None, "directory that holds tokenizer.json, or vocab.json and merges.txt")
     train_tokenizer: int | None = setting(
         None,
-        "train a tokenizer of this many tokens on the text instead",
+        "vocabulary size of a tokenizer to train on the text, instead of --tokenizer",
         valid=f"[{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]",
     )
 
-    format: Literal["auto", "txt", "jsonl", "parquet"] = setting("auto", "of the inputs; auto goes by their names")
-    txt_documents: Literal["blank-line", "line"] = setting("blank-line", "what ends a document in txt")
-    text_field: str = setting("text", "field of jsonl records, or column of parquet files, that holds the text")
-    on_bad_input: Literal["error", "skip"] = setting("error", "stop, or mend or leave out and count")
-
-    nfc: bool = setting(False, "bring text into Unicode normal form C")
-    min_characters: int = setting(0, "leave out shorter documents", valid="[0, inf)")
-    max_characters: int | None = setting(None, "leave out longer documents", valid="[1, inf)")
-    exact_duplicates: bool = setting(False, "leave out documents that equal an earlier one")
-    near_duplicates: float | None = setting(
-        None, "leave out documents this similar to an earlier one (Jaccard, by MinHash); 0.8 is usual", valid="(0, 1]"
+    format: Literal["auto", "txt", "jsonl", "csv", "tsv", "parquet", "arrow"] = setting(
+        "auto", "format of the inputs; auto: by file name, or else by content"
     )
-    sentences: Literal["punctuation", "lines"] = setting("punctuation", "where sentences end, line ends aside")
+    txt_documents: Literal["blank-line", "line"] = setting("blank-line", "what ends a document in txt files")
+    text_field: str = setting(
+        "text", "field or column that holds the text; dots go inside, as in messages.content, and lists become lines"
+    )
+    on_bad_input: Literal["error", "skip"] = setting(
+        "error", "what to do with damaged input: stop, or leave it out and count it"
+    )
+
+    # Cleaning, in this order; corpus/clean.py has the details.
+    nfc: bool = setting(False, "normalize text to Unicode NFC")
+    boilerplate: int | None = setting(
+        None, "remove lines of three words or more that at least this many documents share", valid="[2, inf)"
+    )
+    min_characters: int = setting(0, "leave out documents shorter than this", valid="[0, inf)")
+    max_characters: int | None = setting(None, "leave out documents longer than this; null: no limit", valid="[1, inf)")
+    blocklist: str | None = setting(
+        None, "file with one word or phrase per line; documents that contain one are left out"
+    )
+    quality: str | None = setting(
+        None, "rules that a document must meet: gopher, c4, or single rules, separated by commas"
+    )
+    thresholds: Thresholds = dataclasses.field(default_factory=Thresholds)
+    languages: str | None = setting(None, "keep only these languages, as codes: en,de; told by py3langid")
+    language_confidence: float = setting(0.5, "lowest probability at which a language counts", valid="[0, 1]")
+    exact_duplicates: bool = setting(False, "leave out documents identical to an earlier one")
+    near_duplicates: float | None = setting(
+        None,
+        "leave out documents at least this similar to an earlier one (Jaccard, by MinHash); 0.8 is usual",
+        valid="(0, 1]",
+    )
+    report: str | None = setting(None, "FILE.html or FILE.md for the figures, with examples of what was left out")
+
+    sentences: Literal["punctuation", "lines"] = setting(
+        "punctuation", "where sentences end: at punctuation and line ends, or only at line ends"
+    )
     newlines: Literal["keep", "separator"] = setting(
         "keep",
-        "keep encodes a document as it is, line breaks included; separator strips each line and closes it by </s>, and "
-        "a document by one more, as fairseq did for RoBERTa",
+        "keep: a document is encoded as it is, line breaks included; separator: each line is stripped and closed by "
+        "</s>, and each document by one more, as fairseq did for RoBERTa",
     )
     heldout_fraction: float = setting(
         0.005,
-        "share of the documents kept for evaluation, chosen by a hash of their text; more of a small corpus: 128 "
+        "fraction of documents held out for evaluation, chosen by a hash of their text; more of a small corpus: 128 "
         "sequences of 512 tokens, or a tenth of it",
         valid="[0, 1)",
     )
 
-    shard_tokens: int = setting(2**26, "tokens a shard at most", valid=f"[1, {MAX_SHARD_TOKENS}]")
-    workers: int | None = setting(None, "processes on this machine; null takes one for each core", valid="[1, inf)")
+    shard_tokens: int = setting(2**26, "largest number of tokens per shard", valid=f"[1, {MAX_SHARD_TOKENS}]")
+    workers: int | None = setting(None, "number of processes on this machine; null: one per core", valid="[1, inf)")
     cluster: str | None = setting(
         None, "Dask scheduler whose workers tokenize, tcp://HOST:PORT, or local:N to start N workers here"
     )
@@ -109,6 +142,13 @@ class PrepareConfig:
             raise ConfigurationError("tokenizer: give one of --tokenizer DIR and --train-tokenizer VOCAB_SIZE")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ConfigurationError(f"max_characters = {self.max_characters}: less than min_characters; raise it")
+        if self.append and self.boilerplate:
+            raise ConfigurationError(
+                "boilerplate: lines are counted over a whole corpus, so that it goes without --append; prepare all of the "
+                "text again with another --out"
+            )
+        if self.report:
+            check_report_path(self.report)
         if self.cluster is not None:
             if self.workers is not None:
                 raise ConfigurationError("workers: with --cluster the cluster's workers are used; leave out --workers")
@@ -129,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.filename or config.out}: {error.strerror or error}; fix that, and the same command continues"
         ) from error
     print_report(manifest)
+    if config.report:
+        title = f"{manifest.directory}: prepared text"
+        write_report(Path(config.report), title, list_figures(manifest), manifest.contents["report"]["examples"])
     return 0
 
 
@@ -140,9 +183,11 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     out = Path(config.out)
     work = out / "work"
-    files = find_files(config.inputs, config.format)
+    files = find_files(config.inputs, config.format, config.text_field)
     _refuse_out_among_inputs(out, config.inputs, files)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    cleaning = _cleaning_settings(config, work)
+    Cleaner(dataclasses.replace(cleaning, boilerplate=None))  # says what is missing before the work
     options = _list_options(config, tokenizer)
     base: Manifest | None = None
     if config.append:
@@ -159,8 +204,20 @@ def prepare(config: PrepareConfig) -> Manifest:
         print(warning, file=sys.stderr)
     with own_directory(out, "work/lock", "--out"), StopRequest() as stop:
         resume(work, options, files, base)
-        tokenizer = _obtain_tokenizer(config, files, tokenizer, work / "tokenizer", stop)
-        settings = _chunk_settings(config, tokenizer, work / "tokenizer")
+        if config.boilerplate:
+            _count_boilerplate(config, files, work, stop)
+        tokenizer = _obtain_tokenizer(config, cleaning, files, tokenizer, work / "tokenizer", stop)
+        settings = ChunkSettings(
+            tokenizer=str((work / "tokenizer").absolute()),
+            tokenizer_sha256=tokenizer_hash(tokenizer),
+            txt_documents=config.txt_documents,
+            text_field=config.text_field,
+            split_sentences=config.sentences == "punctuation",
+            newlines=config.newlines,
+            cleaning=cleaning,
+            signatures=config.near_duplicates is not None,
+            on_bad_input=config.on_bad_input,
+        )
         size = sum(file.size for file in files)
         chunks = process_chunks(
             _read_all(config, files),
@@ -189,8 +246,11 @@ def _list_options(config: PrepareConfig, tokenizer: Tokenizer | None) -> dict[st
     had no fault.
     """
     options = dataclasses.asdict(config)
-    for name in ("out", "append", "workers", "cluster", "on_bad_input", "tokenizer"):
+    for name in ("out", "append", "workers", "cluster", "on_bad_input", "tokenizer", "report"):
         del options[name]
+    if config.blocklist:  # by its content
+        words = "\n".join(read_blocklist(config.blocklist))
+        options["blocklist"] = f"{config.blocklist} ({hashlib.sha256(words.encode()).hexdigest()[:16]})"
     return {**options, "tokenizer_sha256": tokenizer_hash(tokenizer) if tokenizer else None}
 
 
@@ -215,11 +275,16 @@ def _read_all(config: PrepareConfig, files: list[InputFile]) -> Iterator[Chunk]:
 
 
 def _obtain_tokenizer(
-    config: PrepareConfig, files: list[InputFile], given: Tokenizer | None, directory: Path, stop: StopRequest
+    config: PrepareConfig,
+    cleaning: CleaningSettings,
+    files: list[InputFile],
+    given: Tokenizer | None,
+    directory: Path,
+    stop: StopRequest,
 ) -> Tokenizer:
     """The tokenizer, which workers find in `directory`: the given one, or one trained by this run or before it stopped."""
     if not directory.exists():
-        tokenizer = given or _train_tokenizer(config, files, directory, stop)
+        tokenizer = given or _train_tokenizer(config, cleaning, files, stop)
         partial = directory.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(tokenizer, partial)
@@ -227,7 +292,9 @@ def _obtain_tokenizer(
     return given or load_tokenizer(directory)
 
 
-def _train_tokenizer(config: PrepareConfig, files: list[InputFile], directory: Path, stop: StopRequest) -> Tokenizer:
+def _train_tokenizer(
+    config: PrepareConfig, cleaning: CleaningSettings, files: list[InputFile], stop: StopRequest
+) -> Tokenizer:
     assert config.train_tokenizer is not None
 
     def read_chunks_until_stopped() -> Iterator[Chunk]:
@@ -238,12 +305,12 @@ def _train_tokenizer(config: PrepareConfig, files: list[InputFile], directory: P
     sample = sample_chunks(read_chunks_until_stopped(), TRAINING_BYTES)
     size = sum(map(Chunk.size, sample))
     print(f"training a tokenizer of {config.train_tokenizer} tokens on {size / 1e6:.0f} MB", file=sys.stderr)
-    settings = _chunk_settings(config, None, directory)
 
     def read_texts() -> Iterator[str]:
-        problems = Problems(config.on_bad_input)
+        problems, cleaner = Problems(config.on_bad_input), Cleaner(cleaning)
         while sample:
-            for text in clean_documents(sample.pop(0), settings, Counter(), problems):
+            documents = _read_documents(config, sample.pop(0), problems)
+            for text in cleaner.clean(documents, Counter(), {}):
                 yield from split_lines(text) if config.newlines == "separator" else [text]
 
     trained = train_tokenizer(read_texts(), config.train_tokenizer)
@@ -256,39 +323,70 @@ def _train_tokenizer(config: PrepareConfig, files: list[InputFile], directory: P
     return trained
 
 
-def _chunk_settings(config: PrepareConfig, tokenizer: Tokenizer | None, directory: Path) -> ChunkSettings:
-    return ChunkSettings(
-        tokenizer=str(directory.absolute()),
-        tokenizer_sha256=tokenizer_hash(tokenizer) if tokenizer else "",
-        txt_documents=config.txt_documents,
-        text_field=config.text_field,
-        split_sentences=config.sentences == "punctuation",
-        newlines=config.newlines,
+def _read_documents(config: PrepareConfig, chunk: Chunk, problems: Problems) -> Iterator[str]:
+    return read_documents(chunk, txt_documents=config.txt_documents, text_field=config.text_field, problems=problems)
+
+
+def _count_boilerplate(config: PrepareConfig, files: list[InputFile], work: Path, stop: StopRequest) -> None:
+    """Find the lines that recur, over the whole corpus."""
+    assert config.boilerplate is not None
+    if (work / BOILERPLATE).exists():
+        return
+    print(f"looking for lines that {config.boilerplate} documents share", file=sys.stderr)
+    problems = Problems(config.on_bad_input)
+
+    def read() -> Iterator[str]:
+        for chunk in _read_all(config, files):
+            stop.check()
+            for text in _read_documents(config, chunk, problems):
+                yield normalize(text, config.nfc)[0]
+
+    table = work / "lines.tmp"
+    recurring = find_recurring(table, write_line_hashes(read(), table), config.boilerplate)
+    table.unlink()
+    with write_atomically(work / BOILERPLATE) as file:
+        np.save(file, recurring)
+
+
+def _cleaning_settings(config: PrepareConfig, work: Path) -> CleaningSettings:
+    return CleaningSettings(
         nfc=config.nfc,
         min_characters=config.min_characters,
         max_characters=config.max_characters,
-        signatures=config.near_duplicates is not None,
-        on_bad_input=config.on_bad_input,
+        blocklist=read_blocklist(config.blocklist) if config.blocklist else (),
+        quality=config.quality,
+        thresholds=config.thresholds,
+        languages=config.languages,
+        language_confidence=config.language_confidence,
+        boilerplate=str((work / BOILERPLATE).absolute()) if config.boilerplate else None,
     )
 
 
-def print_report(manifest: Manifest) -> None:
-    """What was read, mended, left out and written."""
+def list_figures(manifest: Manifest) -> list[tuple[str, str]]:
+    """What was read, mended, left out and written: names and values."""
     counts, problems = manifest.contents["report"]["counts"], manifest.contents["report"]["problems"]
     lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
-    names = {"normalized": "  brought into NFC"} | {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
+    names = {"normalized": "  brought into NFC", "boilerplate": "  lines removed: boilerplate"}
+    names |= {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
     lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
-    lines += [(f"  mended or left out: {kind}", f"{count:,}") for kind, count in sorted(problems.items())]
+    for kind, count in sorted(problems.items(), key=lambda one: (one[0] not in MENDED, one[0])):
+        lines.append((f"  {'mended' if kind in MENDED else 'left out'}: {kind}", f"{count:,}"))
     for split in SPLITS:
         written = [f"{manifest.count(split, what):,} {what}" for what in ("documents", "sentences", "tokens")]
         lines.append((split, ", ".join(written)))
+    return lines
+
+
+def print_report(manifest: Manifest) -> None:
+    """Print the figures and what can be done next."""
+    lines = list_figures(manifest)
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:<{width}}  {value}")
     if not manifest.shard_paths("heldout"):
         print(
-            "nothing is held out, but training needs it: prepare more text (equal documents are never split up), or with a "
-            "larger --heldout-fraction"
+            "nothing is held out, but training needs some: prepare more text (equal documents are never split up), or "
+            "raise --heldout-fraction"
         )
     elif not manifest.shard_paths("train"):
         print("everything is held out, so there is nothing to train on: prepare more text, or lower --heldout-fraction")

@@ -24,12 +24,13 @@ from tokenizers import Tokenizer
 
 from ..errors import DataError
 from .chunks import load_chunk
+from .clean import MAX_EXAMPLES, REASONS, Examples, add_example
 from .deduplicate import find_exact_duplicates, find_near_duplicates
 from .shards import AGAIN, SPLITS, Manifest, ShardWriter, file_sha256, load_manifest, token_dtype, write_manifest
 from .tokenizer import save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
 HELDOUT_TOKENS = 128 * 512  # to hold out at least: 128 sequences, where a tenth of the corpus is that much
-LEFT_OUT = ("empty", "too_short", "too_long", "exact_duplicates", "near_duplicates")  # counts of documents
+LEFT_OUT = (*REASONS, "exact_duplicates", "near_duplicates")  # counts of documents
 
 
 class NoDocumentError(DataError):
@@ -174,6 +175,9 @@ def assemble(
     found: dict[str, Counter[str]] = {"counts": Counter(), "problems": Counter()}
     for part, counter in found.items():
         counter.update(base.contents["report"][part] if base else {})
+    examples: Examples = {}
+    if base:
+        _add_examples(examples, base.contents["report"]["examples"])
     found["counts"].update({step: int(flags.sum()) for step, flags in dropped.items()})
     # Documents that were appended are held out by the rule of the first ones.
     if base:
@@ -196,11 +200,18 @@ def assemble(
             tokens, sentence_lengths, document_sentences, hashes, report = load_chunk(
                 path, "tokens", "sentence_lengths", "document_sentences", "hashes", "report"
             )
-            for part, counts in json.loads(report.tobytes()).items():
+            chunk_report = json.loads(report.tobytes())
+            _add_examples(examples, chunk_report.pop("examples"))
+            for part, counts in chunk_report.items():
                 found[part].update(counts)
             kept = np.ones(len(hashes), dtype=bool)
-            for flags in dropped.values():
-                kept &= ~flags[first : first + len(hashes)]
+            for step, flags in dropped.items():
+                goes = flags[first : first + len(hashes)]
+                kept &= ~goes
+                for document in np.flatnonzero(goes)[: MAX_EXAMPLES - len(examples.get(step, []))]:
+                    is_its = np.repeat(np.arange(len(hashes)) == document, document_sentences)
+                    text = tokenizer.decode(tokens[np.repeat(is_its, sentence_lengths)][:-1].tolist())
+                    add_example(examples, step, "", text)
             first += len(hashes)
             is_heldout = hashes[:, 0] < np.uint64(limit)
             for writer, chosen in zip(writers, (kept & ~is_heldout, kept & is_heldout)):
@@ -225,7 +236,7 @@ def assemble(
         "tokenizer_files": tokenizer_files,
         "duplicate_tables": _keep_tables(out, base),
         "heldout_limit": limit,
-        "report": found,
+        "report": {**found, "examples": examples},
         "options": options,
         "files": files,
     }
@@ -246,6 +257,12 @@ def _keep_tables(out: Path, base: Manifest | None) -> list[dict[str, Any]]:
             os.replace(table, place)
             entries.append({"table": name, **_list_file(place)})
     return entries
+
+
+def _add_examples(examples: Examples, more: Examples) -> None:
+    for reason, found in more.items():
+        for detail, text in found:
+            add_example(examples, reason, detail, text)
 
 
 def _list_file(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A chunk file (npz) holds, in the order of the documents:
     tokens, sentence_lengths, document_sentences    as `ShardWriter.append` takes them
     hashes                                          uint64 (documents, 2), BLAKE2b of the cleaned text
     signatures                                      uint32 (documents, permutations), only for near duplicates
-    report                                          JSON: counts of what was read, left out and mended
+    report                                          JSON: counts of what was read, left out and mended; examples
 
 A file is renamed into place once it is complete, so an interrupted run continues with the chunks it lacks.
 """
@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import threading
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +25,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError
+from .clean import Cleaner, CleaningSettings, Examples
 from .deduplicate import Signer
 from .encode import DocumentEncoder
-from .read import Chunk, Problems, read_documents
+from .problems import Problems
+from .read import Chunk, read_documents
 from .shards import write_atomically
 from .tokenizer import load_tokenizer
 
@@ -43,9 +44,7 @@ class ChunkSettings:
     text_field: str
     split_sentences: bool
     newlines: Literal["keep", "separator"]
-    nfc: bool
-    min_characters: int
-    max_characters: int | None
+    cleaning: CleaningSettings
     signatures: bool
     on_bad_input: str
 
@@ -58,6 +57,7 @@ class ChunkProcessor:
         self._encoder = DocumentEncoder(
             load_tokenizer(settings.tokenizer), split_sentences=settings.split_sentences, newlines=settings.newlines
         )
+        self._cleaner = Cleaner(settings.cleaning)
         self._signer = Signer() if settings.signatures else None
 
     def process(self, chunk: Chunk, path: Path) -> dict[str, int]:
@@ -66,9 +66,16 @@ class ChunkProcessor:
         problems = Problems(self._settings.on_bad_input)
         hashes: list[bytes] = []
         signatures: list[np.ndarray] = []
+        examples: Examples = {}
 
         def take() -> Iterator[str]:
-            for text in clean_documents(chunk, self._settings, counts, problems):
+            documents = read_documents(
+                chunk,
+                txt_documents=self._settings.txt_documents,
+                text_field=self._settings.text_field,
+                problems=problems,
+            )
+            for text in self._cleaner.clean(documents, counts, examples):
                 hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
                 if self._signer:
                     signatures.append(self._signer.sign(text))
@@ -79,32 +86,11 @@ class ChunkProcessor:
         if signatures:
             arrays["signatures"] = np.stack(signatures)
         counts["bytes"] = chunk.size()
-        report = {"counts": counts, "problems": chunk.problems + problems.counts}
+        report = {"counts": counts, "problems": chunk.problems + problems.counts, "examples": examples}
         arrays["report"] = np.frombuffer(json.dumps(report).encode(), np.uint8)
         with write_atomically(path) as file:
             np.savez(file, **arrays)
         return {"bytes": chunk.size(), "tokens": len(encoded.tokens)}
-
-
-def clean_documents(chunk: Chunk, settings: ChunkSettings, counts: Counter[str], problems: Problems) -> Iterator[str]:
-    """The documents of a chunk that the settings keep, ready to be tokenized; each step is counted."""
-    documents = read_documents(
-        chunk, txt_documents=settings.txt_documents, text_field=settings.text_field, problems=problems
-    )
-    for text in documents:
-        counts["read"] += 1
-        if settings.nfc and not unicodedata.is_normalized("NFC", text):
-            counts["normalized"] += 1
-            text = unicodedata.normalize("NFC", text)
-        text = text.strip()
-        if not text:
-            counts["empty"] += 1
-        elif len(text) < settings.min_characters:
-            counts["too_short"] += 1
-        elif settings.max_characters is not None and len(text) > settings.max_characters:
-            counts["too_long"] += 1
-        else:
-            yield text
 
 
 def load_chunk(path: Path, *names: str) -> list[np.ndarray]:

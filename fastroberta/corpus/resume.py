@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
-from .read import InputFile
 from .shards import Manifest, file_sha256, load_manifest, write_atomically
+from .sources import InputFile
+
+BOILERPLATE = "boilerplate.npy"  # in the work folder: hashes of the lines to remove
 
 
 def describe(files: list[InputFile]) -> list[dict[str, Any]]:
@@ -113,10 +115,10 @@ def resume(work: Path, options: dict[str, Any], files: list[InputFile], base: Ma
         for number in changed:
             print(f"{files[number].path}: changed since the run began, so it is done again", file=sys.stderr)
             _remove(work, f"{number:06d}-*.npz")
-        if changed and options["train_tokenizer"] and not base:
-            _remove(work, "*.npz", "tokenizer")
+        if changed and (options["train_tokenizer"] or options["boilerplate"]) and not base:
+            _remove(work, "*.npz", "tokenizer", BOILERPLATE)
     else:
-        _remove(work, "*.npz", "tokenizer")
+        _remove(work, "*.npz", "tokenizer", BOILERPLATE)
     with write_atomically(path) as file:
         plan = {"options": options, "files": described, "extends": extends}
         file.write(json.dumps(plan, indent=1).encode())
@@ -133,6 +135,7 @@ def _load_plan(path: Path, extends: str | None) -> dict[str, Any] | None:
     try:
         plan = json.loads(path.read_bytes())
         has_result = any(path.parent.glob("*.npz"))
+        has_result |= (path.parent / BOILERPLATE).exists()
         has_result |= bool(plan["options"]["train_tokenizer"]) and (path.parent / "tokenizer").exists()
         return plan if has_result and plan["extends"] == extends else None
     except (ValueError, KeyError, TypeError) as error:

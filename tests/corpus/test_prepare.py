@@ -21,7 +21,6 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-import zstandard
 
 import fastroberta.corpus.chunks
 import fastroberta.corpus.deduplicate
@@ -30,8 +29,10 @@ import fastroberta.prepare
 from fastroberta.cli.directories import own_directory
 from fastroberta.cli.program import run
 from fastroberta.corpus.chunks import ChunkProcessor, ChunkSettings
-from fastroberta.corpus.read import find_files, read_chunks
+from fastroberta.corpus.clean import CleaningSettings
+from fastroberta.corpus.read import read_chunks
 from fastroberta.corpus.shards import ShardReader, load_manifest
+from fastroberta.corpus.sources import find_files
 from fastroberta.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from fastroberta.corpus.workers import process_chunks
 from fastroberta.data import open_split
@@ -63,7 +64,7 @@ def go(tmp_path, tokenizer_directory):
 
 
 def texts(manifest, split="train"):
-    """The documents of a prepared directory; line ends are not in the tokens."""
+    """The documents of a prepared directory."""
     tokenizer = load_tokenizer(manifest.directory)
     found = []
     for path in manifest.shard_paths(split):
@@ -76,7 +77,8 @@ def texts(manifest, split="train"):
 
 
 def joined(documents):
-    return ["".join(line.strip() for line in document.split("\n")) for document in documents]
+    """What is left of documents: all of it but the space at their ends, and the empty ones."""
+    return [text for text in map(str.strip, documents) if text]
 
 
 def corpus(seed=0, count=300):
@@ -95,109 +97,6 @@ def write_jsonl(path, documents):
 def digest(directory):
     """Every file's bytes."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(directory).iterdir()}
-
-
-# ---- formats
-
-
-def as_parquet(path, documents, **options):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"id": range(len(documents)), "text": documents}), path, **options)
-
-
-@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("kind", ["txt", "txt-lines", "jsonl", "parquet"])
-def test_every_format_gives_the_same_documents(go, tmp_path, kind, compression):
-    documents = [document.replace("\n", " ") for document in DOCUMENTS] if kind == "txt-lines" else DOCUMENTS
-    path = tmp_path / f"text.{kind[:3] if kind.startswith('txt') else kind}{compression}"
-    if kind == "parquet":
-        as_parquet(path, documents, row_group_size=2)
-    elif kind == "jsonl":
-        write_jsonl(path, documents)
-    else:
-        path.write_text(("\n" if kind == "txt-lines" else "\n \n\n").join(documents))
-    if compression == ".gz":
-        path.write_bytes(gzip.compress(path.read_bytes()))
-    elif compression == ".zst":
-        path.write_bytes(zstandard.compress(path.read_bytes()))
-    manifest = go(path, txt_documents="line" if kind == "txt-lines" else "blank-line")
-    assert texts(manifest) == joined(documents)
-    assert manifest.contents["report"]["counts"]["read"] == 3
-
-
-def test_dictionary_columns_and_large_strings_are_text(go, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    for name, column in {
-        "a": pyarrow.array(DOCUMENTS).dictionary_encode(),
-        "b": pyarrow.array(DOCUMENTS, pyarrow.large_string()),
-    }.items():
-        parquet.write_table(pyarrow.table({"body": column}), tmp_path / f"{name}.parquet")
-    assert texts(go(tmp_path / "*.parquet", text_field="body")) == joined(DOCUMENTS) * 2
-
-
-def test_folders_and_globs_are_sorted_and_no_file_is_read_twice(tmp_path):
-    for name in ("b.txt", "a.jsonl.gz", "deep/c.parquet", "notes.md", ".hidden/d.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    found = find_files([str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "b.txt")], "auto")
-    assert [Path(file.path).name for file in found] == ["a.jsonl.gz", "b.txt", "c.parquet"]
-    assert [file.format for file in found] == ["jsonl", "txt", "parquet"]
-    assert len(find_files([str(tmp_path)], "txt")) == 4
-    for wrong, message in ((tmp_path / "notes.md", "--format"), (tmp_path / "none*", "no such file")):
-        with pytest.raises(ConfigurationError, match=message):
-            find_files([str(wrong)], "auto")
-    with pytest.raises(ConfigurationError, match="without txt"):
-        (tmp_path / "empty").mkdir()
-        find_files([str(tmp_path / "empty")], "auto")
-    with pytest.raises(ConfigurationError, match="not an ordinary file"):
-        find_files([os.devnull], "txt")
-
-
-def test_many_members_and_frames_are_one_file(go, tmp_path):
-    half = len(DOCUMENTS[0]) // 2
-    text = "\n\n".join(DOCUMENTS).encode()
-    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00junk"
-    unsized = zstandard.ZstdCompressor(write_content_size=False, write_checksum=True).compressobj()
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text[:half]) + gzip.compress(text[half:]) + bytes(512))
-    (tmp_path / "b.txt.zst").write_bytes(
-        skippable + zstandard.compress(text[:half]) + skippable + unsized.compress(text[half:]) + unsized.flush()
-    )
-    assert texts(go(tmp_path / "a.txt.gz", tmp_path / "b.txt.zst")) == joined(DOCUMENTS) * 2
-
-
-# ---- chunks: wherever the text is cut, nothing changes
-
-
-@pytest.mark.parametrize("chunk_bytes, buffer", [(64, 16), (64, 1000), (1000, 7), (10**6, 1)])
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_cutting_changes_nothing(go, tmp_path, monkeypatch, kind, chunk_bytes, buffer):
-    documents = corpus(count=60)
-    path = tmp_path / f"text.{kind}"
-    if kind == "txt":
-        path.write_text("\n \t\n".join(documents[:30]) + "\n\n\n\n" + "\n\n".join(documents[30:]) + "\n")
-    elif kind == "jsonl":
-        write_jsonl(path, documents)
-    else:
-        as_parquet(path, documents)
-    whole = digest(go(path, shard_tokens=700, out="whole").directory)
-    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", buffer)
-    assert digest(go(path, shard_tokens=700).directory) == whole
-    assert texts(load_manifest(tmp_path / "out")) == documents
-
-
-def test_line_numbers_survive_cutting(go, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 50)
-    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 20)
-    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS * 10)
-    with open(path, "a") as file:
-        file.write("{}\n")
-    with pytest.raises(DataError, match=r"a\.jsonl, line 31: no text in 'text'"):
-        go(path)
 
 
 # ---- cleaning
@@ -304,132 +203,6 @@ def test_held_out_is_a_function_of_the_text(go, tmp_path):
 
 
 # ---- bad input
-
-
-def zst_of(data, **options):
-    return zstandard.ZstdCompressor(**options).compress(data)
-
-
-LINE = b'{"text": "good"}\n'
-# name, bytes, what the message holds, what is left with skip, what is counted
-BAD = [
-    ("utf8.txt", b"good\n\nfirst\nb\xffad\n\ngood", "line 3, byte 8 of the record: invalid", ["good"] * 2, {}),
-    ("utf8.jsonl", LINE + b'{"text": "b\xff"}\n', "line 2, byte 12 of the record: invalid UTF-8", ["good"], {}),
-    ("utf16.txt", "good".encode("utf-16"), "UTF-16 text", [], {}),
-    ("bom.txt", b"\xef\xbb\xbfgood", "line 1: byte order mark", ["good"], {"byte order mark": 1}),
-    ("bom.jsonl", b"\xef\xbb\xbf" + LINE, "line 1: byte order mark", ["good"], {"byte order mark": 1}),
-    ("crlf.txt", b"a\n\ngo\r\nod\r\n\r\nb", "line 3: carriage return", ["a", "go\nod", "b"], {"carriage return": 3}),
-    ("mac.txt", b"good\r\rb\r", "line 1: carriage return", ["good", "b"], {"carriage return": 3}),
-    ("cr.jsonl", b'{"text": "go\\r\\nod"}\n', "line 1: carriage return", ["go\nod"], {"carriage return": 1}),
-    ("nul.txt", b"a\n\ngo\0od", "line 3: NUL", ["a", "good"], {"NUL": 1}),
-    ("nul.jsonl", b'{"text": "go\\u0000od"}\n', "line 1: NUL", ["good"], {"NUL": 1}),
-    ("surrogate.jsonl", LINE + b'{"text": "\\ud83d"}\n', "line 2: lone surrogate", ["good"], {"lone surrogate": 1}),
-    ("empty.txt", b"", "empty file", [], {"empty file": 1}),
-    ("empty.jsonl", b"", "empty file", [], {"empty file": 1}),
-    ("json.jsonl", LINE + b'{"text": \n' + LINE, "line 2: not a JSON record", ["good", "good"], {}),
-    ("array.json", b'[{"text": "a"}]', "line 1: JSON array; write one object a line (JSON Lines)", [], {"JSON array": 1}),
-    ("lines.json", b'[\n{"text": "a"}\n]', "line 1: JSON array; (Expecting value", ["a"], {"JSON array": 1}),
-    ("string.jsonl", b'"text"\n' + LINE, "line 1: not a JSON object; write one object a line", ["good"], {}),
-    ("field.jsonl", b'{"body": "x", "n": 1}\n' + LINE, "there: body, n", ["good"], {}),
-    ("null.jsonl", b'{"text": null}\n' + LINE, "line 1: field 'text' is not a string; make it one", ["good"], {}),
-    ("number.jsonl", LINE + b'{"text": 5}\n', "line 2: field 'text' is not a string; make it one", ["good"], {}),
-    ("deep.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n" + LINE, "line 1: JSON nested too deep", ["good"], {}),
-    ("cut.txt.gz", gzip.compress(b"good\n\nbad")[:-9], "truncated gzip archive", None, {"truncated gzip archive": 1}),
-    ("flipped.txt.gz", gzip.compress(b"good")[:-8] + bytes(8), "damaged archive", None, {}),
-    ("cut.txt.zst", zst_of(os.urandom(400_000).hex().encode())[:-9], "truncated zstd archive", None, {}),
-    ("cut0.txt.zst", zst_of(b"good")[:5], "truncated zstd archive", None, {}),
-    ("cutsum.txt.zst", zst_of(b"good", write_checksum=True)[:-2], "truncated zstd archive", None, {}),
-    ("flipped.txt.zst", zst_of(b"good", write_checksum=True)[:-4] + bytes(4), "damaged archive", None, {}),
-    ("garbage.txt.zst", zst_of(b"good") + b"garbage", "damaged archive", None, {}),
-    ("cut.parquet", b"PAR1 and no footer", "truncated or damaged parquet", [], {}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, data, message, left, counted", BAD, ids=[bad[0] for bad in BAD])
-def test_bad_input_is_refused_or_skipped_and_counted(go, tmp_path, capsys, name, data, message, left, counted):
-    bad, good = tmp_path / name, tmp_path / "z.txt"
-    bad.write_bytes(data)
-    good.write_text("last")
-    with pytest.raises(DataError) as error:
-        go(bad, good)
-    assert message in str(error.value) and str(bad) in str(error.value) and "--on-bad-input skip" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    # The same directory goes on with skip: what was done before the fault is kept.
-    manifest = go(bad, good, on_bad_input="skip")
-    found = texts(manifest)
-    assert found[-1] == "last" and (left is None or found[:-1] == left)
-    problems = manifest.contents["report"]["problems"]
-    assert sum(problems.values()) >= 1 and counted.items() <= problems.items()
-
-
-def test_a_truncated_archive_keeps_what_comes_before(go, tmp_path):
-    documents = corpus(count=3000)
-    text = "\n\n".join(documents).encode()
-    for name, data in (("a.txt.gz", gzip.compress(text)), ("b.txt.zst", zst_of(text))):
-        (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
-        found = texts(go(tmp_path / name, on_bad_input="skip", out=name + ".out"))
-        assert 1000 < len(found) < 3000 and found[:-1] == documents[: len(found) - 1]
-
-
-def test_a_missing_column_is_refused_with_the_names_there_are(go, tmp_path):
-    as_parquet(tmp_path / "a.parquet", DOCUMENTS)
-    for field, message in (("body", r"no column 'body'.*id, text"), ("id", "holds int64, not text")):
-        with pytest.raises(DataError, match=message):
-            go(tmp_path / "a.parquet", text_field=field, out=field)
-    as_parquet(tmp_path / "null.parquet", ["a", None, "b"])
-    with pytest.raises(DataError, match=r"null\.parquet, row 2: no text"):
-        go(tmp_path / "null.parquet")
-
-
-def test_invalid_utf8_in_a_parquet_row_is_that_row(go, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    column = pyarrow.array([b"good", b"\xff", b"better"], pyarrow.binary()).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 2, byte 1 of the record: invalid UTF-8"):
-        go(tmp_path / "a.parquet")
-    assert texts(go(tmp_path / "a.parquet", on_bad_input="skip")) == ["good", "better"]
-
-
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_an_endless_record_is_refused_or_skipped(go, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(fastroberta.corpus.read, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(fastroberta.corpus.read, "MAX_RECORD_BYTES", 4000)
-    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 500)
-    documents = ["before", "word\n" * 2000 if kind == "txt" else "word " * 2000, "after", "and after"]
-    path = tmp_path / f"a.{kind}"
-    if kind == "txt":
-        path.write_text("\n\n".join(documents))
-    elif kind == "jsonl":
-        write_jsonl(path, documents)
-    else:
-        as_parquet(path, documents)
-    with pytest.raises(DataError, match="of over") as error:
-        go(path)
-    assert {"txt": "line 3", "jsonl": "line 2", "parquet": "row 2"}[kind] in str(error.value)
-    assert ("(JSON Lines)" in str(error.value)) == (kind == "jsonl")  # one array of all, perhaps
-    found = texts(go(path, on_bad_input="skip"))
-    assert found == ["before", "after", "and after"]
-    # Not even the reader holds it.
-    options = {"txt_documents": "blank-line", "text_field": "text", "policy": "skip"}
-    chunks = [chunk.data for chunk in read_chunks(find_files([str(path)], "auto")[0], 0, **options)]
-    assert kind == "parquet" or max(map(len, chunks)) < 5000
-
-
-@pytest.mark.parametrize("name", ["bomb.txt.gz", "bomb.txt.zst"])
-def test_a_bomb_is_refused(go, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(fastroberta.corpus.read, "_CHUNK", 1 << 14)  # the limit holds from 64 chunks on
-    data = b"the same line again and again\n\n" * 100_000
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else zstandard.compress(data))
-    with pytest.raises(DataError, match="unpacks to over 200 times its size"):
-        go(tmp_path / name)
-
-
-def test_faults_are_counted_by_kind(go, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"good\n\n" + b"".join(b"x" * n + b"\xff\n\n" for n in range(20)))
-    assert go(tmp_path / "a.txt", on_bad_input="skip").contents["report"]["problems"] == {"invalid UTF-8": 20}
 
 
 @pytest.mark.parametrize(
@@ -764,8 +537,8 @@ def test_faults_that_a_cluster_meets_are_one_line(go, tmp_path, monkeypatch, clu
     options = {"txt_documents": "line", "text_field": "text"}
     chunks = read_chunks(find_files([str(tmp_path / "a.txt")], "auto")[0], 0, policy="error", **options)
     settings = ChunkSettings(
-        str(tmp_path / "elsewhere"), "", **options, split_sentences=True, nfc=False, min_characters=0,
-        max_characters=None, signatures=False, on_bad_input="error",
+        str(tmp_path / "elsewhere"), "", **options, split_sentences=True, newlines="keep",
+        cleaning=CleaningSettings(), signatures=False, on_bad_input="error",
     )  # fmt: skip
     with pytest.raises(
         DataError, match=r"elsewhere: a worker cannot use it .* put --out on a disk that all workers share"
