@@ -20,7 +20,7 @@ from typing import IO
 
 import torch
 
-from .results import Run, default_path
+from .record import Run, default_path
 
 ROOT = Path(__file__).parents[1]
 # Seconds that each piece may take: (CPU, GPU), and where it shall be quick.

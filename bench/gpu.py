@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .all import ROOT, path_from_root, run_limited
-from .results import Run, default_path
+from .record import Run, default_path
 
 # Most of the tests compile some kernels first, a second each on one core, so several processes share the GPU. Those with
 # more than 2**31 elements need up to 60 GB and go to one of them, one by one.

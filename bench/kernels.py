@@ -19,7 +19,7 @@ import torch
 
 from .case import EAGER, OURS, Absent, Case, Setting
 from .measure import Marks, choose_dtype, count_launches, measure_ceilings, measure_peak_bytes, spread, time_in_turn
-from .results import Run, default_path
+from .record import Run, default_path
 
 # File of each operation: its SETTINGS and make_case.
 OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "masking", "embedding", "lamb")

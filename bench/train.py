@@ -22,7 +22,7 @@ import torch
 
 from .case import SIZES
 from .measure import choose_dtype, measure_ceilings, spread
-from .results import Run, default_path
+from .record import Run, default_path
 from .trainers import EXACT, MLM_PROBABILITY, SEED, WAYS, Failure, Task, Worker, build_trainer, load_batches
 
 ROOT = Path(__file__).parents[1]

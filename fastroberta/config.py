@@ -65,9 +65,7 @@ class ModelConfig:
 class OptimizerConfig:
     """How a gradient becomes an update."""
 
-    name: Literal["adamw", "lamb", "apex_lamb"] = setting(
-        "adamw", "update rule; apex_lamb is NVIDIA's implementation, for comparison, and must be installed [optimizer]"
-    )
+    name: Literal["adamw", "lamb"] = setting("adamw", "update rule [optimizer]")
     learning_rate: float = setting(6e-4, "highest learning rate, reached after the warm-up [lr]", valid="(0, inf)")
     betas: tuple[float, float] = setting(
         (0.9, 0.98), "decay of the running means of the gradient and of its square [adam_betas]", valid="[0, 1)"
@@ -229,5 +227,3 @@ class TrainConfig:
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is more than max_steps = "
                 f"{self.max_steps}: lower it too, for example --lr_scheduler.warmup_steps {self.max_steps // 10}"
             )
-        if self.optimizer.name == "apex_lamb" and self.device == "cpu":
-            raise ConfigurationError("optimizer.name = apex_lamb runs on a GPU only: use lamb")

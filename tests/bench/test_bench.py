@@ -17,7 +17,7 @@ from bench import report
 from bench.case import EAGER, OURS, SIZES, Absent, Case, Setting, Size, Work
 from bench.kernels import OPERATIONS, measure_case, print_case
 from bench.measure import spread, time_in_turn
-from bench.results import Run, read_lines
+from bench.record import Run, read_lines
 from bench.train import judge
 from bench.trainers import SEED, WAYS, Failure, Ours, Task, Transformers, Way, Worker
 
