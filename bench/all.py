@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,13 +72,23 @@ def run_piece(arguments: Sequence[str], limit: float) -> str:
     return "" if status == 0 else f"stopped after {limit:.0f} s" if status is None else f"exit status {status}"
 
 
-def run_limited(command: Sequence[str], limit: float, output: IO[str] | None = None) -> int | None:
+def run_limited(
+    command: Sequence[str], limit: float, log: Path | None = None, *, max_bytes: int = sys.maxsize
+) -> int | None:
     """Run a command in this repository, and end it and all of its processes after `limit` seconds (0: never).
 
+    Args:
+        log: file to which its output is added, of which it then has `max_bytes` at most; all of it is printed as well.
     Returns:
         Its exit status, or None where it was ended.
     """
-    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    output = None if log is None else subprocess.PIPE
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=output, stderr=None if log is None else subprocess.STDOUT, start_new_session=True
+    )
+    copier = threading.Thread(target=copy_output, args=(process.stdout, log, max_bytes), daemon=True)
+    if log is not None:
+        copier.start()
     try:
         return process.wait(limit or None)
     except subprocess.TimeoutExpired:
@@ -87,6 +98,18 @@ def run_limited(command: Sequence[str], limit: float, output: IO[str] | None = N
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if log is not None:
+            copier.join(5)
+
+
+def copy_output(output: IO[bytes], log: Path, max_bytes: int) -> None:
+    """Print what a process says, line by line as it comes, and add it to a file until that is full."""
+    with open(log, "ab", buffering=0) as file:
+        for line in output:
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
+            if file.tell() + len(line) <= max_bytes:
+                file.write(line)
 
 
 def run_prepare(options: Sequence[str], limit: float, out: Path, device: torch.device) -> str:

@@ -30,7 +30,8 @@ class Size(NamedTuple):
     layers: int
 
 
-SIZES = {"base": Size(768, 12, 3072, 12), "large": Size(1024, 16, 4096, 24)}
+SIZES = {"base": Size(768, 12, 3072, 12), "large": Size(1024, 16, 4096, 24), "tiny": Size(128, 2, 512, 2)}
+MODELS = ("base", "large")  # what is measured; "tiny" is for rehearsals
 HEAD_SIZE = 64
 LENGTH = 512
 VOCABULARY, VOCABULARY_ROWS = 50265, 50304
@@ -85,6 +86,8 @@ class Case:
         inputs: arguments of every implementation; gradients are taken for those that ask for them.
         upstream: gradient of the output; None for an operation without a backward.
         exact: the same function in plain PyTorch, called with fp64 inputs and no dropout.
+        twin: our operation in plain PyTorch. In fp64 it drops the same elements as our kernel: with dropout, output
+            and gradients of our kernel are compared with it.
         forward, backward: the work of each.
         verify: holds an implementation to the exact result where comparing output and gradients is not the way.
     """
@@ -100,7 +103,8 @@ class Case:
     backward: Work = Work(0, 0)
     exact: Callable[..., Tensor] | None = None
     verify: Callable[[str, Callable[..., Tensor]], Verdict] | None = None
-    _exact_results: list[Tensor] = field(default_factory=list)
+    twin: Build | None = None
+    _exact_results: dict[bool, list[Tensor]] = field(default_factory=dict)
     _bounds: dict[str, float] = field(default_factory=dict)
     _noise: float | None = None
 
@@ -128,8 +132,9 @@ class Case:
         build = self.implementations[name]
         if self.verify is not None:
             return self.verify(name, build(self.setting.dropout))
-        results = self._results(build(0.0))
-        exact = self._exact()
+        shares_mask = name == OURS and self.twin is not None and self.setting.dropout > 0
+        results = self._results(build(self.setting.dropout if shares_mask else 0.0))
+        exact = self._find_exact(shares_mask)
         named = zip(["output", *["gradient"] * (len(exact) - 1)], results, exact)
         error = {"output": 0.0} | ({"gradient": 0.0} if len(exact) > 1 else {})
         for kind, value, expected in named:
@@ -142,7 +147,7 @@ class Case:
         for kind, bound in self._bounds.items():
             if error[kind] > bound:
                 return Verdict(error, f"error of the {kind} {error[kind]:.1e}, at most {bound:.1e} is to be expected")
-        if self.setting.dropout:
+        if self.setting.dropout and not shares_mask:
             # Which elements are dropped is each implementation's own choice; how strong the noise is, is not.
             strength = relative_error(build(self.setting.dropout)(*self.inputs).detach(), exact[0])
             error["noise"] = strength
@@ -157,20 +162,25 @@ class Case:
         gradients = torch.autograd.grad(output, self.leaves, self.upstream) if self.upstream is not None else ()
         return [output.detach(), *gradients]
 
-    def _exact(self) -> list[Tensor]:
-        if not self._exact_results:
-            wide = tuple(
-                value.detach().double().requires_grad_(value.requires_grad)
-                if isinstance(value, Tensor) and value.is_floating_point()
-                else value
-                for value in self.inputs
-            )
-            output = self.exact(*wide)
-            leaves = [value for value in wide if isinstance(value, Tensor) and value.requires_grad]
-            gradients = torch.autograd.grad(output, leaves, self.upstream.double()) if self.upstream is not None else ()
-            # Kept in fp32: its rounding is far below what is measured.
-            self._exact_results = [value.detach().float() for value in (output, *gradients)]
-        return self._exact_results
+    def _find_exact(self, shares_mask: bool) -> list[Tensor]:
+        """Of our twin with dropout, or of the exact function without; each is computed once."""
+        if shares_mask not in self._exact_results:
+            function = self.twin(self.setting.dropout) if shares_mask else self.exact
+            self._exact_results[shares_mask] = self._compute_exactly(function)
+        return self._exact_results[shares_mask]
+
+    def _compute_exactly(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        """Output and gradients in fp64, kept in fp32: its rounding is far below what is measured."""
+        wide = tuple(
+            value.detach().double().requires_grad_(value.requires_grad)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for value in self.inputs
+        )
+        output = function(*wide)
+        leaves = [value for value in wide if isinstance(value, Tensor) and value.requires_grad]
+        gradients = torch.autograd.grad(output, leaves, self.upstream.double()) if self.upstream is not None else ()
+        return [value.detach().float() for value in (output, *gradients)]
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

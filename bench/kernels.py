@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .case import EAGER, OURS, Absent, Case, Setting
-from .measure import Marks, choose_dtype, count_launches, measure_ceilings, measure_peak_bytes, spread, time_in_turn
+from .case import OURS, SIZES, Absent, Case, Setting
+from .measure import choose_dtype, count_launches, measure_ceilings, measure_peak_bytes, spread, time_in_turn
 from .record import Run, default_path
 
 # File of each operation: its SETTINGS and make_case.
@@ -29,6 +29,7 @@ MISSING = (ImportError, AttributeError)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__)
     parser.add_argument("--only", choices=OPERATIONS, action="append", help="this operation (may be repeated)")
+    parser.add_argument("--model", choices=SIZES, help="sizes of this model instead of base and large")
     parser.add_argument("--quick", action="store_true", help="fewer settings and turns")
     parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no operation's next setting after this time")
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     for name in arguments.only or OPERATIONS:
         operation = importlib.import_module(f".{name}", __package__)
-        for setting in choose_settings(operation.SETTINGS, quick=arguments.quick, on_gpu=device.type == "cuda"):
+        for setting in choose_settings(
+            operation.SETTINGS, quick=arguments.quick, on_gpu=device.type == "cuda", model=arguments.model
+        ):
             if time.monotonic() > end:
                 print(f"{name} {setting}: not measured, the time is up")
                 run.add("kernel", operation=name, setting=setting._asdict(), status="skipped", reason="the time is up")
@@ -66,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(wrong > 0)
 
 
-def choose_settings(settings: Sequence[Setting], *, quick: bool, on_gpu: bool) -> list[Setting]:
+def choose_settings(
+    settings: Sequence[Setting], *, quick: bool, on_gpu: bool, model: str | None = None
+) -> list[Setting]:
     """All; where it shall be quick those of roberta-base, on a CPU without those that differ in masks only."""
-    if not quick:
-        return list(settings)
-    return [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain"))]
+    if quick:
+        settings = [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain"))]
+    return list(dict.fromkeys(s._replace(model=model or s.model) for s in settings))
 
 
 def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, quick: bool) -> list[dict[str, Any]]:
@@ -175,6 +180,3 @@ def print_case(case: Case, lines: Sequence[dict[str, Any]]) -> None:
             f"  {line['implementation']:24} {shown:>8} {' '.join(parts)} {total['median'] * 1e3:9.3f} {quartiles:>17} "
             f"{rate:8.3g} {line['share_of_roofline']:8.0%} {peak:>8} {launches:>8} {ratio:>9}"
         )
-
-
-__all__ = ["EAGER", "OPERATIONS", "Marks", "choose_settings", "main", "measure_case"]
