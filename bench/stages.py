@@ -29,7 +29,7 @@ from .measure import Marks, choose_dtype, measure_ceilings, spread, time_in_turn
 from .record import Run, read_lines
 from .tiles import SWEEPS, Sweep
 from .trace import record_trace, sum_kernels, sum_regions
-from .trainers import MLM_PROBABILITY, VOCABULARY, WAYS, Ours, Task, run_steps
+from .trainers import MLM_PROBABILITY, WAYS, Ours, Task, run_steps
 
 REPEATS = 20  # of a kernel, whose results must agree to the bit
 MAX_PROCESSES = 16
@@ -52,13 +52,13 @@ class Stage(NamedTuple):
 class Session:
     """What a stage works with: where results go, what to measure, and until when something new may begin."""
 
-    def __init__(self, stage: str, out: Path, seconds: float, rehearse: bool):
+    def __init__(self, stage: str, out: Path, end: float, rehearse: bool):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.on_gpu = self.device.type == "cuda"
         self.dtype = choose_dtype(self.device)
         self.rehearse, self.out, self.results = rehearse, out, out / "results.jsonl"
         self.model = "tiny" if rehearse else "base"
-        self.end = time.monotonic() + 0.9 * seconds
+        self.end = end
         self.run = Run(f"gpu {stage}", self.results, self.device, {"rehearsal": rehearse})
 
     @property
@@ -94,11 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stages", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument(
+        "--end", type=float, default=1e12, help="begin nothing new after this value of time.monotonic()"
+    )
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    session = Session(arguments.stage, arguments.out, arguments.seconds, arguments.rehearse)
+    session = Session(arguments.stage, arguments.out, arguments.end, arguments.rehearse)
     return int(STAGES[arguments.stage].work(session) is False)
 
 
@@ -300,10 +302,10 @@ def list_floors(task: Task, ceilings: dict[str, Any]) -> list[tuple[str, str, fl
     n, d, f, layers = task.sequences * task.length, task.hidden, task.intermediate, task.layers
     masked = round(MLM_PROBABILITY * n)
     row, wide_row = 2 * d * n, 2 * f * n  # bytes
-    parameters = layers * (4 * d * d + 2 * d * f) + VOCABULARY * d
+    parameters = layers * (4 * d * d + 2 * d * f) + task.vocabulary * d
     pairs = 4 * n * task.length * d  # FLOPs of both products of attention's forward
     copy, matmul = ceilings["copy_bytes_per_second"], ceilings["matmul_flops_per_second"]
-    products = 6 * n * layers * (4 * d * d + 2 * d * f) + 6 * masked * (d * d + d * VOCABULARY)
+    products = 6 * n * layers * (4 * d * d + 2 * d * f) + 6 * masked * (d * d + d * task.vocabulary)
     return [
         (r"attention_forward", "attention, forward", layers * max(pairs / matmul, 4 * row / copy)),
         (r"attention_backward", "attention, backward", layers * max(2.5 * pairs / matmul, 8 * row / copy)),
@@ -311,8 +313,8 @@ def list_floors(task: Task, ceilings: dict[str, Any]) -> list[tuple[str, str, fl
         (r"layer_norm_backward|sum_partials", "LayerNorm, backward", 2 * layers * 5 * row / copy),
         (r"bias_gelu_forward", "GELU, forward", layers * 2 * wide_row / copy),
         (r"bias_gelu_backward", "GELU, backward", layers * 3 * wide_row / copy),
-        (r"embedding|_blocks_kernel", "embedding", (5 * 2 * row + 4 * VOCABULARY * d) / copy),
-        (r"softmax_rows", "softmax of the head", masked * VOCABULARY * 2 * 3 / copy),
+        (r"embedding|_blocks_kernel", "embedding", (5 * 2 * row + 4 * task.vocabulary * d) / copy),
+        (r"softmax_rows", "softmax of the head", masked * task.vocabulary * 2 * 3 / copy),
         (r"mask_tokens", "masking", 16 * n / copy),
         (r"(?i)gemm|nvjet|cutlass|matmul|aten::addmm|aten::mm$|aten::bmm", "matrix products", products / matmul),
         (r"(?i)adam|lamb_", "optimizer", 28 * parameters / copy),
@@ -408,7 +410,7 @@ def run_gpu_tests(session: Session) -> bool:
     command += ["-n", str(processes), "--dist", "loadgroup"] + ["--collect-only", "-q"] * session.rehearse
     log, begun = session.out / "tests.txt", time.monotonic()
     log.unlink(missing_ok=True)
-    status = run_limited(command, session.seconds, log, max_bytes=15 * 2**20)
+    status = run_limited(command, session.seconds, log, max_bytes=15 * 2**20, own_group=False)
     outcomes = re.findall(r"\b(PASSED|FAILED|SKIPPED|ERROR)\b (tests/\S+)", log.read_text(errors="replace"))
     counts = {
         which: len({name for found, name in outcomes if found == which}) for which in ("PASSED", "FAILED", "ERROR")
@@ -422,7 +424,7 @@ def run_gpu_tests(session: Session) -> bool:
 
 
 def compare_losses(session: Session) -> bool:
-    """Losses of 50 steps of roberta-base, 8 sequences of 128 tokens, in fp32 and bf16, against the CPU's in fp32.
+    """Losses of 50 steps of roberta-base, 4 sequences of 128 tokens, in fp32 and bf16, against the CPU's in fp32.
 
     Dropout and masks are functions of the seed, so in fp32 the runs differ by rounding alone.
     """
@@ -444,7 +446,7 @@ def compare_losses(session: Session) -> bool:
                 str(steps // 2),
                 "--max_seq_length=128",
             ]
-            command += ["--train_batch_size", "8", "--micro_batch_size", "8", "--logging_steps", "1", *options]
+            command += ["--train_batch_size", "4", "--micro_batch_size", "4", "--logging_steps", "1", *options]
             command += ["--eval_sequences", "8", "--tensorboard", "false"]
             processes[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
@@ -485,7 +487,7 @@ def run_quickstart(session: Session) -> bool:
             sizes = ["--max_steps=2", "--lr_scheduler.warmup_steps=1", "--eval_sequences=8", "--train_batch_size=2"]
             command += ["--data", train.prepare_python_texts(), *sizes]
         begun = time.monotonic()
-        status = run_limited(command, session.seconds)
+        status = run_limited(command, session.seconds, own_group=False)
     seconds = time.monotonic() - begun
     session.add("quickstart", status=status, seconds=seconds)
     print(f"quickstart: {f'exit status {status}' if status is not None else 'stopped'} after {seconds:.0f} s")
@@ -494,12 +496,12 @@ def run_quickstart(session: Session) -> bool:
 
 STAGES = {
     "machine": Stage(measure_machine, 20, "versions, clocks, rates of copies and of a step's matrix products"),
-    "kernels": Stage(check_kernels, 80, "hot kernels against fp64, repeated runs to the bit"),
+    "kernels": Stage(check_kernels, 75, "hot kernels against fp64, repeated runs to the bit"),
     "step": Stage(measure_step, 45, "a whole training step, and time by kernel beside its floor"),
     "peers": Stage(measure_peers, 115, "transformers and other kernels in the same minutes"),
     "tiles": Stage(sweep_tiles, 75, "the few candidates for tiles"),
-    "tests": Stage(run_gpu_tests, 70, "the tests that need a GPU"),
-    "losses": Stage(compare_losses, 40, "50 steps of roberta-base against the CPU"),
+    "tests": Stage(run_gpu_tests, 65, "the tests that need a GPU"),
+    "losses": Stage(compare_losses, 50, "50 steps of roberta-base against the CPU"),
     "quickstart": Stage(run_quickstart, 35, "the quickstart"),
 }
 

@@ -29,7 +29,7 @@ from fastroberta.data import training_batches
 from .case import SIZES
 from .measure import choose_dtype, measure_ceilings, spread
 from .record import Run, default_path
-from .trainers import EXACT, MLM_PROBABILITY, SEED, VOCABULARY, WAYS, Data, Failure, Task, Worker, load_batches
+from .trainers import EXACT, MLM_PROBABILITY, SEED, WAYS, Data, Failure, Task, Worker, load_batches
 
 ROOT = Path(__file__).parents[1]
 OURS = "fastroberta"
@@ -240,7 +240,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Tokens/s, MFU, memory, energy and the parts of a step."""
     model = ModelConfig(
-        vocab_size=VOCABULARY, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
+        vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
         intermediate_size=task.intermediate,
     )  # fmt: skip
     tokens = task.sequences * task.length

@@ -60,7 +60,6 @@ except ImportError:  # until the trainer has moved
 
 
 SEED, MLM_PROBABILITY, LEARNING_RATE = 1, 0.15, 1e-4
-VOCABULARY = 50265  # rows of the head, whichever tokenizer made the ids: the work is roberta-base's
 SAMPLES = 200_000  # how many samples of the training order are laid out in advance
 
 
@@ -76,6 +75,7 @@ class Task(NamedTuple):
     sequences: int  # of a step, all at once
     precision: str
     dropout: float = 0.1
+    vocabulary: int = 50265  # rows of the head, whichever tokenizer made the ids: the work is roberta-base's
 
 
 class Way(NamedTuple):
@@ -106,7 +106,7 @@ EXACT = "exact"  # transformers in fp64, for checking
 def build_config(task: Task, output_dir: str, *, compiled: bool = False) -> TrainConfig:
     """Our trainer's configuration for a task."""
     model = ModelConfig(
-        vocab_size=VOCABULARY, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
+        vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
         intermediate_size=task.intermediate, max_position_embeddings=task.length + 2,
         hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,
     )  # fmt: skip
@@ -190,7 +190,7 @@ class Transformers:
             keep_freed_memory()
         weights = to_huggingface(dict(ours.named_parameters()), model_config)
         config = transformers.RobertaConfig(
-            vocab_size=VOCABULARY, hidden_size=task.hidden, num_hidden_layers=task.layers,
+            vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers,
             num_attention_heads=task.heads, intermediate_size=task.intermediate,
             max_position_embeddings=task.length + 2, type_vocab_size=1, layer_norm_eps=1e-5,
             hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,

@@ -20,7 +20,7 @@ from bench.measure import spread, time_in_turn
 from bench.record import Run, read_lines
 from bench.trace import REGIONS, record_trace, sum_kernels, sum_regions
 from bench.train import judge
-from bench.trainers import SEED, VOCABULARY, WAYS, Data, Failure, Ours, Task, Transformers, Way, Worker
+from bench.trainers import SEED, WAYS, Data, Failure, Ours, Task, Transformers, Way, Worker
 from fastroberta.data import training_batches
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def test_spread():
 def task(tmp_path_factory):
     texts = [f"The number {n} is followed by {n + 1}. After that comes {n + 2}, and so on." for n in range(300)]
     data = prepare_text(tmp_path_factory.mktemp("bench"), "\n\n".join(texts), 300)
-    return Task(str(data), 1, 32, 2, 48, 32, 4, "fp32")
+    return Task(str(data), 1, 32, 2, 48, 32, 4, "fp32", vocabulary=500)
 
 
 def test_both_sides_do_the_same_work(task):
@@ -149,7 +149,7 @@ def test_both_sides_do_the_same_work(task):
         labels = theirs_batch["labels"]
         assert torch.equal(batch.input_ids, torch.where(labels != -100, labels, theirs_batch["input_ids"]))
     # The same number of weights, all of them updated.
-    rows = ours.trainer.model.embeddings.word_embeddings.weight.shape[0] - VOCABULARY
+    rows = ours.trainer.model.embeddings.word_embeddings.weight.shape[0] - task.vocabulary
     count = sum(p.numel() for p in ours.trainer.model.parameters()) - rows * (task.hidden + 1)
     assert count == sum(p.numel() for p in theirs.model.parameters())
     for side in (ours, theirs):
