@@ -1,7 +1,7 @@
-"""One operation at one size: inputs, an exact result, what it costs, and the implementations that are compared.
+"""One operation at one size: inputs, an exact result, its cost, and the implementations to compare.
 
-Every operation has a file that says which settings it is measured in and makes a `Case` of each. An implementation is
-first held to the exact result in fp64 and only then timed; one that is wrong is shown as wrong.
+Each operation has a file with the settings to measure and a function that makes a `Case` of a setting. An implementation is
+compared with the exact result in fp64 before it is timed; a wrong one is reported as wrong and not timed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from .measure import Marks, package_version
 
 OURS, EAGER, COMPILED = "fastroberta", "PyTorch eager", "torch.compile"
-ERROR_FACTOR = 4.0  # an implementation may err so many times as much as PyTorch's own operations in the same dtype
-DROPOUT_TOLERANCE = 0.1  # how far the strength of the noise that dropout makes may differ from the exact one
+ERROR_FACTOR = 4.0  # largest error, relative to that of PyTorch's own operations in the same dtype
+DROPOUT_TOLERANCE = 0.1  # relative deviation of the noise that dropout adds
 
 
 class Size(NamedTuple):
@@ -38,7 +38,7 @@ VOCABULARY, VOCABULARY_ROWS = 50265, 50304
 
 
 class Setting(NamedTuple):
-    """What an operation is measured in."""
+    """A model size, a dropout probability and a layout of sequences."""
 
     model: str  # a key of SIZES
     dropout: float = 0.0
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What must be done at least: floating-point operations, and bytes read and written in the device's memory."""
+    """The least work: floating-point operations, and bytes read and written in the device's memory."""
 
     flops: float
     bytes: float
@@ -59,16 +59,16 @@ class Work(NamedTuple):
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def floor(self, ceilings: dict[str, float]) -> float:
-        """Seconds that a machine with these ceilings needs at least."""
+        """The least time in seconds on a machine with these rates."""
         return max(self.flops / ceilings["matmul_flops_per_second"], self.bytes / ceilings["copy_bytes_per_second"])
 
 
 class Absent(Exception):
-    """An implementation cannot be measured here; the message says why."""
+    """An implementation cannot run here. The message says why."""
 
 
 class Verdict(NamedTuple):
-    """How far an implementation is from the exact result, and why it is wrong where it is."""
+    """Errors of an implementation, and what is wrong with it, if anything."""
 
     error: dict[str, float]
     fault: str | None = None
@@ -83,13 +83,13 @@ class Case:
     """One operation in one setting.
 
     Attributes:
-        inputs: arguments of every implementation; gradients are taken for those that ask for them.
+        inputs: arguments of every implementation, with gradients for those that require them.
         upstream: gradient of the output; None for an operation without a backward.
         exact: the same function in plain PyTorch, called with fp64 inputs and no dropout.
         twin: our operation in plain PyTorch. In fp64 it drops the same elements as our kernel: with dropout, output
             and gradients of our kernel are compared with it.
         forward, backward: the work of each.
-        verify: holds an implementation to the exact result where comparing output and gradients is not the way.
+        verify: checks an implementation whose outputs and gradients cannot be compared one by one.
     """
 
     operation: str
@@ -124,10 +124,10 @@ class Case:
         return marks
 
     def check(self, name: str) -> Verdict:
-        """Hold an implementation to the exact result.
+        """Compare an implementation with the exact result.
 
         Raises:
-            Absent: it cannot run here. Whatever it raises itself.
+            Absent: it cannot run here. Anything the implementation raises.
         """
         build = self.implementations[name]
         if self.verify is not None:

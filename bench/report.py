@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,21 +242,26 @@ def draw_roofline(plt, results):
     with_products = sorted(
         (line for line in lines if line["intensity"] > 0), key=lambda line: line["flops_per_second"], reverse=True
     )
-    most = max([8 * matmul / copy, *(20 * line["intensity"] for line in with_products)])
+    most = max([8 * matmul / copy, *(60 * line["intensity"] for line in with_products)])
     x = [1.0, matmul / copy, most]
     left.loglog(x, [min(copy * value, matmul) / 1e12 for value in x], color="black", linewidth=1)
     left.annotate("memory", (x[1] ** 0.5, copy * x[1] ** 0.5 / 1e12), (6, -6), textcoords="offset points")
     left.annotate("matrix products", (most, matmul / 1e12), (0, 3), textcoords="offset points", ha="right")
+    lowest, highest = 0.9 * copy / 1e12, 1.6 * matmul / 1e12
+    label_at = 1.0  # height in the panel of the last label: the next one goes below it
     for line in with_products:
         point = (line["intensity"], line["flops_per_second"] / 1e12)
         left.plot(*point, "o", color=OUR_COLOUR, markersize=5)
+        height = math.log(point[1] / lowest) / math.log(highest / lowest)
+        label_at = min(height, label_at - 0.05)
+        shift = (label_at - height) * figure.get_figheight() * 0.7 * 72
         left.annotate(
-            describe_setting(line), point, (6, 0), textcoords="offset points", fontsize=7, va="center", color=OUR_COLOUR
-        )
+            describe_setting(line), point, (6, shift), textcoords="offset points", fontsize=7, va="center",
+            color=OUR_COLOUR,
+        )  # fmt: skip
     left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    lowest = copy / 1e12
     ticks = [digit * 10**power for power in range(-4, 5) for digit in (1, 2, 5)]
-    left.set_yticks([tick for tick in ticks if 0.9 * lowest < tick < 1.5 * matmul / 1e12])
+    left.set_yticks([tick for tick in ticks if lowest < tick < highest])
     left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.yaxis.set_minor_formatter("")
     left.minorticks_off()
@@ -263,9 +269,10 @@ def draw_roofline(plt, results):
         xlabel="FLOP a byte",
         ylabel="TFLOP/s",
         title="Kernels with matrix products",
-        ylim=(0.9 * copy / 1e12, 1.6 * matmul / 1e12),
+        ylim=(lowest, highest),
     )
     shares = [line["share_of_roofline"] * 100 for line in lines]
+    sizes = next((f"{line['shape'].split(',')[0]} tokens" for line in lines if line["operation"] == "attention"), "")
     bars = right.barh([describe_setting(line) for line in lines], shares, color=OUR_COLOUR)
     right.bar_label(bars, [f"{share:.0f}%" if share >= 1 else "under 1%" for share in shares], padding=3, fontsize=7)
     right.invert_yaxis()
@@ -273,7 +280,8 @@ def draw_roofline(plt, results):
     right.axvline(100, color="black", linewidth=1)
     right.set(xlabel="% of the roofline, forward and backward", title="All kernels", xlim=(0, max(110, *shares)))
     figure.suptitle(
-        f"{title_of(lines[-1], '')}\n{copy / 1e9:,.0f} GB/s copied, {matmul / 1e12:,.3g} TFLOP/s multiplied", fontsize=9
+        f"{title_of(lines[-1], sizes)}\n{copy / 1e9:,.0f} GB/s copied, {matmul / 1e12:,.3g} TFLOP/s multiplied",
+        fontsize=9,
     )
     figure.tight_layout()
     return figure

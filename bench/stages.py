@@ -25,7 +25,7 @@ import torch
 from . import kernels, train
 from .all import ROOT, run_limited
 from .case import EAGER, OURS, Case, Setting
-from .measure import Marks, choose_dtype, measure_ceilings, spread, time_in_turn
+from .measure import Marks, choose_dtype, mark_around, measure_ceilings, spread, time_in_turn
 from .record import Run, read_lines
 from .tiles import SWEEPS, Sweep
 from .trace import record_trace, sum_kernels, sum_regions
@@ -126,7 +126,7 @@ def measure_machine(session: Session) -> None:
             "weight gradient": lambda y=y, x=x: y.T @ x,
         }
         times = time_in_turn(
-            {name: bind_marks(session.device, product) for name, product in products.items()},
+            {name: mark_around(product, session.device) for name, product in products.items()},
             session.device, rounds=5, repeats=5 if session.on_gpu else 1,
         )  # fmt: skip
         for direction, turns in times.items():
@@ -143,16 +143,6 @@ def measure_machine(session: Session) -> None:
 
 def make_matrix(session: Session, rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, device=session.device).to(session.dtype)
-
-
-def bind_marks(device: torch.device, work: Callable[[], Any]) -> Callable[[], Marks]:
-    def run() -> Marks:
-        marks = Marks(device)
-        work()
-        marks.mark()
-        return marks
-
-    return run
 
 
 # Kernels

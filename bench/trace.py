@@ -66,6 +66,11 @@ def sum_regions(events: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: seconds[name] for name in REGIONS if name in seconds}
 
 
+def count_launches(events: Sequence[dict[str, Any]]) -> int:
+    """Kernels launched on a GPU, without the driver's copies and fills."""
+    return sum(event.get("cat") == "kernel" for event in events)
+
+
 def sum_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     """The GPU's kernels, copies and fills by name, the dearest first; on a CPU PyTorch's operations."""
     on_gpu = any(event.get("cat") in ON_GPU for event in events)

@@ -1,14 +1,14 @@
-"""The ways to train that are compared, each in a process of its own: ours, and transformers' in its configurations.
+"""The ways to train that are compared, each in its own process: ours, and transformers in several configurations.
 
-All of them train the same model from the same weights on the same blocks in the same order, 15% of the tokens masked,
-with the same dropout, precision (fp32 weights and moments, matrix products in bf16) and fused AdamW on all parameters.
-What differs is how: ours masks exactly 15% of each sequence and computes the head for those tokens only; transformers'
-collator draws each token by itself, its head computes logits of all tokens. Neither changes what is learned.
+All train the same model from the same weights on the same blocks in the same order, with 15% of the tokens masked and the
+same dropout, precision (fp32 weights and moments, matrix products in bf16) and fused AdamW on all parameters. Ours masks
+exactly 15% of each sequence and computes the head for those tokens alone. transformers' collator draws each token
+independently, and its head computes the logits of all tokens. What is learned is the same.
 
-transformers is run as its best user would: a plain loop without the overhead of its Trainer, full blocks without an
-attention mask, special-token masks computed beforehand, on a GPU a loader with worker processes and pinned memory.
-On a CPU our trainer has the C library keep freed memory (`keep_freed_memory`), which transformers does not; a way of its
-own says what it would gain from that.
+transformers is run as an expert would run it: a plain loop without the overhead of its Trainer, full blocks without an
+attention mask, special-token masks computed beforehand, and on a GPU a loader with worker processes and pinned memory.
+On a CPU our trainer makes the C library keep freed memory (`keep_freed_memory`) and transformers does not; one way shows
+what transformers would gain from it.
 """
 
 from __future__ import annotations

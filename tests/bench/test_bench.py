@@ -223,6 +223,7 @@ def write_results(path):
     for line in measure_case(make_toy({"other": lambda p: lambda x, w: w * x}), CPU, CEILINGS, quick=True):
         run.add("kernel", **line)
     run.add("kernel", operation="toy", setting=Setting("base")._asdict(), status="skipped", reason="the time is up")
+    run.add("tile", sweep="a kind of line that has no table", status="ok")
     run = Run("train", path, CPU, {})
     run.add("ceilings", dtype="torch.float32", **CEILINGS)
     for name, rate in ((OURS, 100.0), ("transformers sdpa", 40.0), (OURS, 120.0)):
@@ -261,6 +262,24 @@ def test_report_shows_the_newest_lines_and_draws_charts(tmp_path, monkeypatch):
         and "old" not in content
         and "119 to 121" in content
     )
+
+
+def test_charts_say_where_they_are_from_and_share_a_scale(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    path = tmp_path / "cpu-2026-01-02.jsonl"
+    write_results(path)
+    results = report.read_results(path)
+    line = results["train"][0]
+    title = report.title_of(line, "4 x 512 tokens")
+    assert "(CPU, " in title and ", bf16, 4 x 512 tokens, 20" in title
+    assert report.colour_of("transformers, our kernels") not in (report.OUR_COLOUR, report.PEER_COLOUR)
+    results["growth"] += [one | {"grows": "layers", "layers": 4} for one in results["growth"]]
+    left, right = report.draw_growth(plt, results).axes
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[0] == 0
+    results["kernel"][0]["share_of_roofline"] = 0.001
+    texts = [text.get_text() for axis in report.draw_roofline(plt, results).axes for text in axis.texts]
+    assert "under 1%" in texts and "toy (base)" in texts
+    plt.close("all")
 
 
 def test_report_says_in_one_line_what_it_lacks(tmp_path, monkeypatch, capsys):
