@@ -2,7 +2,7 @@
 
     python -m bench gpu --minutes 8 --out DIR
 
-Six stages, each in processes of its own with a share of the minutes: what a stage does not use, the later ones get. A stage
+Eight stages, each in processes of its own with a share of the minutes: what a stage does not use, the later ones get. A stage
 that fails or hangs loses only itself, because every line of DIR/results.jsonl is written as soon as it is known. DIR gets
 four files, none above 16 MiB: results.jsonl, log.txt, step-trace.json.gz and tests.txt. `python -m bench report
 DIR/results.jsonl` draws the charts, anywhere.
@@ -15,7 +15,9 @@ A machine without network needs the missing packages as wheels:
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 --dest wheels \\
         jsonargparse zstandard liger-kernel
     pip install --no-index --no-deps --find-links wheels --target site jsonargparse zstandard liger-kernel
-    PYTHONPATH=site python -m bench gpu --minutes 8 --out DIR
+    PYTHONPATH=$PWD/kernels:$PWD/site python -m bench gpu --minutes 8 --out DIR
+
+The first of these lines is for where there is a network. Nothing else needs to be installed, this package included.
 """
 
 from __future__ import annotations

@@ -397,6 +397,7 @@ def run_gpu_tests(session: Session) -> bool:
     files += [str(path.relative_to(ROOT)) for path in others if "mark.gpu" in path.read_text()]
     processes = min(8, os.cpu_count() or 1)  # most tests compile some kernels first, a second each on one core
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short", *dict.fromkeys(files)]
+    command.append("--continue-on-collection-errors")  # a file whose packages are missing here loses only itself
     command += ["-n", str(processes), "--dist", "loadgroup"] + ["--collect-only", "-q"] * session.rehearse
     log, begun = session.out / "tests.txt", time.monotonic()
     log.unlink(missing_ok=True)
@@ -451,7 +452,7 @@ def compare_losses(session: Session) -> bool:
         for name in runs:
             losses[name] = list(read_losses(Path(folder, name, "metrics.jsonl")))
     is_right = True
-    for name, bound in (("fp32", 1e-3), ("bf16", 2e-2)):
+    for name, bound in (("fp32", 2e-3), ("bf16", 2e-2)):
         pairs = list(zip(losses["cpu"], losses[name]))
         deviation = max((abs(here / there - 1) for there, here in pairs), default=float("inf"))
         session.add(
@@ -472,10 +473,17 @@ def read_losses(path: Path) -> Iterator[float]:
 def run_quickstart(session: Session) -> bool:
     """`python -m fastroberta.train` as a user would start it."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fastroberta.train", "--output_dir", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "fastroberta.train",
+            "--output_dir",
+            folder,
+            "--data",
+            train.prepare_python_texts(),
+        ]
         if session.rehearse:
-            sizes = ["--max_steps=2", "--lr_scheduler.warmup_steps=1", "--eval_sequences=8", "--train_batch_size=2"]
-            command += ["--data", train.prepare_python_texts(), *sizes]
+            command += ["--max_steps=2", "--lr_scheduler.warmup_steps=1", "--eval_sequences=8", "--train_batch_size=2"]
         begun = time.monotonic()
         status = run_limited(command, session.seconds, own_group=False)
     seconds = time.monotonic() - begun
