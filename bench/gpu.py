@@ -2,10 +2,10 @@
 
     python -m bench gpu --minutes 8 --out DIR
 
-Eight stages, each in processes of its own with a share of the minutes: what a stage does not use, the later ones get. A stage
-that fails or hangs loses only itself, because every line of DIR/results.jsonl is written as soon as it is known. DIR gets
-four files, none above 16 MiB: results.jsonl, log.txt, step-trace.json.gz and tests.txt. `python -m bench report
-DIR/results.jsonl` draws the charts, anywhere.
+Eight stages, each in its own processes and with a share of the minutes; what a stage does not use goes to the later ones. A
+stage that fails or hangs loses only itself, because every line of DIR/results.jsonl is written as soon as it is known. DIR
+gets four files, none above 16 MiB: results.jsonl, log.txt, step-trace.json.gz and tests.txt. `python -m bench report
+DIR/results.jsonl` draws the charts, on any machine.
 
 Without a GPU, or with --rehearse, the stages run on the CPU with a tiny model, so that a missing package or a mistyped
 option shows before the minutes count. The rehearsal also leaves data/python-texts-8192, which spares the GPU half a minute.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import copy
+import gzip
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import prepare_text
 
 from bench import gpu, stages
 from bench.case import EAGER, OURS, Case, Setting, Work
@@ -53,6 +56,31 @@ def test_a_log_stays_small_enough_to_be_sent_back(tmp_path):
     program = "print('x' * 99); print('y' * 99, flush=True); print('short')"
     assert gpu.run_limited([sys.executable, "-c", program], 60, log, max_bytes=150) == 0
     assert log.read_text() == "x" * 99 + "\nshort\n"
+
+
+def test_hot_kernels_leave_lines_and_a_verdict(session, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "HOT", (("gelu", 0.0, "full"), ("masking", 0.0, "full")))
+    monkeypatch.setattr(stages, "compile_in_processes", lambda *_: None)
+    assert stages.check_kernels(session)
+    lines = [line for line in read_lines(session.results) if line["kind"] == "kernel"]
+    ours = {line["operation"]: line["differing_repeats"] for line in lines if line["implementation"] == OURS}
+    assert ours == {"bias_gelu": 0, "mask_tokens": 0} and len(lines) == 4
+    monkeypatch.setattr(stages, "count_differences", lambda case: 3)
+    assert not stages.check_kernels(session)
+    assert "WRONG: 3 of 20 runs differ" in capsys.readouterr().out
+
+
+def test_a_step_is_measured_and_profiled(session, tmp_path_factory, capsys):
+    texts = [f"The number {n} is followed by {n + 1}. After that comes {n + 2}, and so on." for n in range(300)]
+    data = prepare_text(tmp_path_factory.mktemp("gpu"), "\n\n".join(texts), 300)
+    session.make_task = lambda: Task(str(data), 1, 32, 2, 48, 32, 4, "fp32", vocabulary=500)
+    stages.measure_step(session)
+    lines = {line["kind"]: line for line in read_lines(session.results)}
+    assert lines["train"]["tokens_per_second"]["median"] > 0 and lines["train"]["host_seconds_per_step"] > 0
+    assert lines["profile"]["launches"] > 100 and lines["profile"]["groups"]["matrix products"]["seconds"] > 0
+    with gzip.open(session.out / "step-trace.json.gz") as trace:
+        assert json.load(trace)["traceEvents"]
+    assert "the host needs" in capsys.readouterr().out
 
 
 @pytest.mark.slow(reason="some minutes on two cores")
