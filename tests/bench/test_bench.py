@@ -83,6 +83,25 @@ def test_dropout_that_drops_nothing_is_wrong():
     assert lines["forgetful"]["status"] == "wrong" and "dropout" in lines["forgetful"]["reason"]
 
 
+def test_gradients_under_dropout_are_compared_with_the_twin():
+    """A kernel whose backward forgets what was dropped adds the right noise, and is wrong."""
+    torch.manual_seed(0)
+    mask = (torch.rand(65536) >= 0.1) / 0.9
+
+    def twin(p):
+        return lambda x, w: x * w * (mask.to(x.dtype) if p else 1)
+
+    def forget(p):
+        return lambda x, w: twin(p)(x, w).detach() + (x * w - (x * w).detach())
+
+    for ours, fault in ((twin, None), (forget, "error of the gradient")):
+        case = make_toy({OURS: ours}, dropout=0.1)
+        case.twin = twin
+        case.check(EAGER)
+        verdict = case.check(OURS)
+        assert verdict.fault is None if fault is None else fault in verdict.fault
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_our_kernel_is_right_in_every_setting(operation, monkeypatch):
     torch.manual_seed(0)
