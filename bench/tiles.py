@@ -39,7 +39,10 @@ class Sweep:
         module = importlib.import_module(f"fastroberta_kernels.{self.operation}")
         if callable(getattr(module, self.table)):
             setattr(module, self.table, lambda *_: candidate)
-        elif not replace_entries(getattr(module, self.table), self.key, candidate):
+            return
+        # Exceptions by chip come before the table, so they are set as well: else the sweep would vary nothing there.
+        tables = [getattr(module, self.table), getattr(module, f"CHIP_{self.table}", {})]
+        if not sum(replace_entries(table, self.key, candidate) for table in tables):
             raise LookupError(f"fastroberta_kernels.{self.operation}.{self.table} has no entry {self.key}")
 
 

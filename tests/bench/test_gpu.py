@@ -125,6 +125,12 @@ def test_sweeps_name_entries_that_exist_and_begin_with_todays(monkeypatch):
             assert callable(before) or getattr(module, sweep.table) == before
             sweep.choose(sweep.candidates[1])
             assert getattr(module, sweep.table) != before
+    attention = importlib.import_module("fastroberta_kernels.attention")
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "FORWARD_BLOCKS", dict(attention.FORWARD_BLOCKS))
+        patch.setattr(attention, "CHIP_FORWARD_BLOCKS", {(90, 2, 64): 0, (90, 2, 32): 0}, raising=False)
+        Sweep("attention", "FORWARD_BLOCKS", (2, 64), (1, 2), 0).choose(1)
+        assert attention.CHIP_FORWARD_BLOCKS == {(90, 2, 64): 1, (90, 2, 32): 0}
     with pytest.raises(LookupError, match="no entry"):
         Sweep("attention", "FORWARD_BLOCKS", (2, 63), (1, 2), 0).choose(1)
     table = {(2, 64): 1, (90, 2, 64): 2, (2, 32): 3, "sm_100": {(2, 64): 4}}
