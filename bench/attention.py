@@ -13,6 +13,7 @@ from .case import (
     EAGER,
     HEAD_SIZE,
     LENGTH,
+    MODELS,
     OURS,
     SIZES,
     Absent,
@@ -28,7 +29,7 @@ from .case import (
 
 SETTINGS = [
     Setting(model, dropout, layout)
-    for model in SIZES
+    for model in MODELS
     for layout in ("full", "padded", "packed")
     for dropout in (0.0, 0.1)
 ]  # fmt: skip
@@ -91,7 +92,7 @@ def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Cas
     return Case(
         "attention", setting, f"{sequences} x {LENGTH}, {size.heads} heads of {HEAD_SIZE}", dtype, (q, k, v),
         implementations, Work(forward, 4 * tensor_bytes), upstream.detach(), Work(2.5 * forward, 8 * tensor_bytes),
-        exact,
+        exact, twin=build_ours(key_lengths, bounds, torch.tensor([1, 0], device=device), impl="torch"),
     )  # fmt: skip
 
 
@@ -104,15 +105,16 @@ def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
     return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2)
 
 
-def build_ours(key_lengths: Tensor | None, bounds: Tensor | None, seed: Tensor) -> Build:
+def build_ours(key_lengths: Tensor | None, bounds: Tensor | None, seed: Tensor, impl: str | None = None) -> Build:
     from fastroberta_kernels.attention import attention, varlen_attention
 
     def build(dropout: float) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if bounds is None:
-                return attention(q, k, v, dropout_p=dropout, seed=seed, key_lengths=key_lengths)
+                return attention(q, k, v, dropout_p=dropout, seed=seed, key_lengths=key_lengths, impl=impl)
             flat = (value.flatten(0, 1) for value in (q, k, v))
-            return varlen_attention(*flat, bounds, bounds, LENGTH, LENGTH, dropout_p=dropout, seed=seed).view_as(q)
+            out = varlen_attention(*flat, bounds, bounds, LENGTH, LENGTH, dropout_p=dropout, seed=seed, impl=impl)
+            return out.view_as(q)
 
         return attend
 

@@ -1,7 +1,7 @@
-"""One operation at one size: inputs, an exact result, what it costs, and the implementations that are compared.
+"""One operation at one size: inputs, an exact result, its cost, and the implementations to compare.
 
-Every operation has a file that says which settings it is measured in and makes a `Case` of each. An implementation is
-first held to the exact result in fp64 and only then timed; one that is wrong is shown as wrong.
+Each operation has a file with the settings to measure and a function that makes a `Case` of a setting. An implementation is
+compared with the exact result in fp64 before it is timed; a wrong one is reported as wrong and not timed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from .measure import Marks, package_version
 
 OURS, EAGER, COMPILED = "fastroberta", "PyTorch eager", "torch.compile"
-ERROR_FACTOR = 4.0  # an implementation may err so many times as much as PyTorch's own operations in the same dtype
-DROPOUT_TOLERANCE = 0.1  # how far the strength of the noise that dropout makes may differ from the exact one
+ERROR_FACTOR = 4.0  # largest error, relative to that of PyTorch's own operations in the same dtype
+DROPOUT_TOLERANCE = 0.1  # relative deviation of the noise that dropout adds
 
 
 class Size(NamedTuple):
@@ -30,14 +30,15 @@ class Size(NamedTuple):
     layers: int
 
 
-SIZES = {"base": Size(768, 12, 3072, 12), "large": Size(1024, 16, 4096, 24)}
+SIZES = {"base": Size(768, 12, 3072, 12), "large": Size(1024, 16, 4096, 24), "tiny": Size(128, 2, 512, 2)}
+MODELS = ("base", "large")  # what is measured; "tiny" is for rehearsals
 HEAD_SIZE = 64
 LENGTH = 512
 VOCABULARY, VOCABULARY_ROWS = 50265, 50304
 
 
 class Setting(NamedTuple):
-    """What an operation is measured in."""
+    """A model size, a dropout probability and a layout of sequences."""
 
     model: str  # a key of SIZES
     dropout: float = 0.0
@@ -49,7 +50,7 @@ class Setting(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What must be done at least: floating-point operations, and bytes read and written in the device's memory."""
+    """The least work: floating-point operations, and bytes read and written in the device's memory."""
 
     flops: float
     bytes: float
@@ -58,16 +59,16 @@ class Work(NamedTuple):
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
     def floor(self, ceilings: dict[str, float]) -> float:
-        """Seconds that a machine with these ceilings needs at least."""
+        """The least time in seconds on a machine with these rates."""
         return max(self.flops / ceilings["matmul_flops_per_second"], self.bytes / ceilings["copy_bytes_per_second"])
 
 
 class Absent(Exception):
-    """An implementation cannot be measured here; the message says why."""
+    """An implementation cannot run here. The message says why."""
 
 
 class Verdict(NamedTuple):
-    """How far an implementation is from the exact result, and why it is wrong where it is."""
+    """Errors of an implementation, and what is wrong with it, if anything."""
 
     error: dict[str, float]
     fault: str | None = None
@@ -82,11 +83,13 @@ class Case:
     """One operation in one setting.
 
     Attributes:
-        inputs: arguments of every implementation; gradients are taken for those that ask for them.
+        inputs: arguments of every implementation, with gradients for those that require them.
         upstream: gradient of the output; None for an operation without a backward.
         exact: the same function in plain PyTorch, called with fp64 inputs and no dropout.
+        twin: our operation in plain PyTorch. In fp64 it drops the same elements as our kernel: with dropout, output
+            and gradients of our kernel are compared with it.
         forward, backward: the work of each.
-        verify: holds an implementation to the exact result where comparing output and gradients is not the way.
+        verify: checks an implementation whose outputs and gradients cannot be compared one by one.
     """
 
     operation: str
@@ -100,7 +103,8 @@ class Case:
     backward: Work = Work(0, 0)
     exact: Callable[..., Tensor] | None = None
     verify: Callable[[str, Callable[..., Tensor]], Verdict] | None = None
-    _exact_results: list[Tensor] = field(default_factory=list)
+    twin: Build | None = None
+    _exact_results: dict[bool, list[Tensor]] = field(default_factory=dict)
     _bounds: dict[str, float] = field(default_factory=dict)
     _noise: float | None = None
 
@@ -120,16 +124,17 @@ class Case:
         return marks
 
     def check(self, name: str) -> Verdict:
-        """Hold an implementation to the exact result.
+        """Compare an implementation with the exact result.
 
         Raises:
-            Absent: it cannot run here. Whatever it raises itself.
+            Absent: it cannot run here. Anything the implementation raises.
         """
         build = self.implementations[name]
         if self.verify is not None:
             return self.verify(name, build(self.setting.dropout))
-        results = self._results(build(0.0))
-        exact = self._exact()
+        shares_mask = name == OURS and self.twin is not None and self.setting.dropout > 0
+        results = self._results(build(self.setting.dropout if shares_mask else 0.0))
+        exact = self._find_exact(shares_mask)
         named = zip(["output", *["gradient"] * (len(exact) - 1)], results, exact)
         error = {"output": 0.0} | ({"gradient": 0.0} if len(exact) > 1 else {})
         for kind, value, expected in named:
@@ -142,7 +147,7 @@ class Case:
         for kind, bound in self._bounds.items():
             if error[kind] > bound:
                 return Verdict(error, f"error of the {kind} {error[kind]:.1e}, at most {bound:.1e} is to be expected")
-        if self.setting.dropout:
+        if self.setting.dropout and not shares_mask:
             # Which elements are dropped is each implementation's own choice; how strong the noise is, is not.
             strength = relative_error(build(self.setting.dropout)(*self.inputs).detach(), exact[0])
             error["noise"] = strength
@@ -157,20 +162,25 @@ class Case:
         gradients = torch.autograd.grad(output, self.leaves, self.upstream) if self.upstream is not None else ()
         return [output.detach(), *gradients]
 
-    def _exact(self) -> list[Tensor]:
-        if not self._exact_results:
-            wide = tuple(
-                value.detach().double().requires_grad_(value.requires_grad)
-                if isinstance(value, Tensor) and value.is_floating_point()
-                else value
-                for value in self.inputs
-            )
-            output = self.exact(*wide)
-            leaves = [value for value in wide if isinstance(value, Tensor) and value.requires_grad]
-            gradients = torch.autograd.grad(output, leaves, self.upstream.double()) if self.upstream is not None else ()
-            # Kept in fp32: its rounding is far below what is measured.
-            self._exact_results = [value.detach().float() for value in (output, *gradients)]
-        return self._exact_results
+    def _find_exact(self, shares_mask: bool) -> list[Tensor]:
+        """Of our twin with dropout, or of the exact function without; each is computed once."""
+        if shares_mask not in self._exact_results:
+            function = self.twin(self.setting.dropout) if shares_mask else self.exact
+            self._exact_results[shares_mask] = self._compute_exactly(function)
+        return self._exact_results[shares_mask]
+
+    def _compute_exactly(self, function: Callable[..., Tensor]) -> list[Tensor]:
+        """Output and gradients in fp64, kept in fp32: its rounding is far below what is measured."""
+        wide = tuple(
+            value.detach().double().requires_grad_(value.requires_grad)
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for value in self.inputs
+        )
+        output = function(*wide)
+        leaves = [value for value in wide if isinstance(value, Tensor) and value.requires_grad]
+        gradients = torch.autograd.grad(output, leaves, self.upstream.double()) if self.upstream is not None else ()
+        return [value.detach().float() for value in (output, *gradients)]
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

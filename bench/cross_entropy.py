@@ -11,6 +11,7 @@ from torch import Tensor
 from .case import (
     COMPILED,
     EAGER,
+    MODELS,
     OURS,
     SIZES,
     VOCABULARY,
@@ -28,7 +29,7 @@ from .case import (
 MASKED = 77  # tokens of a sequence of 512
 # 50,265 classes are padded to 50,304 rows in training, by every implementation alike: here all of them are classes.
 ROWS = 50304
-SETTINGS = [Setting(model) for model in SIZES]
+SETTINGS = [Setting(model) for model in MODELS]
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:

@@ -12,6 +12,7 @@ from .case import (
     COMPILED,
     EAGER,
     LENGTH,
+    MODELS,
     OURS,
     SIZES,
     VOCABULARY,
@@ -26,7 +27,7 @@ from .case import (
 )
 
 EPS, PAD = 1e-5, 1
-SETTINGS = [Setting(model, dropout) for model in SIZES for dropout in (0.1, 0.0)]
+SETTINGS = [Setting(model, dropout) for model in MODELS for dropout in (0.1, 0.0)]
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
@@ -56,6 +57,7 @@ def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Cas
         (ids, words, positions, types, weight, bias), implementations, Work(0, read + written), upstream.detach(),
         # The gradients, the rows again, and a gradient of the whole table, which is written once.
         Work(0, written + read + tokens * row + VOCABULARY_ROWS * row), build_eager(torch.float64)(0.0),
+        twin=build_ours(torch.float64, torch.tensor([1, 0], device=device), impl="torch"),
     )  # fmt: skip
 
 
@@ -71,13 +73,24 @@ def build_eager(dtype: torch.dtype) -> Build:
     return build
 
 
-def build_ours(dtype: torch.dtype, seed: Tensor) -> Build:
+def build_ours(dtype: torch.dtype, seed: Tensor, impl: str | None = None) -> Build:
     def build(dropout: float) -> Callable[..., Tensor]:
         from fastroberta_kernels.embedding import embedding_layer_norm
 
         def embed(ids: Tensor, words: Tensor, positions: Tensor, types: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return embedding_layer_norm(
-                ids, words, positions, types, weight, bias, padding_idx=PAD, p=dropout, eps=EPS, seed=seed, dtype=dtype
+                ids,
+                words,
+                positions,
+                types,
+                weight,
+                bias,
+                padding_idx=PAD,
+                p=dropout,
+                eps=EPS,
+                seed=seed,
+                dtype=dtype,
+                impl=impl,
             )
 
         return embed

@@ -10,6 +10,7 @@ from .case import (
     COMPILED,
     EAGER,
     LENGTH,
+    MODELS,
     OURS,
     SIZES,
     Absent,
@@ -22,7 +23,7 @@ from .case import (
     make_random,
 )
 
-SETTINGS = [Setting(model) for model in SIZES]
+SETTINGS = [Setting(model) for model in MODELS]
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:

@@ -1,6 +1,6 @@
-"""Every operation against what a user would pick instead: error first, then time, bandwidth or FLOP/s, memory.
+"""Every operation against what a user would use instead: errors, then time, bandwidth or FLOP/s, and memory.
 
-Ratios are taken turn by turn: the other implementation's time over ours, so that above 1 ours is faster.
+Ratios are taken turn by turn: the other implementation's time over ours. Above 1 ours is faster.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import Any
 
 import torch
 
-from .case import EAGER, OURS, Absent, Case, Setting
-from .measure import Marks, choose_dtype, count_launches, measure_ceilings, measure_peak_bytes, spread, time_in_turn
-from .results import Run, default_path
+from .case import OURS, SIZES, Absent, Case, Setting
+from .measure import choose_dtype, measure_ceilings, measure_peak_bytes, spread, time_in_turn
+from .record import Run, default_path
+from .trace import count_launches, record_trace
 
 # File of each operation: its SETTINGS and make_case.
 OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "masking", "embedding", "lamb")
-MISSING = (ImportError, AttributeError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__)
     parser.add_argument("--only", choices=OPERATIONS, action="append", help="this operation (may be repeated)")
+    parser.add_argument("--model", choices=SIZES, help="sizes of this model instead of base and large")
     parser.add_argument("--quick", action="store_true", help="fewer settings and turns")
     parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no operation's next setting after this time")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after this time")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(device)
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     for name in arguments.only or OPERATIONS:
         operation = importlib.import_module(f".{name}", __package__)
-        for setting in choose_settings(operation.SETTINGS, quick=arguments.quick, on_gpu=device.type == "cuda"):
+        for setting in choose_settings(
+            operation.SETTINGS, quick=arguments.quick, on_gpu=device.type == "cuda", model=arguments.model
+        ):
             if time.monotonic() > end:
                 print(f"{name} {setting}: not measured, the time is up")
                 run.add("kernel", operation=name, setting=setting._asdict(), status="skipped", reason="the time is up")
@@ -66,15 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(wrong > 0)
 
 
-def choose_settings(settings: Sequence[Setting], *, quick: bool, on_gpu: bool) -> list[Setting]:
-    """All; where it shall be quick those of roberta-base, on a CPU without those that differ in masks only."""
-    if not quick:
-        return list(settings)
-    return [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain"))]
+def choose_settings(
+    settings: Sequence[Setting], *, quick: bool, on_gpu: bool, model: str | None = None
+) -> list[Setting]:
+    """All of them. With `quick`, those of roberta-base, and on a CPU only one layout of sequences."""
+    if quick:
+        settings = [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain"))]
+    return list(dict.fromkeys(s._replace(model=model or s.model) for s in settings))
 
 
 def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, quick: bool) -> list[dict[str, Any]]:
-    """A line for each implementation: checked, and timed in turn with the others where it is right."""
+    """A line for each implementation: it is checked and, if right, timed in turn with the others."""
     lines: dict[str, dict[str, Any]] = {}
     functions: dict[str, Any] = {}
     for name in case.implementations:
@@ -98,10 +103,8 @@ def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, 
         except Absent as absence:
             line |= {"status": "absent", "reason": str(absence)}
         except Exception as error:
-            # Whatever a peer raises is the finding; what is not written yet of our own counts as absent.
-            missing = isinstance(error, MISSING) and "fastroberta_kernels" in str(error)
             reason = (str(error).strip() or "no message").splitlines()[0][:200]
-            line |= {"status": "absent" if missing else "failed", "reason": f"{type(error).__name__}: {reason}"}
+            line |= {"status": "failed", "reason": f"{type(error).__name__}: {reason}"}
     if not functions:
         return list(lines.values())
 
@@ -127,14 +130,14 @@ def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, 
         if OURS in times:
             line["ratio"] = spread([total / sum(ours) for total, ours in zip(totals, times[OURS])])._asdict()
         line["peak_bytes"] = measure_peak_bytes(runs[name], device)
-        line["launches"] = count_launches(runs[name], device)
+        line["launches"] = count_launches(record_trace(runs[name], device)) if on_gpu else None
     if on_gpu:
         read_clock(lines)
     return list(lines.values())
 
 
 def read_clock(lines: dict[str, dict[str, Any]]) -> None:
-    """Clock and throttling right after the measurement, into every line that was timed."""
+    """Add clock rate and throttling, read right after the measurement, to every line that was timed."""
     from fastroberta.gpu_monitor import open_gpu_monitor
 
     monitor = open_gpu_monitor(str(torch.cuda.get_device_properties(0).uuid))
@@ -175,6 +178,3 @@ def print_case(case: Case, lines: Sequence[dict[str, Any]]) -> None:
             f"  {line['implementation']:24} {shown:>8} {' '.join(parts)} {total['median'] * 1e3:9.3f} {quartiles:>17} "
             f"{rate:8.3g} {line['share_of_roofline']:8.0%} {peak:>8} {launches:>8} {ratio:>9}"
         )
-
-
-__all__ = ["EAGER", "OPERATIONS", "Marks", "choose_settings", "main", "measure_case"]

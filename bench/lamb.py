@@ -8,9 +8,22 @@ import torch
 from fastroberta_kernels.lamb import FusedLAMB
 from torch import Tensor
 
-from .case import EAGER, OURS, SIZES, VOCABULARY_ROWS, Build, Case, Setting, Verdict, Work, need_package, relative_error
+from .case import (
+    EAGER,
+    MODELS,
+    OURS,
+    SIZES,
+    VOCABULARY_ROWS,
+    Build,
+    Case,
+    Setting,
+    Verdict,
+    Work,
+    need_package,
+    relative_error,
+)
 
-SETTINGS = [Setting(model) for model in SIZES]
+SETTINGS = [Setting(model) for model in MODELS]
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
 CLIP = 1.0
 YARDSTICK = "AdamW, fused (not LAMB)"

@@ -12,6 +12,7 @@ from .case import (
     COMPILED,
     EAGER,
     LENGTH,
+    MODELS,
     OURS,
     SIZES,
     Absent,
@@ -29,7 +30,7 @@ EPS = 1e-5
 # "plain" is LayerNorm alone.
 SETTINGS = [
     Setting(model, dropout, layout)
-    for model in SIZES
+    for model in MODELS
     for dropout, layout in ((0.1, "full"), (0.0, "full"), (0.0, "plain"))
 ]  # fmt: skip
 
@@ -59,6 +60,7 @@ def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Cas
     return Case(
         "layer_norm" if plain else "dropout_add_layer_norm", setting, f"{rows} x {columns}", dtype, inputs,
         implementations, forward, upstream.detach(), backward, build_eager(plain)(0.0),
+        twin=build_ours(plain, torch.tensor([1, 0], device=device), impl="torch"),
     )  # fmt: skip
 
 
@@ -75,15 +77,17 @@ def build_eager(plain: bool) -> Build:
     return build
 
 
-def build_ours(plain: bool, seed: Tensor) -> Build:
+def build_ours(plain: bool, seed: Tensor, impl: str | None = None) -> Build:
     from fastroberta_kernels.layer_norm import dropout_add_layer_norm, layer_norm
 
     def build(dropout: float) -> Callable[..., Tensor]:
         def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return layer_norm(x, weight, bias, eps=EPS)
+            return layer_norm(x, weight, bias, eps=EPS, impl=impl)
 
         def add_and_normalize(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
-            return dropout_add_layer_norm(x, residual, weight, bias, p=dropout, eps=EPS, x_bias=x_bias, seed=seed)
+            return dropout_add_layer_norm(
+                x, residual, weight, bias, p=dropout, eps=EPS, x_bias=x_bias, seed=seed, impl=impl
+            )
 
         return normalize if plain else add_and_normalize
 

@@ -1,9 +1,9 @@
-"""Time, memory and launches of a piece of work, the ceilings of the machine, and what the machine is.
+"""Time, memory and launches of some work, the rates a machine reaches, and what machine it is.
 
-On a GPU: CUDA events around each part; before every run the L2 cache is overwritten and the GPU is kept busy for a
-moment, so that the host is ahead and gaps between launches are not counted (they are in the training benchmark, which
-times whole steps). On a CPU: the clock. In both, what is compared takes turns, A B C A B C, and ratios are taken within
-a turn: other work on a shared machine then disturbs all of them alike. No clock is set, only read.
+On a GPU, CUDA events surround each part. Before every run the L2 cache is overwritten and the GPU is kept busy for a
+moment, so that the host is ahead and gaps between launches do not count (they do in the training benchmark, which times
+whole steps). On a CPU the clock is read. What is compared takes turns, A B C A B C, and ratios are taken within a turn, so
+that other work on a shared machine affects all of them alike. Clock rates are read, never set.
 """
 
 from __future__ import annotations
@@ -118,17 +118,16 @@ def measure_peak_bytes(work: Callable[[], Any], device: torch.device) -> int | N
     return torch.cuda.max_memory_allocated() - before
 
 
-def count_launches(work: Callable[[], Any], device: torch.device) -> int | None:
-    """Kernels that `work` starts on a GPU, copies and fills by the driver left out; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    from torch.profiler import ProfilerActivity, profile
+def mark_around(work: Callable[[], Any], device: torch.device) -> Callable[[], Marks]:
+    """`work` as `time_in_turn` takes it: with a mark before and after."""
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    def run() -> Marks:
+        marks = Marks(device)
         work()
-        torch.cuda.synchronize()
-    on_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
+        marks.mark()
+        return marks
+
+    return run
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -138,15 +137,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     source = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     size = 8192 if on_gpu else 2048
-    a, b = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.randn((size, size), device=device).to(dtype) for _ in range(2))  # zeros would run faster
 
-    def run(work: Callable[[], Any]) -> Marks:
-        marks = Marks(device)
-        work()
-        marks.mark()
-        return marks
-
-    works = {"copy": lambda: run(lambda: target.copy_(source)), "matmul": lambda: run(lambda: torch.mm(a, b))}
+    works = {
+        "copy": mark_around(lambda: target.copy_(source), device),
+        "matmul": mark_around(lambda: torch.mm(a, b), device),
+    }
     times = time_in_turn(works, device, rounds=5, repeats=5 if on_gpu else 1)
     fastest = {name: min(seconds for (seconds,) in turns) for name, turns in times.items()}
     return {
@@ -181,7 +177,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "commit": _commit(),
-        "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "cpu": {
             "name": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -232,7 +232,7 @@ def write_text(inputs: Sequence[str], files: Sequence[Path], limit: int, *, repe
 
 
 def run_ours(files: Sequence[Path], options: list[str], workers: int, out: Path) -> dict[str, float]:
-    from fastroberta.corpus.shards import load_manifest
+    from fastroberta.corpus.manifest import load_manifest
 
     command = ["-m", "fastroberta.prepare", *map(str, files), "--out", str(out), "--workers", str(workers), *options]
     seconds, cpu_seconds, _ = measure(command, {})

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import DIRECTORY, read_lines
+from .record import DIRECTORY, read_lines
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -28,7 +29,7 @@ KEYS = {
     "prepare": ("workers",),
     "tests": (),
 }
-OUR_COLOUR, PEER_COLOUR = "#1b6ca8", "#9aa5b1"
+OUR_COLOUR, OUR_LIGHT_COLOUR, PEER_COLOUR = "#1b6ca8", "#7fb2d9", "#9aa5b1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +76,7 @@ def read_results(path: Path) -> dict[str, list[dict[str, Any]]]:
             runs[line["run"]] = line
         elif line["kind"] == "ceilings":
             runs[line["run"]]["ceilings"] = line
-        elif line.get("status") != "skipped":
+        elif line["kind"] in KEYS and line.get("status") != "skipped":
             key = (line["kind"], *(str(line.get(name)) for name in KEYS[line["kind"]]))
             latest.pop(key, None)  # the newest goes to the end
             latest[key] = line | {"run": runs[line["run"]]}
@@ -219,64 +220,104 @@ def draw_charts(path: Path, results: dict[str, list[dict[str, Any]]]) -> list[Pa
     return charts
 
 
+def title_of(line: dict[str, Any], sizes: str) -> str:
+    """What every chart says of its machine: name, CPU or GPU, precision, sizes and date."""
+    run = line["run"]
+    kind = "GPU" if run["device"] == "cuda" else f"CPU, {run['cpu']['cores']} cores"
+    dtype = str(run.get("ceilings", {}).get("dtype", "")).removeprefix("torch.")
+    precision = line.get("task", {}).get("precision") or {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
+    words = [f"{run['name']} ({kind})", precision, sizes, run["time"][:10]]
+    return ", ".join(word for word in words if word)
+
+
 def draw_roofline(plt, results):
-    """Each of our kernels by its intensity, below what memory and multipliers of the machine allow."""
+    """Each of our kernels below what the machine's memory and multipliers allow."""
     lines = [line for line in results["kernel"] if line["implementation"] == OURS and line.get("seconds")]
     lines = [line for line in lines if line["flops_per_second"] > 0 or line["bytes_per_second"] > 0]
     if not lines:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(1, 1.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.8 + 0.26 * max(len(lines), 10)), width_ratios=(1, 1.1))
     ceilings = lines[-1]["run"]["ceilings"]
     copy, matmul = ceilings["copy_bytes_per_second"], ceilings["matmul_flops_per_second"]
-    with_products = [line for line in lines if line["intensity"] > 0]
-    most = max([4 * matmul / copy, *(2 * line["intensity"] for line in with_products)])
+    with_products = sorted(
+        (line for line in lines if line["intensity"] > 0), key=lambda line: line["flops_per_second"], reverse=True
+    )
+    most = max([8 * matmul / copy, *(60 * line["intensity"] for line in with_products)])
     x = [1.0, matmul / copy, most]
     left.loglog(x, [min(copy * value, matmul) / 1e12 for value in x], color="black", linewidth=1)
-    operations = list(dict.fromkeys(line["operation"] for line in with_products))
-    for index, operation in enumerate(operations):
-        chosen = [line for line in with_products if line["operation"] == operation]
-        left.loglog(
-            [line["intensity"] for line in chosen], [line["flops_per_second"] / 1e12 for line in chosen],
-            "os^v"[index % 4], color=OUR_COLOUR, label=operation.replace("_", " "), markersize=5, fillstyle="none",
+    left.annotate("memory", (x[1] ** 0.5, copy * x[1] ** 0.5 / 1e12), (6, -6), textcoords="offset points")
+    left.annotate("matrix products", (most, matmul / 1e12), (0, 3), textcoords="offset points", ha="right")
+    lowest, highest = 0.9 * copy / 1e12, 1.6 * matmul / 1e12
+    label_at = 1.0  # height in the panel of the last label: the next one goes below it
+    for line in with_products:
+        point = (line["intensity"], line["flops_per_second"] / 1e12)
+        left.plot(*point, "o", color=OUR_COLOUR, markersize=5)
+        height = math.log(point[1] / lowest) / math.log(highest / lowest)
+        label_at = min(height, label_at - 0.05)
+        shift = (label_at - height) * figure.get_figheight() * 0.7 * 72
+        left.annotate(
+            describe_setting(line), point, (6, shift), textcoords="offset points", fontsize=7, va="center",
+            color=OUR_COLOUR,
         )  # fmt: skip
-    left.set(xlabel="FLOP a byte", ylabel="TFLOP/s", title="Matrix products")
-    if operations:
-        left.legend(frameon=False, loc="lower right")
-    names = [describe_setting(line) for line in lines]
-    right.barh(names, [line["share_of_roofline"] * 100 for line in lines], color=OUR_COLOUR)
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ticks = [digit * 10**power for power in range(-4, 5) for digit in (1, 2, 5)]
+    left.set_yticks([tick for tick in ticks if lowest < tick < highest])
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.yaxis.set_minor_formatter("")
+    left.minorticks_off()
+    left.set(
+        xlabel="FLOP a byte",
+        ylabel="TFLOP/s",
+        title="Kernels with matrix products",
+        ylim=(lowest, highest),
+    )
+    shares = [line["share_of_roofline"] * 100 for line in lines]
+    sizes = next((f"{line['shape'].split(',')[0]} tokens" for line in lines if line["operation"] == "attention"), "")
+    bars = right.barh([describe_setting(line) for line in lines], shares, color=OUR_COLOUR)
+    right.bar_label(bars, [f"{share:.0f}%" if share >= 1 else "under 1%" for share in shares], padding=3, fontsize=7)
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=7)
     right.axvline(100, color="black", linewidth=1)
-    right.set(xlabel="% of the roofline, forward and backward", title="All kernels")
-    name = lines[-1]["run"]["name"]
-    figure.suptitle(f"{name}: {copy / 1e9:,.0f} GB/s copied, {matmul / 1e12:,.3g} TFLOP/s multiplied")
+    right.set(xlabel="% of the roofline, forward and backward", title="All kernels", xlim=(0, max(110, *shares)))
+    figure.suptitle(
+        f"{title_of(lines[-1], sizes)}\n{copy / 1e9:,.0f} GB/s copied, {matmul / 1e12:,.3g} TFLOP/s multiplied",
+        fontsize=9,
+    )
     figure.tight_layout()
     return figure
 
 
 def draw_bars(plt, results, value, label):
-    """A bar for each way to train and model."""
+    """A bar for each way to train; models below each other, on one scale."""
     lines = [line for line in results["train"] if "tokens_per_second" in line and line["status"] == "ok"]
     if not lines:
         return None
     models = list(dict.fromkeys((line["model"], str(line["task"])) for line in lines))
     heights = [sum((line["model"], str(line["task"])) == model for line in lines) for model in models]
     figure, axes = plt.subplots(
-        len(models), 1, figsize=(6.5, 0.9 * len(models) + 0.3 * len(lines)), squeeze=False, height_ratios=heights
-    )
+        len(models), 1, figsize=(7, 1.0 * len(models) + 0.3 * len(lines)), squeeze=False, height_ratios=heights,
+        sharex=True,
+    )  # fmt: skip
     for axis, model in zip(axes[:, 0], models):
         chosen = [line for line in lines if (line["model"], str(line["task"])) == model]
-        colours = [OUR_COLOUR if line["implementation"].startswith(OURS) else PEER_COLOUR for line in chosen]
+        colours = [colour_of(line["implementation"]) for line in chosen]
         bars = axis.barh([line["implementation"] for line in chosen], [value(line) for line in chosen], color=colours)
         axis.bar_label(bars, fmt="{:,.3g}" if max(map(value, chosen)) < 100 else "{:,.0f}", padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.15)
         task = chosen[0]["task"]
-        sizes = f"{task['sequences']} x {task['length']}"
-        axis.set_title(f"roberta-{model[0]}, {sizes}, dropout {task['dropout']}", loc="left")
-        axis.set_xlabel(label)
+        sizes = f"roberta-{model[0]}, {task['sequences']} x {task['length']} tokens a step, dropout {task['dropout']}"
+        axis.set_title(title_of(chosen[-1], sizes), loc="right", fontsize=8)
+    axes[-1, 0].set_xlabel(label)
     figure.tight_layout()
     return figure
+
+
+def colour_of(implementation: str) -> str:
+    """Ours in our colour, and so is another's model with our kernels, lighter."""
+    if implementation.startswith(OURS):
+        return OUR_COLOUR
+    return OUR_LIGHT_COLOUR if "our kernels" in implementation else PEER_COLOUR
 
 
 def draw_speed(plt, results):
@@ -293,25 +334,31 @@ def draw_growth(plt, results):
     kinds = list(dict.fromkeys(line["grows"] for line in lines))
     if not kinds:
         return None
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), squeeze=False)
-    labels = {"length": "tokens a sequence, same tokens a step", "sequences": "sequences a step", "layers": "layers"}
+    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), squeeze=False, sharey=True)
     for axis, kind in zip(axes[0], kinds):
+        panel = [line for line in lines if line["grows"] == kind]
         for name in dict.fromkeys(line["implementation"] for line in lines):
-            chosen = [line for line in lines if line["grows"] == kind and line["implementation"] == name]
-            chosen.sort(key=lambda line: line[kind])
+            chosen = sorted((line for line in panel if line["implementation"] == name), key=lambda line: line[kind])
             x = [line[kind] for line in chosen]
             median, low, high = (
                 [line["seconds_per_step"][which] * 1e3 for line in chosen] for which in ("median", "low", "high")
             )
-            colour = OUR_COLOUR if name == OURS else PEER_COLOUR
-            axis.plot(x, median, "o-", color=colour, label=name, markersize=4)
-            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set_xlabel(labels[kind])
-        axis.set_xticks(sorted({line[kind] for line in lines if line["grows"] == kind}))
+            axis.plot(x, median, "o-", color=colour_of(name), label=name, markersize=4)
+            axis.fill_between(x, low, high, color=colour_of(name), alpha=0.2, linewidth=0)
+        first, tokens = panel[0], panel[0]["sequences"] * panel[0]["length"]
+        axis.set_xlabel(
+            {
+                "length": f"tokens a sequence\n{tokens:,} tokens a step, {first['layers']} layers",
+                "sequences": f"sequences a step\nof {first['length']} tokens, {first['layers']} layers",
+                "layers": f"layers\n{first['sequences']} x {first['length']} tokens a step",
+            }[kind]
+        )
+        axis.set_xticks(sorted({line[kind] for line in panel}))
         axis.tick_params(axis="x", labelsize=7)
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("ms a step")
     axes[0][0].legend(frameon=False)
+    figure.suptitle(title_of(lines[-1], "width of roberta-base"), fontsize=9)
     figure.tight_layout()
     return figure
 

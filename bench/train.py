@@ -1,8 +1,8 @@
 """Whole training steps and their parts: our trainer against transformers' model, collator and fused AdamW.
 
-Every way trains in a process of its own. On a CPU ours and two others take turns step by step, A B C A B C, and
-ratios are taken within a turn; on a GPU one follows the other. Each is first held to a model in fp64: loss and
-gradient norm of a sequence without dropout; and the mean training loss of all ways must agree.
+Every way trains in a process of its own. Ours and one or two others take turns, A B C A B C, and ratios are taken
+within a turn. Each is first compared with a model in fp64 (loss and gradient norm of one sequence without dropout),
+and the mean training losses of all ways must agree.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastroberta_kernels.masking import mask_tokens
+
+from fastroberta.config import ModelConfig
+from fastroberta.corpus.python_texts import write_python_texts
+from fastroberta.costs import model_flops_per_step, peak_flops
+from fastroberta.data import training_batches
 
 from .case import SIZES
 from .measure import choose_dtype, measure_ceilings, spread
-from .results import Run, default_path
-from .trainers import EXACT, MLM_PROBABILITY, SEED, WAYS, Failure, Task, Worker, build_trainer, load_batches
+from .record import Run, default_path
+from .trainers import EXACT, MLM_PROBABILITY, SEED, WAYS, Data, Failure, Task, Worker, load_batches
 
 ROOT = Path(__file__).parents[1]
 OURS = "fastroberta"
@@ -91,8 +97,6 @@ def prepare_python_texts() -> str:
     """
     directory = ROOT / "data" / f"python-texts-{TOKENIZER_SIZE}"
     if not (directory / "manifest.json").exists():
-        from fastroberta.corpus.python_texts import write_python_texts
-
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "texts.jsonl")
             write_python_texts(source)
@@ -134,37 +138,42 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A line for each way."""
     lines: dict[str, dict[str, Any]] = {name: {"implementation": name, "status": "ok"} for name in names}
-    with Worker(EXACT) as worker:
-        try:
-            worker.ask("build", task)
-            exact = worker.ask("check")
-        except Failure as failure:
-            raise RuntimeError(f"the exact result cannot be computed: {failure}") from failure
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     ratios: dict[str, list[float]] = {}
-    # On a GPU a turn is ten steps and one way is finished before the next begins: they would share its memory.
     steps, part_rounds = (10, 3) if on_gpu else (1, 1)
-    for group in [[name] for name in names] if on_gpu else divide(names):
+    reference = Worker(EXACT)
+    reference.tell("build", task)
+    reference.tell("check")
+    exact = None if on_gpu else finish_reference(reference)  # a GPU has room for the other ways meanwhile
+    for group in divide(names, on_gpu):
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in group}
         with contextlib.ExitStack() as stack:
             workers: dict[str, Worker] = {}
-            for name in group:
-                if time.monotonic() > end:
+            if time.monotonic() > end:
+                for name in group:
                     if not results[name]:
                         lines[name] |= {"status": "skipped", "reason": "the time is up"}
-                    continue
-                worker = stack.enter_context(Worker(name))
-                try:
-                    begun = time.monotonic()
-                    worker.ask("build", task)
-                    lines[name] |= judge(worker.ask("check"), exact)
-                    if lines[name]["status"] == "ok":
-                        worker.ask("steps", 3 if on_gpu else 1)  # warm-up and compilation
-                        workers[name] = worker
-                    print(f"  {name}: ready after {time.monotonic() - begun:.0f} s", file=sys.stderr)
-                except Failure as failure:
-                    lines[name] |= explain(failure)
+                continue
+            # Building and compiling take a processor each: on a CPU one after the other, beside a GPU all at once.
+            for wave in [group] if on_gpu else [[name] for name in group]:
+                begun = time.monotonic()
+                ready = {name: stack.enter_context(Worker(name)) for name in wave}
+                for command, argument in (("build", task), ("check", None), ("steps", 3 if on_gpu else 1)):
+                    for worker in ready.values():
+                        worker.tell(command, argument)
+                    for name, worker in list(ready.items()):
+                        try:
+                            answer = worker.hear()
+                            if command == "check":
+                                exact = exact or finish_reference(reference)
+                                lines[name] |= judge(answer, exact)
+                        except Failure as failure:
+                            lines[name] |= explain(failure)
+                        if lines[name]["status"] != "ok":
+                            del ready[name]
+                workers |= ready
+                print(f"  {', '.join(wave)}: ready after {time.monotonic() - begun:.0f} s", file=sys.stderr)
             for command, count, store in (("steps", rounds, turns), ("parts", part_rounds, parts)):
                 for turn in range(count):
                     if (turn or command == "parts") and time.monotonic() > end:
@@ -177,7 +186,7 @@ def compare(
                             del workers[name]
         for name in group:
             results[name] += turns[name]
-            if pairs := list(zip(turns[name], turns.get(OURS, results[OURS]))):
+            if pairs := list(zip(turns[name], turns[OURS])):
                 ratios[name] = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
     measured = {name: result for name, result in results.items() if result and lines[name]["status"] == "ok"}
     losses = {name: statistics.mean(turn["loss"] for turn in result) for name, result in measured.items()}
@@ -192,10 +201,22 @@ def compare(
     return list(lines.values())
 
 
-def divide(names: Sequence[str]) -> list[list[str]]:
-    """Ours beside two others at a time: more than three trainers of roberta-base fill 24 GB."""
-    others = [name for name in names if name != OURS]
-    return [[OURS, *others[first : first + 2]] for first in range(0, len(others), 2)] or [[OURS]]
+def finish_reference(worker: Worker) -> dict[str, float]:
+    """Loss and gradient norm of the model in fp64, whose worker then ends."""
+    with worker:
+        try:
+            worker.hear()
+            return worker.hear()
+        except Failure as failure:
+            raise RuntimeError(f"the exact result cannot be computed: {failure}") from failure
+
+
+def divide(names: Sequence[str], on_gpu: bool) -> list[list[str]]:
+    """Ours beside two others at a time: more than three trainers of roberta-base fill 24 GB. On a GPU of less than
+    100 GB beside one, because transformers takes some 40 GB for the logits of all tokens."""
+    small = on_gpu and torch.cuda.get_device_properties(0).total_memory < 100e9
+    others, count = [name for name in names if name != OURS], 1 if small else 2
+    return [[OURS, *others[first : first + count]] for first in range(0, len(others), count)] or [[OURS]]
 
 
 def judge(found: dict[str, float], exact: dict[str, float]) -> dict[str, Any]:
@@ -218,22 +239,20 @@ def summarize(
     task: Task, result: Sequence[dict[str, float]], parts: Sequence[dict[str, float]], ceilings: dict[str, Any]
 ) -> dict[str, Any]:
     """Tokens/s, MFU, memory, energy and the parts of a step."""
-    from fastroberta.config import ModelConfig
-    from fastroberta.costs import model_flops_per_step, peak_flops
-
     model = ModelConfig(
-        vocab_size=50265, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
+        vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
         intermediate_size=task.intermediate,
     )  # fmt: skip
-    rates = spread([turn["tokens"] / turn["seconds"] for turn in result])
-    turn = result[-1]
-    flops = model_flops_per_step(model, turn["tokens"], int(turn["tokens"] * MLM_PROBABILITY), turn["squares"])
-    flops_per_second = flops / turn["tokens"] * rates.median
+    tokens = task.sequences * task.length
+    rates = spread([tokens * turn["steps"] / turn["seconds"] for turn in result])
+    flops = model_flops_per_step(model, tokens, int(tokens * MLM_PROBABILITY), tokens * task.length)
+    flops_per_second = flops / tokens * rates.median
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     summary: dict[str, Any] = {
         "tokens_per_second": rates._asdict(),
         "seconds_per_step": spread([turn["seconds"] / turn["steps"] for turn in result])._asdict(),
-        "model_flops_per_token": flops / turn["tokens"],
+        "host_seconds_per_step": statistics.median(turn["host_seconds"] / turn["steps"] for turn in result),
+        "model_flops_per_token": flops / tokens,
         "mfu": flops_per_second / peak if peak else None,
         "share_of_matmul": flops_per_second / ceilings["matmul_flops_per_second"],
         "peak_bytes": max(turn["peak_bytes"] for turn in result),
@@ -281,32 +300,26 @@ def print_comparison(title: str, task: Task, lines: Sequence[dict[str, Any]]) ->
 
 def measure_data(run: Run, task: Task) -> None:
     """Reading and masking batches alone, on the CPU, with nothing else to do."""
-    from fastroberta_kernels.masking import mask_tokens
-
-    from fastroberta.data import training_batches
-
-    small = task._replace(layers=1, precision="fp32")
     steps = max(8, 512 // task.sequences)
     rates: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(small, folder, device="cpu")
-        batches = training_batches(trainer.blocks, range(0, 10**9, task.sequences), task.sequences, seed=SEED)
+    data = Data(task)
+    batches = training_batches(data.blocks, range(0, 10**9, task.sequences), task.sequences, seed=SEED)
 
-        def ours() -> None:
-            batch = next(batches)
-            mask_tokens(batch.input_ids, seed=SEED, sample_ids=batch.sample_ids, **trainer.masking)
+    def ours() -> None:
+        batch = next(batches)
+        mask_tokens(batch.input_ids, seed=SEED, sample_ids=batch.sample_ids, **data.masking)
 
-        works = {OURS: ours}
-        with contextlib.suppress(ImportError):
-            loader = load_batches(trainer, small, workers=0)
-            works["transformers' collator"] = lambda: next(loader)
-        for _ in range(5):
-            for name, work in works.items():
-                started = time.perf_counter()
-                for _ in range(steps):
-                    work()
-                rate = steps * task.sequences * task.length / (time.perf_counter() - started)
-                rates.setdefault(name, []).append(rate)
+    works = {OURS: ours}
+    with contextlib.suppress(ImportError):
+        loader = load_batches(data, task, workers=0)
+        works["transformers' collator"] = lambda: next(loader)
+    for _ in range(5):
+        for name, work in works.items():
+            started = time.perf_counter()
+            for _ in range(steps):
+                work()
+            rate = steps * task.sequences * task.length / (time.perf_counter() - started)
+            rates.setdefault(name, []).append(rate)
     print(f"\ndata alone: reading and masking {task.sequences} x {task.length} tokens, on the CPU")
     for name, values in rates.items():
         rate = spread(values)

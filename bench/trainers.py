@@ -1,14 +1,14 @@
-"""The ways to train that are compared, each in a process of its own: ours, and transformers' in its configurations.
+"""The ways to train that are compared, each in its own process: ours, and transformers in several configurations.
 
-All of them train the same model from the same weights on the same blocks in the same order, 15% of the tokens masked,
-with the same dropout, precision (fp32 weights and moments, matrix products in bf16) and fused AdamW on all parameters.
-What differs is how: ours masks exactly 15% of each sequence and computes the head for those tokens only; transformers'
-collator draws each token by itself, its head computes logits of all tokens. Neither changes what is learned.
+All train the same model from the same weights on the same blocks in the same order, with 15% of the tokens masked and the
+same dropout, precision (fp32 weights and moments, matrix products in bf16) and fused AdamW on all parameters. Ours masks
+exactly 15% of each sequence and computes the head for those tokens alone. transformers' collator draws each token
+independently, and its head computes the logits of all tokens. What is learned is the same.
 
-transformers is run as its best user would: a plain loop without the overhead of its Trainer, full blocks without an
-attention mask, special-token masks computed beforehand, on a GPU a loader with worker processes and pinned memory.
-On a CPU our trainer has the C library keep freed memory (`keep_freed_memory`), which transformers does not; a way of its
-own says what it would gain from that.
+transformers is run as an expert would run it: a plain loop without the overhead of its Trainer, full blocks without an
+attention mask, special-token masks computed beforehand, and on a GPU a loader with worker processes and pinned memory.
+On a CPU our trainer makes the C library keep freed memory (`keep_freed_memory`) and transformers does not; one way shows
+what transformers would gain from it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from fastroberta_kernels.masking import mask_tokens
+from torch.profiler import record_function
+
+from fastroberta.config import LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from fastroberta.corpus.manifest import load_manifest
+from fastroberta.data import masking_arguments, open_split, permute, training_batches
+from fastroberta.gpu_monitor import open_gpu_monitor
+from fastroberta.hf import to_huggingface
+from fastroberta.model import RobertaForMaskedLM
+from fastroberta.parallel.processes import keep_freed_memory
+from fastroberta.training.trainer import Trainer
 
 from .case import Absent, need_package
-from .measure import Marks
+from .trace import record_trace, sum_regions
 
 SEED, MLM_PROBABILITY, LEARNING_RATE = 1, 0.15, 1e-4
-VOCABULARY = 50265  # rows of the head, whichever tokenizer made the ids: the work is roberta-base's
 SAMPLES = 200_000  # how many samples of the training order are laid out in advance
 
 
@@ -48,6 +59,7 @@ class Task(NamedTuple):
     sequences: int  # of a step, all at once
     precision: str
     dropout: float = 0.1
+    vocabulary: int = 50265  # rows of the head, whichever tokenizer made the ids: the work is roberta-base's
 
 
 class Way(NamedTuple):
@@ -75,17 +87,15 @@ WAYS = {
 EXACT = "exact"  # transformers in fp64, for checking
 
 
-def build_config(task: Task, output_dir: str, *, compiled: bool = False, device: str = "auto"):
+def build_config(task: Task, output_dir: str, *, compiled: bool = False) -> TrainConfig:
     """Our trainer's configuration for a task."""
-    from fastroberta.config import LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig
-
     model = ModelConfig(
-        hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
+        vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
         intermediate_size=task.intermediate, max_position_embeddings=task.length + 2,
         hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,
     )  # fmt: skip
     return TrainConfig(
-        data=task.data, output_dir=output_dir, device=device, seed=SEED, precision=task.precision,
+        data=task.data, output_dir=output_dir, seed=SEED, precision=task.precision,
         max_seq_length=task.length, packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=task.sequences,
         micro_batch_size=task.sequences, torch_compile=compiled, tensorboard=False, model=model,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
@@ -93,92 +103,52 @@ def build_config(task: Task, output_dir: str, *, compiled: bool = False, device:
     )  # fmt: skip
 
 
-def build_trainer(task: Task, output_dir: str, **options: Any):
-    """Our own Trainer, with a head of roberta-base's size over ids of a tokenizer that may be smaller."""
-    from fastroberta.train import Trainer
+class Data:
+    """The blocks of a task, as the trainer cuts them, and how they are masked."""
 
-    class WideTrainer(Trainer):
-        def _settle_vocabulary(self) -> None:
-            self.config.model.vocab_size = max(VOCABULARY, self.manifest.vocab_size)
+    def __init__(self, task: Task):
+        self.manifest = load_manifest(task.data)
+        self.masking = masking_arguments(self.manifest, MLM_PROBABILITY)
+        self.blocks = open_split(
+            self.manifest, "train", max_seq_length=task.length, packing="contiguous", attention_scope="block"
+        )
 
-    return WideTrainer(build_config(task, output_dir, **options))
-
-
-def mask_one_sequence(trainer: Any) -> tuple[Any, int]:
-    """A masked sequence to check by, the same for every way."""
-    from fastroberta_kernels.masking import mask_tokens
-
-    from fastroberta.data import training_batches
-
-    batch = next(training_batches(trainer.blocks, [0], 1, seed=SEED))
-    masked = mask_tokens(batch.input_ids, seed=SEED, sample_ids=batch.sample_ids, **trainer.masking)
-    return masked, int((masked.labels >= 0).sum())
+    def mask_one_sequence(self) -> tuple[Any, int]:
+        """A masked sequence to check by, the same for every way, and how many of its tokens are masked."""
+        batch = next(training_batches(self.blocks, [0], 1, seed=SEED))
+        masked = mask_tokens(batch.input_ids, seed=SEED, sample_ids=batch.sample_ids, **self.masking)
+        return masked, int((masked.labels >= 0).sum())
 
 
 class Ours:
-    """`fastroberta.train.Trainer`."""
+    """The product's trainer and its own step."""
 
     def __init__(self, task: Task, way: Way):
-        from fastroberta.parallel.processes import keep_freed_memory
-
         self.folder = tempfile.TemporaryDirectory()
         if not torch.cuda.is_available():
-            keep_freed_memory()  # as `fastroberta.train.main` does
-        self.trainer = build_trainer(task, self.folder.name, compiled=way.compiled)
+            keep_freed_memory()  # as `fastroberta.train` does
+        self.trainer = Trainer(build_config(task, self.folder.name, compiled=way.compiled))
         self.device = self.trainer.device
-        self.batches = self._note_sizes(self.trainer._read_batches())
-        self.sizes = (0, 0)
+        self.masked, self.count = Data(task).mask_one_sequence()
+        self.tokens = task.sequences * task.length
         self.last_loss: Any = None
 
-    def _note_sizes(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            self.sizes = (batch.num_tokens, batch.sum_squared_lengths)
-            yield batch
-
-    def add(self, totals: Any, norm: Any, found_inf: Any, sizes: Any) -> None:
-        """What the trainer's meter would be told: here the loss is kept, on the device."""
+    def add(self, totals: Any, *_: Any) -> None:
+        """What the trainer tells its meter after a step: the loss is kept, on the device."""
         self.last_loss = totals[0] / totals[2]
 
     def check(self) -> dict[str, float]:
         """Loss and gradient norm of one sequence without dropout."""
-        masked, count = mask_one_sequence(self.trainer)
         self.trainer.optimizer.zero_grad()
-        result = self.trainer.model.eval().loss(*(value.to(self.device) for value in masked))
+        result = self.trainer.model.eval().loss(*(value.to(self.device) for value in self.masked))
         self.trainer.model.train()
-        (result.loss / count).backward()
+        (result.loss / self.count).backward()
         norm = torch.cat([p.grad.flatten() for p in self.trainer.model.parameters()]).double().norm()
-        return {"loss": result.loss.item() / count, "gradient_norm": norm.item()}
+        return {"loss": result.loss.item() / self.count, "gradient_norm": norm.item()}
 
     def step(self) -> None:
-        self.trainer.train_step(self.batches, self)
+        self.trainer.train_step(self)
         self.trainer.step += 1
-
-    def step_in_parts(self) -> tuple[list[str], Marks]:
-        """`train_step`, taken apart."""
-        from fastroberta_kernels.masking import mask_tokens
-
-        from fastroberta.model import AttentionScope
-        from fastroberta.optim import learning_rate
-
-        trainer = self.trainer
-        marks = Marks(self.device)
-        batch = next(self.batches)
-        marks.mark()
-        masked = mask_tokens(batch.input_ids, seed=trainer.mask_seed, sample_ids=batch.sample_ids, **trainer.masking)
-        marks.mark()
-        scope = AttentionScope(batch.key_lengths, batch.cu_seqlens)
-        result = trainer.loss(*masked, scope, trainer.dropout_keys, batch.first_sample)
-        marks.mark()
-        expected_masked = trainer.expect_masked(trainer.config.train_batch_size)
-        (result.loss / expected_masked).backward()
-        marks.mark()
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = learning_rate(trainer.step, trainer.config)
-        trainer.optimizer.step(grad_scale=result.num_targets.float() / expected_masked)
-        trainer.optimizer.zero_grad()
-        marks.mark()
-        trainer.step += 1
-        return ["data", "masking", "forward", "backward", "optimizer"], marks
 
 
 class Transformers:
@@ -193,19 +163,18 @@ class Transformers:
         if way.attention == "flash_attention_2":
             need_package("flash-attn", gpu=True, device=self.device)
         self.way, self.precision = way, way.precision or task.precision
-        with tempfile.TemporaryDirectory() as folder:
-            # The same initial weights: ours, under their names. On the CPU whatever the device, to spare its memory.
-            trainer = build_trainer(task, folder, device="cpu")
-        from fastroberta.hf import to_huggingface
-        from fastroberta.parallel.processes import keep_freed_memory
-
+        data = Data(task)
+        # The same initial weights: ours, under their names.
+        model_config = build_config(task, "").model
+        ours = RobertaForMaskedLM(model_config, data.manifest.special_token_ids["pad_token_id"])
+        ours.init_weights(SEED)
         if way.keep_memory:
             if self.device.type == "cuda":
                 raise Absent("a matter of the CPU's memory")
             keep_freed_memory()
-        weights = to_huggingface(dict(trainer.model.named_parameters()), trainer.model.config)
+        weights = to_huggingface(dict(ours.named_parameters()), model_config)
         config = transformers.RobertaConfig(
-            vocab_size=trainer.model.config.vocab_size, hidden_size=task.hidden, num_hidden_layers=task.layers,
+            vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers,
             num_attention_heads=task.heads, intermediate_size=task.intermediate,
             max_position_embeddings=task.length + 2, type_vocab_size=1, layer_norm_eps=1e-5,
             hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,
@@ -216,11 +185,11 @@ class Transformers:
         assert all("decoder" in name or "position_ids" in name for name in missing), missing
         self.model.tie_weights()
         self.model.to(self.device).train()
-        self.masked, self.count = mask_one_sequence(trainer)
+        self.masked, self.count = data.mask_one_sequence()
+        self.tokens = task.sequences * task.length
         on_gpu = self.device.type == "cuda"
-        self.loader = load_batches(trainer, task, workers=min(4, (os.cpu_count() or 2) - 1) if on_gpu else 0)
-        self.tokens = task.length * task.sequences
-        del trainer, weights
+        self.loader = load_batches(data, task, workers=min(4, (os.cpu_count() or 2) - 1) if on_gpu else 0)
+        del ours, weights
         if self.precision == "fp64":
             self.model.double()
             return
@@ -234,7 +203,6 @@ class Transformers:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
-        self.sizes = (self.tokens, task.sequences * task.length**2)
         self.last_loss: Any = None
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -257,47 +225,30 @@ class Transformers:
             module.p = probability
         return {"loss": loss.item(), "gradient_norm": norm.item()}
 
-    def _next(self) -> dict[str, torch.Tensor]:
-        batch = next(self.loader)
-        return {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels")}
-
     def step(self) -> None:
-        batch = self._next()
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with record_function("data"):
+            batch = next(self.loader)
+            batch = {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "labels")}
+        with record_function("forward"), self._autocast():
             loss = self.run_model(**batch).loss
-        loss.backward()
-        self.optimizer.step()
+        with record_function("backward"):
+            loss.backward()
+        with record_function("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self.last_loss = loss.detach()
 
-    def step_in_parts(self) -> tuple[list[str], Marks]:
-        marks = Marks(self.device)
-        batch = self._next()
-        marks.mark()
-        with self._autocast():
-            loss = self.run_model(**batch).loss
-        marks.mark()
-        loss.backward()
-        marks.mark()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        marks.mark()
-        return ["data and masking", "forward", "backward", "optimizer"], marks
 
-
-def load_batches(trainer: Any, task: Task, *, workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of transformers' collator: the trainer's blocks in the trainer's order.
+def load_batches(data: Data, task: Task, *, workers: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of transformers' collator: our trainer's blocks in our trainer's order.
 
     Blocks and masks of special tokens lie in memory already, which a data set of a user would not.
     """
-    import numpy as np
     import transformers
 
-    from fastroberta.data import permute
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(trainer.manifest.directory))
-    blocks = trainer.blocks
-    special = torch.tensor(sorted(set(trainer.manifest.special_token_ids.values())))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(data.manifest.directory))
+    blocks = data.blocks
+    special = torch.tensor(sorted(set(data.manifest.special_token_ids.values())))
     examples = []
     for number in np.arange(len(blocks)):
         ids = blocks.read(number[None], number[None], int(number)).input_ids[0]
@@ -338,10 +289,9 @@ def _serve(connection: Any, name: str) -> None:
             elif command == "check":
                 answer = trainer.check()
             elif command == "steps":
-                answer = _run_steps(trainer, argument)
+                answer = run_steps(trainer, argument)
             else:
-                names, marks = trainer.step_in_parts()
-                answer = dict(zip(names, marks.seconds()))
+                answer = sum_regions(record_trace(trainer.step, trainer.device))
             connection.send(("done", answer))
         except Absent as absence:
             connection.send(("absent", str(absence)))
@@ -350,29 +300,27 @@ def _serve(connection: Any, name: str) -> None:
             connection.send(("failed", f"{type(error).__name__}: {reason}\n{traceback.format_exc()}"))
 
 
-def _run_steps(trainer: Any, count: int) -> dict[str, float]:
-    """Seconds, tokens, loss and memory of so many steps."""
+def run_steps(trainer: Ours | Transformers, count: int) -> dict[str, float]:
+    """Seconds, those of them that the host needs to launch the work, loss and memory of so many steps."""
     on_gpu = trainer.device.type == "cuda"
     monitor = None
     if on_gpu:
-        from fastroberta.gpu_monitor import open_gpu_monitor
-
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         monitor = open_gpu_monitor(str(torch.cuda.get_device_properties(0).uuid))
     else:
         forget_peak_bytes()
-    started, tokens, squares = time.perf_counter(), 0, 0
+    started = time.perf_counter()
     for _ in range(count):
         trainer.step()
-        tokens, squares = tokens + trainer.sizes[0], squares + trainer.sizes[1]
+    launched = time.perf_counter() - started
     if on_gpu:
         torch.cuda.synchronize()
-    result = {"seconds": time.perf_counter() - started, "tokens": tokens, "squares": squares, "steps": count}
+    result = {"seconds": time.perf_counter() - started, "host_seconds": launched, "steps": count}
     result["loss"] = float(trainer.last_loss)
     result["peak_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else read_peak_bytes()
     if monitor is not None:
-        result |= monitor.sample(tokens)
+        result |= monitor.sample(count * trainer.tokens)
         monitor.close()
     return result
 
@@ -412,11 +360,20 @@ class Worker:
 
     def ask(self, command: str, argument: Any = None) -> Any:
         """Raises Failure with what the worker says, also where it died."""
-        try:
+        self.tell(command, argument)
+        return self.hear()
+
+    def tell(self, command: str, argument: Any = None) -> None:
+        """Start a command and do not wait for its answer, which `hear` returns."""
+        with contextlib.suppress(OSError):  # a dead worker is noticed by `hear`
             self._connection.send((command, argument))
+
+    def hear(self) -> Any:
+        """The answer to the last command. Raises Failure with what the worker says, also where it died."""
+        try:
             status, answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise Failure("failed", f"the process ended during {command}, perhaps for lack of memory") from error
+            raise Failure("failed", "the process ended, perhaps for lack of memory") from error
         if status != "done":
             raise Failure(status, answer)
         return answer

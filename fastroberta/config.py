@@ -68,9 +68,7 @@ class ModelConfig:
 class OptimizerConfig:
     """How gradients update the weights."""
 
-    name: Literal["adamw", "lamb", "apex_lamb"] = setting(
-        "adamw", "update rule; apex_lamb is NVIDIA's implementation, for comparison, if installed [optimizer]"
-    )
+    name: Literal["adamw", "lamb"] = setting("adamw", "update rule [optimizer]")
     learning_rate: float = setting(6e-4, "peak learning rate, reached at the end of the warm-up [lr]", valid="(0, inf)")
     betas: tuple[float, float] = setting(
         (0.9, 0.98), "decay rates of the running means of gradient and squared gradient [adam_betas]", valid="[0, 1)"
@@ -244,8 +242,6 @@ class TrainConfig:
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is more than max_steps = "
                 f"{self.max_steps}: lower it too, for example --lr_scheduler.warmup_steps {self.max_steps // 10}"
             )
-        if self.optimizer.name == "apex_lamb" and self.device == "cpu":
-            raise ConfigurationError("optimizer.name = apex_lamb runs on a GPU only: use lamb")
 
 
 @dataclass

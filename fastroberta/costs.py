@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import ModelConfig, TrainConfig
 
@@ -53,46 +53,66 @@ def _vocabulary(model: ModelConfig) -> int:
     return model.vocab_size
 
 
-# Dense bf16 matrix products in TFLOP/s with fp32 sums, as in the datasheets (fp16 for GPUs without bf16). The first
-# match counts.
-_DATASHEET = {
-    r"\bGB[23]00\b": 2500.0,
-    r"\bB[23]00\b": 2250.0,
-    r"\bH[12]00 NVL\b": 835.5,
-    r"\bH100 PCIe\b": 756.0,
-    r"\b(H100|H200|GH200|H800)\b": 989.0,
-    r"\bH20\b": 148.0,
-    r"\b(A100|A800)\b": 312.0,
-    r"\bA30\b": 165.0,
-    r"\bA40\b": 149.7,
-    r"\bA10G\b": 70.0,
-    r"\bA10\b": 125.0,
-    r"\bL40S\b": 362.0,
-    r"\bL40\b": 181.0,
-    r"\bL4\b": 121.0,
-    r"\bRTX 6000 Ada\b": 364.0,
-    r"\bRTX A6000\b": 154.8,
-    r"\bRTX 5090$": 209.5,
-    r"\bRTX 4090$": 165.2,
-    r"\bRTX 3090$": 71.0,
-    r"\bV100-PCIE": 112.0,
-    r"\bV100\b": 125.0,
-    r"\bT4\b": 65.0,
+class GPU(NamedTuple):
+    """What the datasheet of a GPU says; a size is None where the GPU is sold with several or links of several speeds."""
+
+    teraflops: float  # dense bf16 products with fp32 sums, TFLOP/s; fp16 for GPUs without bf16
+    memory: float | None = (
+        None  # GiB. Datasheets say GB; a tenth stays free, so they count as GiB, but for the H200's 141
+    )
+    bandwidth: float | None = None  # of the memory, TB/s
+    link: float | None = None  # to the next GPU, one way, over NVLink or else PCIe, GB/s
+
+
+# By the name that torch.cuda.get_device_name gives; the first match counts.
+_GPUS = {
+    r"\bGB[23]00\b": GPU(2500.0),
+    r"\bB[23]00\b": GPU(2250.0),
+    r"\bH200 NVL\b": GPU(835.5, 139.0, 4.8, 450.0),
+    r"\bH200\b": GPU(989.0, 139.0, 4.8, 450.0),
+    r"\bH100 NVL\b": GPU(835.5),
+    r"\bH100 PCIe\b": GPU(756.0),
+    r"\bH100\b": GPU(989.0, 80.0, 3.35, 450.0),
+    r"\b(GH200|H800)\b": GPU(989.0),
+    r"\bH20\b": GPU(148.0),
+    r"\bA100-SXM4-80GB\b": GPU(312.0, 80.0, 2.04, 300.0),
+    r"\bA100-SXM4-40GB\b": GPU(312.0, 40.0, 1.555, 300.0),
+    r"\b(A100|A800)\b": GPU(312.0),
+    r"\bA30\b": GPU(165.0),
+    r"\bA40\b": GPU(149.7),
+    r"\bA10G\b": GPU(70.0),
+    r"\bA10\b": GPU(125.0, 24.0, 0.6, 32.0),
+    r"\bL40S\b": GPU(362.0, 48.0, 0.864, 32.0),
+    r"\bL40\b": GPU(181.0, 48.0, 0.864, 32.0),
+    r"\bL4\b": GPU(121.0, 24.0, 0.3, 32.0),
+    r"\bRTX 6000 Ada\b": GPU(364.0, 48.0, 0.96, 32.0),
+    r"\bRTX A6000\b": GPU(154.8),
+    r"\bRTX 5090$": GPU(209.5, 32.0, 1.79, 64.0),
+    r"\bRTX 4090$": GPU(165.2, 24.0, 1.01, 32.0),
+    r"\bRTX 3090$": GPU(71.0, 24.0, 0.936, 32.0),
+    r"\bV100-PCIE": GPU(112.0),
+    r"\bV100\b": GPU(125.0),
+    r"\bT4\b": GPU(65.0, 16.0, 0.32, 16.0),
 }
 
 
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense bf16 matrix products in the datasheet of a GPU, named as torch.cuda.get_device_name does.
+def find_gpu(device_name: str) -> GPU | None:
+    """The datasheet of a GPU named as torch.cuda.get_device_name does.
 
-    This is the denominator of MFU whatever the precision of the run. None for a GPU that is not listed and for a
-    slice of one (MIG), of which the datasheet says nothing: measure_matmul_flops gives a denominator there.
+    None for a GPU that is not listed and for a slice of one (MIG), of which the datasheet says nothing.
     """
     if "MIG" in device_name:
         return None
-    for pattern, tera in _DATASHEET.items():
-        if re.search(pattern, device_name):
-            return tera * 1e12
-    return None
+    return next((gpu for pattern, gpu in _GPUS.items() if re.search(pattern, device_name)), None)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The denominator of MFU, whatever the precision of the run: FLOP/s of dense bf16 products in the datasheet.
+
+    None where `find_gpu` knows none: measure_matmul_flops gives a denominator there.
+    """
+    gpu = find_gpu(device_name)
+    return None if gpu is None else gpu.teraflops * 1e12
 
 
 def measure_matmul_flops(device: Any, dtype: Any, seconds: float = 0.3) -> float:
@@ -177,6 +197,12 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
         "parameters": parameters, "gradients": gradients, "optimizer": optimizer, "activations": kept + head
     }  # fmt: skip
     return parts | {"total": sum(parts.values())}
+
+
+def choose_micro_batch_size(config: TrainConfig, num_sequences: int, memory: float, num_processes: int = 1) -> int:
+    """The largest divisor of a process's `num_sequences` whose step should fit into `memory` bytes; 1 if none does."""
+    sizes = [size for size in range(1, num_sequences + 1) if num_sequences % size == 0]
+    return max((one for one in sizes if estimate_memory(config, one, num_processes)["total"] <= memory), default=1)
 
 
 def _masked_per_sequence(config: TrainConfig) -> int:

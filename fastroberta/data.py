@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .corpus.manifest import Manifest, load_manifest
 from .corpus.packing import WINDOW, count_documents, cut_blocks, find_documents
-from .corpus.shards import Manifest, ShardReader, load_manifest
+from .corpus.shards import ShardReader
 from .errors import ConfigurationError, DataError
 
 _MIX_A, _MIX_B = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # splitmix64's finalizer

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EvaluateConfig, description=__doc__)
     # After the arguments: importing torch takes a second that --help should not.
     from .checkpoint import STATE, read_state, verify_directory
-    from .corpus.shards import load_manifest
+    from .corpus.manifest import load_manifest
     from .corpus.tokenizer import load_tokenizer, tokenizer_hash
     from .data import heldout_batches, masking_arguments, move_ahead, open_split
     from .errors import ConfigurationError

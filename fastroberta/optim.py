@@ -16,7 +16,6 @@ from fastroberta_kernels.lamb import FusedLAMB
 from torch import Tensor, nn
 
 from .config import OptimizerConfig, TrainConfig
-from .errors import ConfigurationError
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -104,11 +103,11 @@ def round_up(number: int, multiple: int) -> int:
 
 
 class FlatGradients:
-    """One of PyTorch's own kind of optimizers, with FusedLAMB's manners: flat gradients that are divided by a scale, the
-    global norm measured and clipped, and a step that is not taken where the norm is not finite.
+    """PyTorch's fused AdamW with the interface of FusedLAMB: flat gradients that are divided by a scale, their global
+    norm measured and clipped, and no step where the norm is not finite.
 
     Args:
-        inner: an optimizer whose step heeds `found_inf`, as PyTorch's fused ones do, or that may ask the device.
+        inner: a fused AdamW, whose kernel reads `found_inf` on the device.
         max_grad_norm: bound of the global gradient norm; 0 for none.
         all_reduce: see `build_optimizer`.
 
@@ -118,7 +117,7 @@ class FlatGradients:
 
     def __init__(
         self,
-        inner: torch.optim.Optimizer,
+        inner: torch.optim.AdamW,
         max_grad_norm: float,
         all_reduce: Callable[[Tensor], Any] | None = None,
     ):
@@ -149,11 +148,7 @@ class FlatGradients:
         if self.max_grad_norm:
             factor = factor * (self.max_grad_norm / self.last_grad_norm).clamp(max=1.0)
         self.gradient.mul_(factor)
-        found_inf = ~torch.isfinite(self.last_grad_norm)
-        if isinstance(self.inner, torch.optim.AdamW):
-            self.inner.found_inf = found_inf.float()  # type: ignore[attr-defined]  # read by the fused kernel
-        elif found_inf:
-            return
+        self.inner.found_inf = (~torch.isfinite(self.last_grad_norm)).float()  # type: ignore[attr-defined]
         self.inner.step()
 
 
@@ -165,8 +160,6 @@ def build_optimizer(
     Args:
         parameters: by their names in the model, in its order.
         all_reduce: where the parameters are this process's pieces of the model's: sums a tensor over all processes.
-    Raises:
-        ConfigurationError: NVIDIA's apex is asked for and not installed, or cannot do it.
     """
     groups: list[dict[str, Any]] = []
     for decays in (True, False):
@@ -176,16 +169,4 @@ def build_optimizer(
     common: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.name == "lamb":
         return FusedLAMB(groups, **common, max_grad_norm=config.max_grad_norm, all_reduce=all_reduce)
-    if config.name == "adamw":
-        return FlatGradients(torch.optim.AdamW(groups, **common, fused=True), config.max_grad_norm, all_reduce)
-    if all_reduce is not None:
-        raise ConfigurationError("optimizer.name: apex_lamb takes whole tensors; use lamb, or sharding none")
-    try:
-        from apex.optimizers import FusedLAMB as ApexLAMB  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise ConfigurationError(
-            "optimizer.name: apex_lamb needs NVIDIA's apex, built from its source repository; the package that an index "
-            "has under the name apex is another project. Use lamb, which is this project's own"
-        ) from error
-    # Clipped inside the step, as apex does it.
-    return FlatGradients(ApexLAMB(groups, **common, max_grad_norm=config.max_grad_norm), 0.0)
+    return FlatGradients(torch.optim.AdamW(groups, **common, fused=True), config.max_grad_norm, all_reduce)

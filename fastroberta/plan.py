@@ -28,7 +28,15 @@ from typing import NamedTuple
 from .cli.arguments import parse_arguments
 from .cli.program import run
 from .config import ClusterConfig, TrainConfig
-from .costs import estimate_memory, flops_per_step, num_layer_parameters, num_parameters, peak_flops
+from .costs import (
+    choose_micro_batch_size,
+    estimate_memory,
+    find_gpu,
+    flops_per_step,
+    num_layer_parameters,
+    num_parameters,
+    peak_flops,
+)
 from .errors import ConfigurationError
 from .log import format_seconds, print_line
 from .parallel.traffic import Traffic, bytes_sent, count_buckets
@@ -41,23 +49,6 @@ VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
 # Latency in seconds from GPU to GPU, inside a node and between nodes, as NCCL assumes it (hwLat in its
 # src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
 NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
-# From data sheets: memory in GiB, its bandwidth in TB/s, and GB/s one way to the next GPU, by NVLink or else PCIe. A data
-# sheet's GB are taken as GiB, except for the H200, on which PyTorch finds 139. A GPU sold with several memory sizes is
-# listed by PyTorch's name for each size, or not at all.
-_MACHINES = {
-    r"\bH200\b": (139.0, 4.8, 450.0),
-    r"\bH100\b(?! NVL| PCIe)": (80.0, 3.35, 450.0),
-    r"\bA100-SXM4-80GB\b": (80.0, 2.04, 300.0),
-    r"\bA100-SXM4-40GB\b": (40.0, 1.555, 300.0),
-    r"\bL40S?\b": (48.0, 0.864, 32.0),
-    r"\bL4\b": (24.0, 0.3, 32.0),
-    r"\bA10\b": (24.0, 0.6, 32.0),
-    r"\bRTX 6000 Ada\b": (48.0, 0.96, 32.0),
-    r"\bRTX 5090$": (32.0, 1.79, 64.0),
-    r"\bRTX 4090$": (24.0, 1.01, 32.0),
-    r"\bRTX 3090$": (24.0, 0.936, 32.0),
-    r"\bT4\b": (16.0, 0.32, 16.0),
-}
 UPDATE_BYTES = 44  # read and written per parameter by AdamW and LAMB, with the norm, scaling and clearing of gradients
 
 
@@ -66,11 +57,14 @@ class PlanConfig(TrainConfig, ClusterConfig):
     """A training run, and the cluster that it is planned for."""
 
     def __post_init__(self) -> None:
-        for pattern, (memory, bandwidth, link) in _MACHINES.items():
-            if re.search(pattern, self.gpu_name or ""):
-                self.gpu_memory = memory if self.gpu_memory is None else self.gpu_memory
-                self.gpu_bandwidth = bandwidth * 5 / 6 if self.gpu_bandwidth is None else self.gpu_bandwidth
-                self.node_bandwidth = link * 0.8 if self.node_bandwidth is None else self.node_bandwidth
+        gpu = find_gpu(self.gpu_name or "")
+        if gpu is None:
+            return
+        self.gpu_memory = gpu.memory if self.gpu_memory is None else self.gpu_memory
+        if self.gpu_bandwidth is None and gpu.bandwidth is not None:
+            self.gpu_bandwidth = gpu.bandwidth * 5 / 6
+        if self.node_bandwidth is None and gpu.link is not None:
+            self.node_bandwidth = gpu.link * 0.8
 
     def check(self) -> None:
         """Refuse settings that do not fit together."""
@@ -126,9 +120,7 @@ def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
     size = nodes * gpus
     share = config.smallest_batch_size // size
     if config.micro_batch_size == "auto":
-        divisors = [one for one in range(1, share + 1) if share % one == 0]
-        fitting = [one for one in divisors if estimate_memory(config, one, size)["total"] <= _usable_memory(config)]
-        micro_batch_size = max(fitting, default=1)
+        micro_batch_size = choose_micro_batch_size(config, share, _usable_memory(config), size)
     else:
         micro_batch_size = config.micro_batch_size
     num_micro_batches = config.train_batch_size // (size * micro_batch_size)

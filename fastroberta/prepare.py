@@ -43,12 +43,13 @@ from .corpus.boilerplate import find_recurring, write_line_hashes
 from .corpus.chunks import ChunkSettings, sample_chunks
 from .corpus.clean import Cleaner, CleaningSettings, normalize, read_blocklist
 from .corpus.encode import split_lines
+from .corpus.manifest import Manifest
 from .corpus.problems import MENDED, Problems
 from .corpus.quality import Thresholds
 from .corpus.read import CHUNK_BYTES, Chunk, read_chunks, read_documents
 from .corpus.report import check_report_path, write_report
 from .corpus.resume import BOILERPLATE, describe, find_base, find_finished, resume
-from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, Manifest, write_atomically
+from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, write_atomically
 from .corpus.sources import InputFile, find_files
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,

@@ -106,6 +106,12 @@ def test_no_circles_inside_rooms():
     assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
+def test_no_long_files():
+    """Beyond 400 lines a file is more than one idea. Kernels may be longer: each is to be copied as one file."""
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "fastroberta").rglob("*.py")}
+    assert {path.name: length for path, length in lengths.items() if length > 400} == {}
+
+
 def test_kernels_stand_alone():
     """They import torch, and Triton through one file; optional packages where they are used."""
     standard = sys.stdlib_module_names | {"torch"}

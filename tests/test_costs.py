@@ -7,7 +7,9 @@ import torch
 
 from fastroberta.config import ModelConfig, TrainConfig
 from fastroberta.costs import (
+    choose_micro_batch_size,
     estimate_memory,
+    find_gpu,
     flops_per_step,
     measure_matmul_flops,
     model_flops_per_step,
@@ -131,3 +133,17 @@ def test_measured_rate_is_below_the_datasheet():
     if peak is None:
         pytest.skip("this GPU is not in the table")
     assert 0.2 * peak < measure_matmul_flops("cuda", torch.bfloat16) < 1.05 * peak
+
+
+def test_one_table_says_what_a_gpu_has():
+    assert find_gpu("NVIDIA H200") == (989.0, 139.0, 4.8, 450.0)
+    assert find_gpu("NVIDIA H100 PCIe").memory is None  # sold with several
+    assert find_gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+
+
+def test_the_largest_micro_batch_that_fits():
+    config = TrainConfig(model=BASE)
+    needed = {size: estimate_memory(config, size)["total"] for size in (1, 8, 12)}
+    assert choose_micro_batch_size(config, 24, needed[12]) == 12
+    assert choose_micro_batch_size(config, 24, needed[12] - 1) == 8
+    assert choose_micro_batch_size(config, 24, needed[1] / 2) == 1

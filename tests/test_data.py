@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastroberta.corpus.shards import ShardReader, ShardWriter, write_manifest
+from fastroberta.corpus.manifest import write_manifest
+from fastroberta.corpus.shards import ShardReader, ShardWriter
 from fastroberta.data import Blocks, heldout_batches, load_corpora, move_ahead, open_split, permute, training_batches
 from fastroberta.errors import ConfigurationError, DataError
 

@@ -101,11 +101,6 @@ def test_half_a_ramp_is_refused():
         from_dict(TrainConfig, {"train_batch_size": 64, "batch_ramp": {"start": 24, "tokens": 1}})
 
 
-def test_apex_where_it_is_not_installed():
-    with pytest.raises(ConfigurationError, match="another project"):
-        build_optimizer(dict(make_model().named_parameters()), OptimizerConfig(name="apex_lamb"))
-
-
 def test_loss_scale_halves_and_grows():
     scaler = LossScaler(torch.device("cpu"), enabled=True)
     start = scaler.scale.item()

@@ -26,7 +26,8 @@ from ..errors import DataError
 from .chunks import load_chunk
 from .clean import MAX_EXAMPLES, REASONS, Examples, add_example
 from .deduplicate import find_exact_duplicates, find_near_duplicates
-from .shards import AGAIN, SPLITS, Manifest, ShardWriter, file_sha256, load_manifest, token_dtype, write_manifest
+from .manifest import Manifest, load_manifest, write_manifest
+from .shards import AGAIN, SPLITS, ShardWriter, file_sha256, token_dtype
 from .tokenizer import save_tokenizer, special_token_ids, tokenizer_hash, vocabulary_size
 
 HELDOUT_TOKENS = 128 * 512  # to hold out at least: 128 sequences, where a tenth of the corpus is that much

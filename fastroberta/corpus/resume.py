@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, DataError
-from .shards import Manifest, file_sha256, load_manifest, write_atomically
+from .manifest import Manifest, load_manifest
+from .shards import file_sha256, write_atomically
 from .sources import InputFile
 
 BOILERPLATE = "boilerplate.npy"  # in the work folder: hashes of the lines to remove

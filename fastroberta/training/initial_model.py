@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import verify_directory
 from ..config import TrainConfig
-from ..corpus.shards import Manifest
+from ..corpus.manifest import Manifest
 from ..corpus.tokenizer import load_tokenizer, tokenizer_hash
 from ..errors import ConfigurationError
 from ..hf import load_huggingface

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..config import TrainConfig
-from ..costs import estimate_memory
+from ..costs import choose_micro_batch_size
 from ..data import Batch, Blocks, move_ahead, training_batches
 from ..errors import DeviceMemoryError
 from ..optim import BatchSchedule
@@ -38,13 +38,12 @@ class MicroBatches:
         config, size, device = self._config, self._processes.size, self._processes.device
         if config.micro_batch_size != "auto":
             return config.micro_batch_size
-        candidates = _divisors(config.smallest_batch_size // size)
+        share = config.smallest_batch_size // size
         if device.type == "cpu":
-            return max(one for one in candidates if one == 1 or one * config.max_seq_length <= CPU_TOKENS)
+            return max(one for one in _divisors(share) if one == 1 or one * config.max_seq_length <= CPU_TOKENS)
         # What is free, and what this process already holds for weights and gradients.
         budget = 0.9 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device))
-        fitting = [one for one in candidates if estimate_memory(config, one, size)["total"] <= budget]
-        return min(self._processes.collect(max(fitting, default=1)))
+        return min(self._processes.collect(choose_micro_batch_size(config, share, budget, size)))
 
     def num_sequences(self, step: int) -> int:
         """Sequences of a step, counted from 0, over all processes."""

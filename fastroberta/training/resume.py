@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint import get_step, list_checkpoints, read_state, verify_checkpoint
 from ..cli.arguments import to_dict
 from ..config import TrainConfig
-from ..corpus.shards import Manifest
+from ..corpus.manifest import Manifest
 from ..errors import ConfigurationError
 from ..hf import copy_from_huggingface, read_tensors
 from ..model import RobertaForMaskedLM

@@ -17,9 +17,11 @@ from bench import report
 from bench.case import EAGER, OURS, SIZES, Absent, Case, Setting, Size, Work
 from bench.kernels import OPERATIONS, measure_case, print_case
 from bench.measure import spread, time_in_turn
-from bench.results import Run, read_lines
+from bench.record import Run, read_lines
+from bench.trace import REGIONS, record_trace, sum_kernels, sum_regions
 from bench.train import judge
-from bench.trainers import SEED, WAYS, Failure, Ours, Task, Transformers, Way, Worker
+from bench.trainers import SEED, WAYS, Data, Failure, Ours, Task, Transformers, Way, Worker
+from fastroberta.data import training_batches
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": 1e11}
@@ -81,6 +83,25 @@ def test_dropout_that_drops_nothing_is_wrong():
     assert lines["forgetful"]["status"] == "wrong" and "dropout" in lines["forgetful"]["reason"]
 
 
+def test_gradients_under_dropout_are_compared_with_the_twin():
+    """A kernel whose backward forgets what was dropped adds the right noise, and is wrong."""
+    torch.manual_seed(0)
+    mask = (torch.rand(65536) >= 0.1) / 0.9
+
+    def twin(p):
+        return lambda x, w: x * w * (mask.to(x.dtype) if p else 1)
+
+    def forget(p):
+        return lambda x, w: twin(p)(x, w).detach() + (x * w - (x * w).detach())
+
+    for ours, fault in ((twin, None), (forget, "error of the gradient")):
+        case = make_toy({OURS: ours}, dropout=0.1)
+        case.twin = twin
+        case.check(EAGER)
+        verdict = case.check(OURS)
+        assert verdict.fault is None if fault is None else fault in verdict.fault
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_our_kernel_is_right_in_every_setting(operation, monkeypatch):
     torch.manual_seed(0)
@@ -128,7 +149,7 @@ def test_spread():
 def task(tmp_path_factory):
     texts = [f"The number {n} is followed by {n + 1}. After that comes {n + 2}, and so on." for n in range(300)]
     data = prepare_text(tmp_path_factory.mktemp("bench"), "\n\n".join(texts), 300)
-    return Task(str(data), 1, 32, 2, 48, 32, 4, "fp32")
+    return Task(str(data), 1, 32, 2, 48, 32, 4, "fp32", vocabulary=500)
 
 
 def test_both_sides_do_the_same_work(task):
@@ -141,32 +162,49 @@ def test_both_sides_do_the_same_work(task):
         assert judge(side.check(), exact)["error"]["loss"] < 1e-5
         assert "status" not in judge(side.check(), exact)
     # Batch after batch they see the same blocks; what differs is which tokens are masked.
+    ours_batches = training_batches(Data(task).blocks, range(0, 100, task.sequences), task.sequences, seed=SEED)
     for _ in range(3):
-        batch, theirs_batch = next(ours.batches), next(theirs.loader)
+        batch, theirs_batch = next(ours_batches), next(theirs.loader)
         labels = theirs_batch["labels"]
         assert torch.equal(batch.input_ids, torch.where(labels != -100, labels, theirs_batch["input_ids"]))
     # The same number of weights, all of them updated.
-    rows = ours.trainer.model.embeddings.word_embeddings.weight.shape[0] - ours.trainer.model.config.vocab_size
+    rows = ours.trainer.model.embeddings.word_embeddings.weight.shape[0] - task.vocabulary
     count = sum(p.numel() for p in ours.trainer.model.parameters()) - rows * (task.hidden + 1)
     assert count == sum(p.numel() for p in theirs.model.parameters())
     for side in (ours, theirs):
         before = side.check()["loss"]
         for _ in range(3):
             side.step()
-        names, marks = side.step_in_parts()
-        assert len(marks.seconds()) == len(names) and float(side.last_loss) > 0
+        assert float(side.last_loss) > 0
         assert side.check()["loss"] < before
-        assert side.sizes == (4 * 32, 4 * 32 * 32)
+    parts = sum_regions(record_trace(theirs.step, CPU))
+    assert list(parts) == ["data", "forward", "backward", "optimizer"] and all(value > 0 for value in parts.values())
 
 
-def test_our_parts_are_the_step(task):
-    """The step taken apart leaves the same weights as the trainer's own."""
-    whole, apart = Ours(task, Way(ours=True)), Ours(task, Way(ours=True))
-    for _ in range(2):
-        whole.step()
-        apart.step_in_parts()
-    for ours, theirs in zip(whole.trainer.model.parameters(), apart.trainer.model.parameters()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+def test_our_step_names_its_regions(task):
+    pytest.importorskip("fastroberta.training.trainer")
+    parts = sum_regions(record_trace(Ours(task, Way(ours=True)).step, CPU))
+    assert list(parts) == list(REGIONS) and all(value > 0 for value in parts.values())
+
+
+def test_a_gpu_region_gets_the_kernels_launched_inside_it():
+    """Kernels run later than the host launches them, and the backward's come from another thread."""
+
+    def region(name, start, duration):
+        return {"cat": "user_annotation", "name": name, "ts": start, "dur": duration}
+
+    def kernel(number, launched, started, duration, kind="cuda_runtime"):
+        call = {"cat": kind, "name": "launch", "ts": launched, "dur": 1, "args": {"correlation": number}}
+        args = {"correlation": number}
+        return [call, {"cat": "kernel", "name": f"k{number % 2}", "ts": started, "dur": duration, "args": args}]
+
+    events = [
+        region("forward", 0, 10), region("backward", 20, 10), region("no region of ours", 0, 100),
+        *kernel(1, 5, 40, 3), *kernel(2, 21, 50, 4, "cuda_driver"), *kernel(3, 15, 60, 5), *kernel(4, 29, 70, 1),
+        {"cat": "kernel", "name": "k9", "ts": 80, "dur": 7, "args": {}},
+    ]  # fmt: skip
+    assert sum_regions(events) == pytest.approx({"forward": 3e-6, "backward": 5e-6})
+    assert [kernel[:2] for kernel in sum_kernels(events)] == [("k1", 2), ("k9", 1), ("k0", 2)]
 
 
 def test_a_wrong_loss_is_wrong():
@@ -185,7 +223,7 @@ def test_a_worker_that_fails_says_so_and_goes_on(task):
             assert caught.value.status == "failed"
         worker.ask("build", task)
         result = worker.ask("steps", 2)
-        assert result["tokens"] == 2 * 4 * 32 and result["seconds"] > 0
+        assert result["steps"] == 2 and result["seconds"] >= result["host_seconds"] > 0
         worker._process.kill()
         with pytest.raises(Failure, match="process ended"):
             worker.ask("steps", 1)
@@ -204,6 +242,7 @@ def write_results(path):
     for line in measure_case(make_toy({"other": lambda p: lambda x, w: w * x}), CPU, CEILINGS, quick=True):
         run.add("kernel", **line)
     run.add("kernel", operation="toy", setting=Setting("base")._asdict(), status="skipped", reason="the time is up")
+    run.add("tile", sweep="a kind of line that has no table", status="ok")
     run = Run("train", path, CPU, {})
     run.add("ceilings", dtype="torch.float32", **CEILINGS)
     for name, rate in ((OURS, 100.0), ("transformers sdpa", 40.0), (OURS, 120.0)):
@@ -242,6 +281,24 @@ def test_report_shows_the_newest_lines_and_draws_charts(tmp_path, monkeypatch):
         and "old" not in content
         and "119 to 121" in content
     )
+
+
+def test_charts_say_where_they_are_from_and_share_a_scale(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    path = tmp_path / "cpu-2026-01-02.jsonl"
+    write_results(path)
+    results = report.read_results(path)
+    line = results["train"][0]
+    title = report.title_of(line, "4 x 512 tokens")
+    assert "(CPU, " in title and ", bf16, 4 x 512 tokens, 20" in title
+    assert report.colour_of("transformers, our kernels") not in (report.OUR_COLOUR, report.PEER_COLOUR)
+    results["growth"] += [one | {"grows": "layers", "layers": 4} for one in results["growth"]]
+    left, right = report.draw_growth(plt, results).axes
+    assert left.get_ylim() == right.get_ylim() and left.get_ylim()[0] == 0
+    results["kernel"][0]["share_of_roofline"] = 0.001
+    texts = [text.get_text() for axis in report.draw_roofline(plt, results).axes for text in axis.texts]
+    assert "under 1%" in texts and "toy (base)" in texts
+    plt.close("all")
 
 
 def test_report_says_in_one_line_what_it_lacks(tmp_path, monkeypatch, capsys):
@@ -295,9 +352,13 @@ def test_a_piece_that_takes_too_long_is_ended_with_its_children(tmp_path):
 
 def test_command_line_names_the_pieces():
     done = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True)
-    assert done.returncode == 2 and "kernels,train,prepare,resources,report,all,gpu" in done.stderr
+    assert done.returncode == 2 and "kernels,train,prepare,duplicates,resources,report,all,gpu" in done.stderr
     done = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "kernels,train,prepare,resources,report,all,gpu" in done.stdout and not done.stderr
+    assert (
+        done.returncode == 0
+        and "kernels,train,prepare,duplicates,resources,report,all,gpu" in done.stdout
+        and not done.stderr
+    )
 
 
 def test_tables_print(capsys):

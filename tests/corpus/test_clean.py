@@ -15,9 +15,9 @@ import fastroberta.corpus.boilerplate
 from bench.duplicates import SIMILARITIES, find_ours, list_shingles, make_texts
 from fastroberta.corpus.boilerplate import find_recurring, remove_lines, write_line_hashes
 from fastroberta.corpus.clean import REASONS, Cleaner, CleaningSettings, read_blocklist
+from fastroberta.corpus.manifest import load_manifest
 from fastroberta.corpus.quality import GROUPS, RULES, Thresholds, find_fault, list_rules
 from fastroberta.corpus.report import write_report
-from fastroberta.corpus.shards import load_manifest
 from fastroberta.corpus.tokenizer import save_tokenizer, train_tokenizer
 from fastroberta.errors import ConfigurationError
 from fastroberta.prepare import main

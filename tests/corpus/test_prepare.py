@@ -30,8 +30,9 @@ from fastroberta.cli.directories import own_directory
 from fastroberta.cli.program import run
 from fastroberta.corpus.chunks import ChunkProcessor, ChunkSettings
 from fastroberta.corpus.clean import CleaningSettings
+from fastroberta.corpus.manifest import load_manifest
 from fastroberta.corpus.read import read_chunks
-from fastroberta.corpus.shards import ShardReader, load_manifest
+from fastroberta.corpus.shards import ShardReader
 from fastroberta.corpus.sources import find_files
 from fastroberta.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from fastroberta.corpus.workers import process_chunks

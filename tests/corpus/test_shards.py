@@ -11,16 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from fastroberta.corpus.shards import (
-    HEADER,
-    ShardReader,
-    ShardWriter,
-    file_sha256,
-    load_manifest,
-    token_dtype,
-    write_atomically,
-    write_manifest,
-)
+from fastroberta.corpus.manifest import load_manifest, write_manifest
+from fastroberta.corpus.shards import HEADER, ShardReader, ShardWriter, file_sha256, token_dtype, write_atomically
 from fastroberta.errors import DataError
 
 SHA = "ab" * 32

@@ -21,9 +21,15 @@ import torch
 
 from fastroberta.cli.arguments import parse_arguments
 from fastroberta.config import TrainConfig
-from fastroberta.corpus.assemble import finish
+from fastroberta.corpus.manifest import write_manifest
 from fastroberta.corpus.shards import ShardWriter, token_dtype
-from fastroberta.corpus.tokenizer import tokenizer_hash, train_tokenizer, vocabulary_size
+from fastroberta.corpus.tokenizer import (
+    save_tokenizer,
+    special_token_ids,
+    tokenizer_hash,
+    train_tokenizer,
+    vocabulary_size,
+)
 from fastroberta.training.trainer import Trainer
 
 LOSSES = Path(__file__).with_name("golden_losses.json")
@@ -49,7 +55,12 @@ def write_shards(directory):
                 tokens.append(tokenizer.token_to_id("</s>"))
                 writer.append(np.array(tokens, dtype=dtype), np.array([64]), np.array([1]))
         shards += writer.files
-    finish(directory, shards, tokenizer, sha256, {"counts": {}, "problems": {}}, {}, [])
+    contents = {
+        "tokenizer_sha256": sha256, "vocab_size": size, "shards": shards, "tokenizer_files": [],
+        "special_token_ids": {f"{n}_token_id": i for n, i in special_token_ids(tokenizer)._asdict().items()},
+    }  # fmt: skip
+    save_tokenizer(tokenizer, directory)
+    write_manifest(directory, contents)
 
 
 def train(directory):

@@ -213,7 +213,7 @@ def test_one_flipped_bit_in_the_data_is_found_at_the_start(data, tmp_path, split
     content = bytearray(path.read_bytes())
     content[200] ^= 1  # of a token, which becomes another one of the vocabulary
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{split}-00000.bin: bytes 0 to 16383 do not match their checksum; copy"):
+    with pytest.raises(DataError, match=rf"{split}-00000.bin: bytes 0 to \d+ do not match their checksum; copy"):
         Trainer(configure(copy, tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""Results as JSON lines: one line that says what ran where, then one for each measurement of that run."""
+"""A results file of JSON lines: a line that says what ran where, then one for each measurement of that run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def default_path(device: torch.device) -> Path:
 
 
 class Run:
-    """One run of one benchmark; lines are written as soon as they are known, so that what was measured stays.
+    """One run of one benchmark. Each line is written as soon as it is known, so an interrupted run loses nothing.
 
     Args:
-        kind: "kernels", "train", ... path: file to which lines are added.
-        settings: what the run was asked for.
+        kind: "kernels", "train", ... path: file to append to.
+        settings: options of the run.
     """
 
     def __init__(self, kind: str, path: Path, device: torch.device, settings: dict[str, Any]):
@@ -41,7 +41,7 @@ class Run:
         self.add("run", of=kind, time=moment, settings=settings, **self.machine)
 
     def add(self, kind: str, **values: Any) -> dict[str, Any]:
-        """Write one line; returns it."""
+        """Append a line; returns it."""
         line = {"kind": kind, "run": self.id, **values}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
