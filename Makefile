@@ -2,32 +2,33 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-all lint bench clean
+.PHONY: help train test test-all lint bench clean
 
-train: .venv/installed
+help:  ## list what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+train: .venv/installed-plot  ## train a small model on Python's own documentation, to see it work
 	$(BIN)/python -m fastroberta.train
 
 # One process per core, one thread each: tests on small tensors spend their time in Python, not in matrix products.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# A few minutes on two cores: before every commit.
-test: .venv/installed-test
+test: .venv/installed-test  ## run the tests, a few minutes on two cores: before every commit
 	$(PYTEST)
 
-# Also the tests marked `slow`: before a release and after changing a kernel.
-# `make test-all TESTS=tests/bench/test_resources.py` runs one piece; each marked test says how long it takes.
-test-all: .venv/installed-test
+# `make test-all TESTS=tests/bench/test_resources.py` runs one part; each slow test says how long it takes.
+test-all: .venv/installed-test  ## run the slow tests too: before a release, and when a kernel has changed
 	$(PYTEST) -m "slow or not slow" $(TESTS)
 
-lint: .venv/installed-dev
+lint: .venv/installed-dev  ## check style and types; changes no file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --diff fastroberta kernels bench tests
 	$(BIN)/mypy
 
-bench: .venv/installed-bench
+bench: .venv/installed-bench  ## run the benchmark suite on this machine
 	$(BIN)/python -m bench all --quick
 
-clean:
+clean:  ## remove the environment
 	rm -rf .venv
 
 # torch comes first and by its exact version: pip then takes a build that lies on the machine (a CPU build, say) where

@@ -28,7 +28,7 @@ from fastroberta.parallel.fsdp import FullyShardedOptimizer, shard_model
 from fastroberta.parallel.processes import Processes
 from fastroberta.parallel.replicated import ReplicatedOptimizer
 from fastroberta.parallel.sharded import ShardedOptimizer, lay_out
-from fastroberta.plan import PlanConfig, bytes_sent, count_buckets, predict, time_messages
+from fastroberta.plan import PlanConfig, bytes_sent, count_buckets, main, predict, time_messages
 from fastroberta.train import main as train
 
 BASE = ModelConfig(vocab_size=50265)
@@ -270,11 +270,11 @@ def test_program_prints_a_table(capsys):
     assert float(rows["memory a GPU, GiB"][2]) == pytest.approx(sum(parts), abs=0.021)
 
 
-def test_readme_shows_what_the_program_prints(capsys):
-    command = "$ python -m fastroberta.train --plan --nodes 16 --gpus 8\n"
-    assert train(command.split()[4:]) == 0
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert f"```\n{command}{capsys.readouterr().out}```" in readme
+def test_docs_show_what_the_program_prints(capsys):
+    command = "$ python -m fastroberta.plan --nodes 16 --gpus 8\n"
+    assert main(command.split()[4:]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    assert f"```\n{command}{capsys.readouterr().out}```" in page
 
 
 def test_program_says_what_does_not_fit(capsys):
