@@ -2,18 +2,17 @@
 
     <output_dir>/checkpoint-00001000/
         config.json  model.safetensors  tokenizer.json ...   what transformers loads; weights are the fp32 masters
-        optimizer.safetensors                                moments, under the parameters' names
+        optimizer.safetensors                                moments, by parameter name
         trainer_state.json                                   step, configuration, scores
         manifest.json                                        size and SHA-256 of every file above
 
-A directory is written under another name, synced, and appears by one rename: a checkpoint is whole or not there. Nothing
-is pickled. A flipped bit that safetensors would load without a word is found by its checksum.
+A directory is written under a temporary name, synced, and renamed: a checkpoint is either whole or absent. Nothing is
+pickled. Checksums find flipped bits, which safetensors would load silently.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .corpus.shards import file_sha256
 from .errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -43,12 +43,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def get_step(checkpoint: Path) -> int:
-    """The number of optimizer steps after which a checkpoint was taken, from its name."""
+    """The step of a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def get_path(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The directory of the checkpoint of a step."""
     return output_dir / f"checkpoint-{step:08d}"
 
 
@@ -95,7 +95,7 @@ def save_checkpoint(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that others may read as the umask says; safetensors alone makes it its owner's only."""
+    """Write a safetensors file with the mode that the umask gives; safetensors alone makes it private to its owner."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -103,7 +103,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
-    """Delete what a killed run left half written."""
+    """Delete half-written checkpoints of a run that was killed."""
     for path in output_dir.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -124,7 +124,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
-    """Hold every file against the manifest.
+    """Compare every file with the manifest.
 
     Raises:
         CheckpointError: a file is missing, or its size or checksum differs.
@@ -160,9 +160,9 @@ def load_optimizer_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one with the lowest `eval_loss` in its state.
+    """Delete all checkpoints but the newest `keep` and the one with the lowest `eval_loss`.
 
-    One whose state cannot be read stays where it is, for a person to judge: it must not stop the run.
+    A checkpoint whose state cannot be read is left alone: it must not stop the run.
     """
     checkpoints = list_checkpoints(output_dir)
     losses: dict[Path, Any] = {}
@@ -180,8 +180,7 @@ def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _way_out(checkpoint: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a training step costs: parameters, floating-point operations, memory, and the peak to hold them against.
+"""What a training step costs: parameters, floating-point operations and memory, and the peak to compare them with.
 
 n tokens, m masked tokens, L layers, width d, MLP width f, vocabulary V, s tokens of attention span.
 """
@@ -6,8 +6,7 @@ n tokens, m masked tokens, L layers, width d, MLP width f, vocabulary V, s token
 from __future__ import annotations
 
 import re
-import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .config import ModelConfig, TrainConfig
 
@@ -29,7 +28,7 @@ def num_layer_parameters(model: ModelConfig) -> int:
 
 
 def model_flops_per_step(model: ModelConfig, num_tokens: int, num_masked: int, sum_of_squared_lengths: int) -> int:
-    """Operations that a training step needs, forward and backward, whatever is really executed.
+    """Floating-point operations that a training step needs, forward and backward, however it is executed.
 
     6 L (4 d^2 + 2 d f) n for the matrix products with weights, 12 L d sum(s^2) for attention, and
     6 m (d^2 + d V) for the head, which only masked tokens need (PaLM, arXiv 2204.02311, appendix B, with a
@@ -109,49 +108,21 @@ def find_gpu(device_name: str) -> GPU | None:
 def peak_flops(device_name: str) -> float | None:
     """The denominator of MFU, whatever the precision of the run: FLOP/s of dense bf16 products in the datasheet.
 
-    None where `find_gpu` knows none: measure_matmul_flops gives a denominator there.
+    None where `find_gpu` knows none: `precision.measure_matmul_flops` gives a denominator there.
     """
     gpu = find_gpu(device_name)
     return None if gpu is None else gpu.teraflops * 1e12
 
 
-def measure_matmul_flops(device: Any, dtype: Any, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product on this device, the best of some rounds: MFU's denominator on a CPU.
-
-    Args:
-        device: torch.device. dtype: torch.dtype of both factors.
-        seconds: how long to measure; the warm-up comes on top.
-    """
-    import torch
-
-    on_gpu = torch.device(device).type == "cuda"
-    size, rounds = (8192, 10) if on_gpu else (1024, 1)
-    a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
-
-    def time_rounds() -> float:
-        start = time.perf_counter()
-        for _ in range(rounds):
-            torch.mm(a, b)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    time_rounds()
-    best, end = time_rounds(), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, time_rounds())
-    return 2 * size**3 * rounds / best
-
-
 def flops_per_step(config: TrainConfig) -> int:
-    """`model_flops_per_step` of the whole batch, every sequence full and tokens seeing all of theirs."""
+    """`model_flops_per_step` of the whole batch, with full sequences and attention over each whole sequence."""
     tokens = config.train_batch_size * config.max_seq_length
     masked = config.train_batch_size * _masked_per_sequence(config)
     return model_flops_per_step(config.model, tokens, masked, tokens * config.max_seq_length)
 
 
 def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: int = 1) -> dict[str, int]:
-    """Bytes a device needs at the peak of a step, by what they are for, and their "total".
+    """Peak memory of a step in bytes per device, by purpose, and their "total".
 
     For n parameters, all in fp32, and N processes (of which one alone shards nothing):
 

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code that each of the programs ends with.
+"""The expected failures, and the exit code for each.
 
 Every message is one line that says what is wrong, where (file and record), and what to do.
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 
 class FastRobertaError(Exception):
-    """A fault of the input or of the machine, not of this code; programs print it as one line and exit."""
+    """A problem with the input or the machine, not a bug; programs print it as one line and exit."""
 
     exit_code = 1
 
 
 class ConfigurationError(FastRobertaError):
-    """An option, or options that contradict each other."""
+    """A wrong setting, or settings that contradict each other."""
 
     exit_code = 2
 
 
 class DataError(FastRobertaError):
-    """Text, shards or a manifest that cannot be used as they are."""
+    """Text, shards or a manifest that cannot be used."""
 
     exit_code = 3
 
@@ -31,24 +31,24 @@ class NonFiniteError(FastRobertaError):
 
 
 class DeviceMemoryError(FastRobertaError):
-    """A device has too little memory for what was asked."""
+    """Out of memory on a device."""
 
     exit_code = 5
 
 
 class CheckpointError(FastRobertaError):
-    """A checkpoint that is missing, damaged or another model's."""
+    """A checkpoint that is missing, damaged, or of another model."""
 
     exit_code = 6
 
 
 class ProcessError(FastRobertaError):
-    """One of several processes has died, hangs, or computes something else than the others."""
+    """One of several processes died, hangs, or computes something different from the others."""
 
     exit_code = 7
 
 
 class Stopped(FastRobertaError):
-    """Stopped by a signal; started again, the program continues where it was."""
+    """Stopped by a signal; run again, the program continues where it stopped."""
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""`python -m fastroberta.evaluate CHECKPOINT --data DIR`: held-out loss, perplexity and accuracy, same masks every time.
+"""`python -m fastroberta.evaluate CHECKPOINT --data DIR`: held-out loss, perplexity and accuracy under fixed masks.
 
 CHECKPOINT is a checkpoint of this trainer or any Hugging Face RoBERTa directory.
 """

@@ -1,4 +1,4 @@
-"""`python -m fastroberta.export CHECKPOINT OUT`: a Hugging Face model directory from a checkpoint of this trainer.
+"""`python -m fastroberta.export CHECKPOINT OUT`: write a checkpoint as a Hugging Face model directory.
 
 OUT gets what `AutoModelForMaskedLM`, `AutoTokenizer` and `pipeline("fill-mask")` load, and none of the optimizer's state.
 """

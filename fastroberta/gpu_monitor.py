@@ -11,9 +11,9 @@ _THROTTLE_REASONS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
 class GpuMonitor:
-    """Power, energy a token, temperature, clock and throttling of one GPU, through NVML (nvidia-ml-py).
+    """Power, energy per token, temperature, clock and throttling of one GPU, through NVML (nvidia-ml-py).
 
-    What a GPU does not tell (virtual ones tell little) is left out. Made by open_gpu_monitor.
+    What a GPU does not report (virtual GPUs report little) is left out. Use `open_gpu_monitor`.
     """
 
     def __init__(self, nvml: Any, handle: Any):
@@ -27,7 +27,7 @@ class GpuMonitor:
             return None
 
     def sample(self, num_tokens: int) -> dict[str, float]:
-        """Metrics since the last sample, in which this GPU processed so many tokens.
+        """Metrics since the last sample, during which this GPU processed `num_tokens` tokens.
 
         gpu/power_watts is the mean over that time where the GPU counts its energy, else the power now.
         """
@@ -59,7 +59,7 @@ class GpuMonitor:
 
 
 def open_gpu_monitor(uuid: str) -> GpuMonitor | None:
-    """The monitor of a GPU; None where nvidia-ml-py, the driver or the GPU does not answer.
+    """The monitor of a GPU; None if nvidia-ml-py is missing, or the driver or the GPU does not answer.
 
     Args:
         uuid: str(torch.cuda.get_device_properties(device).uuid). NVML counts GPUs otherwise than CUDA does, which

@@ -1,4 +1,4 @@
-"""Hugging Face in and out: one table of names, read in both directions.
+"""Hugging Face checkpoints, in and out: one table of names, used in both directions.
 
 The formats are those of transformers: `config.json`, `model.safetensors` and tokenizer files, for
 `RobertaForMaskedLM`. Neither direction needs transformers to be installed.
@@ -57,7 +57,7 @@ SIZES = (
 
 
 def to_huggingface(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Rename tensors that are named and shaped like the model's parameters (weights, moments) to Hugging Face's names.
+    """Rename tensors that match the model's parameters (weights or moments) to Hugging Face's names.
 
     Args:
         tensors: every parameter's name -> a tensor of its shape.
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Sizes of a Hugging Face RoBERTa directory, and its whole `config.json`.
+    """The sizes of a Hugging Face RoBERTa model, and its whole `config.json`.
 
     Raises:
         CheckpointError: not a RoBERTa that this model can compute.

@@ -1,7 +1,6 @@
-"""What a run reports: floating-point operations, memory, the files of metrics, the progress line, the GPU's sensors.
+"""What a run reports: the files of metrics, and the progress line.
 
-Everything here takes Python numbers, so that the trainer synchronises with the device once a logging interval and
-nowhere else. n tokens, m masked tokens, L layers, width d, MLP width f, vocabulary V, s tokens of attention span.
+Everything here takes Python numbers: the trainer waits for the device once per logging interval, and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .errors import CheckpointError
 
 
 class MetricsWriter:
-    """metrics.jsonl, one JSON object a line, and TensorBoard's files where it is installed.
+    """`metrics.jsonl`, one JSON object per line, and TensorBoard's files if TensorBoard is installed.
 
     A line has "step", "time" (seconds since 1970) and metrics by name: train/loss, eval/accuracy. What is not finite
     becomes null, because JSON has no NaN. Every line is flushed.
@@ -63,7 +62,7 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what is pending and close the files."""
+        """Flush and close the files."""
         with self._explain_failure():
             self._file.close()
             if self._tensorboard is not None:
@@ -116,7 +115,7 @@ _SHOWN = (
 
 
 def format_line(metrics: Mapping[str, float], seconds_left: float | None) -> str:
-    """Loss, learning rate, gradient norm, tokens/s, MFU, as far as they are given, and the time left."""
+    """Whatever is given of loss, learning rate, gradient norm, tokens/s and MFU, and the time left."""
     parts = [label + form.format(metrics[name] * factor) for name, label, form, factor in _SHOWN if name in metrics]
     parts.append(f"ETA {'?' if seconds_left is None else format_seconds(seconds_left)}")
     return "  ".join(parts)
@@ -146,7 +145,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 
 
 class Progress:
-    """The progress line: one that moves on a terminal, a plain one an update elsewhere.
+    """The progress line: a moving bar on a terminal, elsewhere a plain line per update.
 
     Args:
         total_steps: of the whole run. first_step: steps done before this process began.
@@ -195,7 +194,7 @@ class Progress:
             print_line(f"{self._unit} {step}/{self.total_steps}  {line}", self._stream)
 
     def _estimate_seconds_left(self, step: int) -> float | None:
-        """At the mean speed since the first update, which leaves out compiling; before the second, since the start."""
+        """At the mean speed since the first update, which leaves out compilation; at first, since the start."""
         now = time.monotonic()
         reference_step, reference_time = self._reference
         self._updates += 1
@@ -206,7 +205,7 @@ class Progress:
         return (self.total_steps - step) * (now - reference_time) / (step - reference_step)
 
     def print(self, text: str) -> None:
-        """A line of text that stays, above the moving one."""
+        """A line of text that stays, above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

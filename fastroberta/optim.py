@@ -1,4 +1,4 @@
-"""Parameter groups, schedules of rate and batch, and which optimizer: from a gradient sum to new weights.
+"""From summed gradients to new weights: parameter groups, the schedules of learning rate and batch, the optimizers.
 
 Whichever optimizer it is, gradients lie in one contiguous fp32 buffer of which the parameters' are views: one pass
 clears, measures or reduces them all, and micro-batches add up in fp32.
@@ -19,7 +19,7 @@ from .config import OptimizerConfig, TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of update number `step`, counted from 0: linear warm-up to the highest rate, then the decay to 0.
+    """The learning rate of step `step`, counted from 0: linear warm-up to the peak, then decay to 0.
 
     The first update already moves (fairseq's rule; Hugging Face's first rate is 0), and so does the last.
     """
@@ -35,7 +35,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 class BatchSchedule:
-    """How many sequences each step takes, and which: `train_batch_size`, or fewer while the batch ramps up.
+    """Which sequences each step takes, and how many: `train_batch_size`, or fewer during the batch ramp.
 
     The batch is k times `batch_ramp.start`, where k grows linearly with the tokens seen, from 1 to
     train_batch_size / start after `batch_ramp.tokens`. A function of the configuration alone: neither devices nor
@@ -67,7 +67,7 @@ def is_decayed(name: str, config: OptimizerConfig) -> bool:
 
 
 class LossScaler:
-    """Dynamic loss scale for fp16, all of it on the device: halved when gradients overflow, doubled after a while.
+    """Dynamic loss scaling for fp16, entirely on the device: halved when gradients overflow, doubled after a while.
 
     The loss is multiplied by `scale` before the backward, gradients are divided by it (Micikevicius et al., arXiv
     1710.03740, section 3.2). With `enabled=False` the scale is 1 and stays 1.
@@ -155,7 +155,7 @@ class FlatGradients:
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, all_reduce: Callable[[Tensor], Any] | None = None
 ) -> FusedLAMB | FlatGradients:
-    """The update rule that `config.name` says.
+    """The optimizer that `config.name` asks for.
 
     Args:
         parameters: by their names in the model, in its order.

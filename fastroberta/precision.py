@@ -12,19 +12,35 @@ import time
 import torch
 
 FIRST_WITH_BF16 = (8, 0)  # compute capability of GPUs whose tensor cores take bf16
-_SIZE = 256  # 34 MFLOP: under a millisecond, or 40 where bf16 is emulated
+SIZE = 256  # rows of the product that decides; 34 MFLOP: under a millisecond, or 40 where bf16 is emulated
 
 
-def measure_product(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a small square matrix product on a CPU, the best of three after a warm-up."""
-    a, b = (torch.full((_SIZE, _SIZE), 0.5, device=device, dtype=dtype) for _ in range(2))
-    torch.mm(a, b)
-    seconds = []
-    for _ in range(3):
+def measure_matmul_flops(
+    device: torch.device | str, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
+) -> float:
+    """FLOP/s of a square matrix product on this device, the best of some rounds: MFU's denominator on a CPU.
+
+    Args:
+        dtype: of both factors. size: rows of both, on a CPU; a GPU gets 8,192.
+        seconds: how long to measure; the warm-up comes on top.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    size, rounds = (8192, 10) if on_gpu else (size, 1)
+    a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
+
+    def time_rounds() -> float:
         start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return 2 * _SIZE**3 / min(seconds)
+        for _ in range(rounds):
+            torch.mm(a, b)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    time_rounds()
+    best, end = time_rounds(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, time_rounds())
+    return 2 * size**3 * rounds / best
 
 
 def settle_precision(asked: str, device: torch.device, before: str | None = None) -> tuple[str, str]:
@@ -48,7 +64,7 @@ def settle_precision(asked: str, device: torch.device, before: str | None = None
     if asked == "fp32":
         return asked, "as asked"
     half = torch.float16 if asked == "fp16" else torch.bfloat16
-    fast, slow = measure_product(device, half), measure_product(device, torch.float32)
+    fast, slow = (measure_matmul_flops(device, one, size=SIZE, seconds=0.005) for one in (half, torch.float32))
     name = "fp16" if asked == "fp16" else "bf16"
     rates = f"this CPU multiplies {name} at {fast / 1e9:,.1f} GFLOP/s, fp32 at {slow / 1e9:,.1f}"
     if asked == "auto":

@@ -11,12 +11,12 @@ from fastroberta.costs import (
     estimate_memory,
     find_gpu,
     flops_per_step,
-    measure_matmul_flops,
     model_flops_per_step,
     num_layer_parameters,
     num_parameters,
     peak_flops,
 )
+from fastroberta.precision import measure_matmul_flops
 
 BASE = ModelConfig(vocab_size=50265)
 LARGE = ModelConfig(

@@ -8,10 +8,8 @@ import types
 import pytest
 import torch
 
-from fastroberta.costs import (
-    measure_matmul_flops,
-)
 from fastroberta.gpu_monitor import GpuMonitor, open_gpu_monitor
+from fastroberta.precision import measure_matmul_flops
 
 
 class StandIn(types.ModuleType):

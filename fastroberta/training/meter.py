@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..costs import measure_matmul_flops, model_flops_per_step, peak_flops
+from ..costs import model_flops_per_step, peak_flops
 from ..errors import NonFiniteError
 from ..gpu_monitor import open_gpu_monitor
 from ..optim import LossScaler, learning_rate
 from ..parallel.processes import Processes
+from ..precision import measure_matmul_flops
 from .resume import advise_on_divergence
 
 

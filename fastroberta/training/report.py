@@ -30,7 +30,7 @@ class RunLog:
 
     def __init__(self, config: TrainConfig, processes: Processes, meter: Meter, step: int):
         self.meter = meter
-        self._is_writing = processes.is_first
+        self._is_writing, self._is_on_gpu = processes.is_first, processes.device.type == "cuda"
         self._config, self._step = config, step
         self._stack = contextlib.ExitStack()
 
@@ -51,7 +51,9 @@ class RunLog:
         metrics = self.meter.read(step)
         if self._is_writing:
             self._writer.write(step, metrics)
-            self._progress.update(step, metrics)
+            # The peak of a CPU is measured, and on a busy machine too low: MFU could exceed 100%.
+            shown = {name: value for name, value in metrics.items() if self._is_on_gpu or name != "throughput/mfu"}
+            self._progress.update(step, shown)
 
     def write_scores(self, step: int, scores: Scores) -> None:
         """Held-out scores after a step."""

@@ -461,7 +461,7 @@ print(by_default, count_new_pages())
 
 def test_precision_is_chosen_once_and_stays_with_the_run(data, tmp_path, monkeypatch, capsys):
     rates = {torch.float32: 80e9, torch.bfloat16: 0.8e9}
-    monkeypatch.setattr("fastroberta.precision.measure_product", lambda device, dtype: rates[dtype])
+    monkeypatch.setattr("fastroberta.precision.measure_matmul_flops", lambda device, dtype, **_: rates[dtype])
     changes = {"precision": "auto", "save_steps": 6}
     Trainer(configure(data, tmp_path, **changes)).train()
     assert "precision fp32: this CPU multiplies bf16 at 0.8 GFLOP/s, fp32 at 80.0" in capsys.readouterr().out
