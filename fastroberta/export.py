@@ -30,7 +30,8 @@ class ExportConfig:
     format: Literal["huggingface", "onnx"] = setting("huggingface", "for transformers, or for onnxruntime")
     quantize: Literal["none", "int8"] = setting("none", "how to store the weights of the ONNX file; none: as fp32")
     file: str | None = setting(
-        None, "held-out texts, one per line, on which the predictions of int8 are compared with those of fp32"
+        None,
+        "held-out texts, on which int8 is compared with fp32: one per line; for a classifier, also .tsv with labels",
     )
 
     def check(self) -> None:
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .errors import CheckpointError
     from .hf import load_huggingface, save_huggingface
     from .tasks.onnx_export import describe_report, export_onnx
-    from .tasks.texts import read_texts
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         if config.format == "onnx":
-            texts = read_texts([], config.file) if config.file else []
-            report = export_onnx(checkpoint, partial, config.quantize == "int8", texts)
+            report = export_onnx(checkpoint, partial, config.quantize == "int8", config.file)
             done = f"ready for onnxruntime\n{describe_report(report)}"
         else:
             verify_directory(checkpoint)

@@ -46,11 +46,17 @@ class Explanation:
         """What the shares miss of the difference that they should add up to; more steps make it smaller."""
         return self.output - self.baseline - sum(self.shares)
 
+    @property
+    def is_regression(self) -> bool:
+        """Whether the model gives one number and no probabilities."""
+        return len(self.predictions) == 1
+
     def as_table(self) -> str:
         """The shares in lines for a person."""
-        lines = [f"{self.target!r}: {self.output:+.3f} with the words, {self.baseline:+.3f} with all of them hidden"]
+        what = "output" if self.is_regression else "log-probability"
+        lines = [f"{self.target!r}: {what} {self.output:.3f}, and {self.baseline:.3f} with all words hidden"]
         lines += [f"  {share:+8.3f}  {show_token(token)}" for token, share in zip(self.tokens, self.shares)]
-        return "\n".join([*lines, f"  {self.remainder:+8.3f}  left over by the numerical integral"])
+        return "\n".join([*lines, f"  {self.remainder:+8.3f}  not accounted for (numerical integral)"])
 
 
 def show_token(token: str) -> str:
@@ -159,15 +165,16 @@ def _name_target(index: int, head: str, model: PreTrainedModel, tokenizer: Token
 def _show_tokens(encoding: Encoding, text: str, pair: str | None) -> list[str]:
     """Each token as it stands in its text, with the space before it.
 
-    A byte-level token may be a part of a character, which then stands for each of its parts.
+    A byte-level token may be a part of a character, which then stands for the first; the others are "⋯".
     """
     texts, ends, shown = (text, pair or ""), [0, 0], []
     for token, number, (start, end) in zip(encoding.tokens, encoding.sequence_ids, encoding.offsets):
         if number is None:
             shown.append(token)
             continue
-        if texts[number][ends[number] : start].isspace():
-            start = ends[number]
-        shown.append(texts[number][start:end] or token)
+        before = ends[number]
+        if texts[number][before:start].isspace():
+            start = before
+        shown.append("⋯" if start < before else texts[number][start:end] or token)
         ends[number] = end
     return shown

@@ -120,12 +120,11 @@ def make_page(explanation: Explanation, pictures: Sequence[Path]) -> str:
         color = "66, 133, 244" if share > 0 else "219, 68, 55"
         style = f"background: rgba({color}, {0.75 * abs(share) / largest:.2f})"
         shown = html.escape(show_token(token))
-        space = token[: len(token) - len(token.lstrip())]
+        space = token[: len(token) - len(token.lstrip())] if token.strip() else ""
         text.append(f'{space}<span style="{style}" title="{share:+.3f}">{shown}</span>')
         shares.append(f'<tr><td class="number">{share:+.3f}</td><td style="{style}">{shown}</td></tr>')
-    is_regression = len(explanation.predictions) == 1
     predictions = (
-        f'<tr><td class="number">{f"{score:.4f}" if is_regression else f"{score:.2%}"}</td><td>{html.escape(name)}</td></tr>'
+        f'<tr><td class="number">{f"{score:.4f}" if explanation.is_regression else f"{score:.2%}"}</td><td>{html.escape(name)}</td></tr>'
         for name, score in explanation.predictions
     )
     attention = (
@@ -140,7 +139,7 @@ def make_page(explanation: Explanation, pictures: Sequence[Path]) -> str:
         output=explanation.output,
         baseline=explanation.baseline,
         remainder=explanation.remainder,
-        unit="" if is_regression else "Scores are log-probabilities, in nats.",
+        unit="" if explanation.is_regression else "Scores are log-probabilities, in nats.",
         predictions="".join(predictions),
         shares="".join(shares),
         attention="\n".join(attention),

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..corpus.tokenizer import save_tokenizer, special_token_ids
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, DataError
 from .heads import HEADS, load_with_head
 from .onnx_agreement import compare_predictions
+from .texts import read_labelled_texts, read_texts
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -27,7 +28,7 @@ TOLERANCE = 1e-4  # of each output, absolute, and relative beyond 1
 LARGEST = 2_000_000_000  # bytes of weights in one file: protobuf ends at 2 GiB
 
 
-def export_onnx(checkpoint: Path, out: Path, quantize: bool, texts: list[str]) -> dict[str, Any]:
+def export_onnx(checkpoint: Path, out: Path, quantize: bool, file: str | None) -> dict[str, Any]:
     """Write `model.onnx`, its `config.json`, its tokenizer and `onnx.json`, the report that is returned.
 
     Inputs are `input_ids` and `attention_mask` (1: token, 0: padding), int64, of shape (batch, length), or
@@ -36,7 +37,8 @@ def export_onnx(checkpoint: Path, out: Path, quantize: bool, texts: list[str]) -
 
     Args:
         out: directory, made if need be. quantize: store weights as int8 and quantize activations as they come.
-        texts: held-out; what int8 changes is measured on them.
+        file: held-out texts, on which is measured what int8 changes: one per line; or, for sequence classification, a
+            .tsv file with labels.
     Raises:
         CheckpointError: not a model that can be exported, or onnxruntime computes something else than PyTorch.
         ConfigurationError: a package is missing, or the texts do not suit the model.
@@ -48,8 +50,7 @@ def export_onnx(checkpoint: Path, out: Path, quantize: bool, texts: list[str]) -
         raise ConfigurationError(f"format = onnx: needs {error.name}; pip install 'fastroberta[onnx]'") from error
 
     model, head, tokenizer = load_with_head(checkpoint, heads=list(HEADS), extra="onnx")
-    if texts and head not in ("MaskedLM", "SequenceClassification", "TokenClassification"):
-        raise ConfigurationError(f"file: a line of text is no input for {HEADS[head]}; leave --file out")
+    held_out = _read_held_out(file, head, model) if file else None
     if sum(parameter.nbytes for parameter in model.parameters()) > LARGEST:
         raise CheckpointError(
             f"{checkpoint}: more than 2 GB of weights do not fit in one ONNX file; take a smaller model"
@@ -82,9 +83,10 @@ def export_onnx(checkpoint: Path, out: Path, quantize: bool, texts: list[str]) -
         }
         report["bytes"]["int8"] = (out / MODEL).stat().st_size
         report["tokens_per_second"] = _measure_speed(sessions, _make_batch(model, head, 8, min(longest, 128)))
-        if texts:
-            sequences = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
-            report["held_out"] = compare_predictions(sessions, head, sequences, special_token_ids(tokenizer))
+        if held_out:
+            sequences = [encoded.ids for encoded in tokenizer.encode_batch(held_out[0])]
+            special = special_token_ids(tokenizer)
+            report["held_out"] = compare_predictions(sessions, head, sequences, special, held_out[1])
     model.config.save_pretrained(out)
     save_tokenizer(tokenizer, out, model_max_length=longest)
     (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -114,6 +116,20 @@ def describe_report(report: dict[str, Any]) -> str:
     else:
         lines.append(f"size: {size['fp32'] / 1e6:,.2f} MB")
     return "\n".join(lines)
+
+
+def _read_held_out(file: str, head: str, model: PreTrainedModel) -> tuple[list[Any], list[int] | None]:
+    """Texts, or pairs, and the numbers of their labels, if the file has labels."""
+    if head not in ("MaskedLM", "SequenceClassification", "TokenClassification"):
+        raise ConfigurationError(f"file = {file}: a line of text is no input for {HEADS[head]}; leave --file out")
+    if head != "SequenceClassification" or not file.endswith(".tsv"):
+        return read_texts([], file), None
+    texts, labels = read_labelled_texts(file)
+    names = list((model.config.id2label or {}).values())
+    number_of = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
+    if unknown := [label for label in labels if label not in number_of]:
+        raise DataError(f"{file}: label {unknown[0]!r} is unknown to the model, which has {', '.join(names)}")
+    return texts, [number_of[label] for label in labels]
 
 
 def _make_batch(model: PreTrainedModel, head: str, batch: int, length: int) -> dict[str, Tensor]:
