@@ -123,8 +123,9 @@ def make_page(explanation: Explanation, pictures: Sequence[Path]) -> str:
         space = token[: len(token) - len(token.lstrip())] if token.strip() else ""
         text.append(f'{space}<span style="{style}" title="{share:+.3f}">{shown}</span>')
         shares.append(f'<tr><td class="number">{share:+.3f}</td><td style="{style}">{shown}</td></tr>')
+    form = "{:.4f}" if explanation.is_regression else "{:.2%}"
     predictions = (
-        f'<tr><td class="number">{f"{score:.4f}" if explanation.is_regression else f"{score:.2%}"}</td><td>{html.escape(name)}</td></tr>'
+        f'<tr><td class="number">{form.format(score)}</td><td>{html.escape(name)}</td></tr>'
         for name, score in explanation.predictions
     )
     attention = (

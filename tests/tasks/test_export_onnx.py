@@ -14,6 +14,7 @@ from fastroberta.corpus.tokenizer import SpecialTokenIds
 from fastroberta.export import main
 from fastroberta.tasks import onnx_export
 from fastroberta.tasks.onnx_agreement import compare_predictions
+from fastroberta.tasks.texts import read_labelled_texts
 
 transformers = pytest.importorskip("transformers")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -83,8 +84,11 @@ def test_labelled_texts_give_accuracy(add_head, tmp_path):
     labels[0] = 1 - labels[0]
     file = tmp_path / "dev.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in zip(texts, labels)))
+    assert read_labelled_texts(str(file)) == (texts, [str(label) for label in labels])  # quotes are kept
     report = export(directory, tmp_path / "out", "--quantize", "int8", "--file", str(file))
     assert report["held_out"]["predictions"] == 4 and report["held_out"]["accuracy"]["fp32"] == 0.75
+    file.write_text("sentence1\tlabel\tsentence2\nAnna\tyes\tBen\n")
+    assert read_labelled_texts(str(file)) == ([("Anna", "Ben")], ["yes"])
 
 
 class FakeSession:
