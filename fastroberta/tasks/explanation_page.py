@@ -81,9 +81,10 @@ def write_explanation(out: Path, explanation: Explanation, attentions: Sequence[
 
 
 def draw_layer(path: Path, attention: Tensor, tokens: list[str], title: str) -> None:
-    """One map for each head of a layer, (heads, length, length), on a common scale from 0 to 1."""
+    """One map for each head of a layer, (heads, length, length), on one scale; its square root shows small weights too."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import PowerNorm
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError("explain needs matplotlib; pip install 'fastroberta[explain]'") from error
@@ -94,12 +95,13 @@ def draw_layer(path: Path, attention: Tensor, tokens: list[str], title: str) -> 
     figure = Figure(figsize=(columns * side, rows * side + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
+    scale = PowerNorm(0.5, vmin=0, vmax=float(attention.max()))
     panels = figure.subplots(rows, columns, squeeze=False)
     for head, panel in enumerate(panels.flat):
         if head >= num_heads:
             panel.axis("off")
             continue
-        image = panel.imshow(attention[head].numpy(), cmap="Blues", vmin=0, vmax=1)
+        image = panel.imshow(attention[head].numpy(), cmap="Blues", norm=scale)
         panel.set_title(f"head {head + 1}", fontsize=9)
         if length <= MOST_LABELS:
             labels = [token if len(token) <= 14 else f"{token[:13]}…" for token in map(show_token, tokens)]
