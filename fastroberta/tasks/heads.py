@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from ..checkpoint import verify_directory
@@ -64,7 +65,7 @@ def load_with_head(
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{directory}: transformers cannot load it ({reason}); give another") from error
     if missing := sorted(loading["missing_keys"]):

@@ -139,6 +139,7 @@ def test_another_output_is_refused_and_leaves_nothing(checkpoint, tmp_path, caps
         ("no tokenizer", [], 2, "no tokenizer.json"),
         ("no config", [], 6, "has no config.json"),
         ("no weights", [], 6, "transformers cannot load it"),
+        ("damaged", [], 6, "transformers cannot load it"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path, capsys, head, arguments, code, message):
@@ -147,6 +148,8 @@ def test_what_cannot_be_exported_is_refused(checkpoint, tmp_path, capsys, head, 
     config = json.loads((copy / "config.json").read_text())
     if head == "bert":
         (copy / "config.json").write_text(json.dumps({**config, "model_type": head}))
+    elif head == "damaged":
+        (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-100])
     elif head and head.startswith("no "):
         for pattern in {"tokenizer": ("*token*", "vocab.json"), "config": ("config.json",), "weights": ("model.*",)}[
             head.removeprefix("no ")
