@@ -9,9 +9,10 @@ PROGRAMS = {
     "train": "pretrain RoBERTa on them, or without arguments on a small example",
     "plan": "predict memory, communication and speed of a run on a cluster",
     "evaluate": "compute held-out loss, perplexity and accuracy of a checkpoint",
-    "export": "write a checkpoint as a directory that transformers loads",
+    "export": "write a checkpoint as a directory that transformers or onnxruntime loads",
     "fill_mask": "predict masked words in texts, or serve a page to try a model",
     "embed": "turn texts into vectors",
+    "explain": "show which tokens a prediction rests on, and the attention of every head",
     "torchrun": "start train on several GPUs or machines, as torchrun does",
 }
 

@@ -1,6 +1,8 @@
-"""`python -m fastroberta.export CHECKPOINT OUT`: write a checkpoint as a Hugging Face model directory.
+"""`python -m fastroberta.export CHECKPOINT OUT`: a checkpoint as a directory that transformers or onnxruntime loads.
 
-OUT gets what `AutoModelForMaskedLM`, `AutoTokenizer` and `pipeline("fill-mask")` load, and none of the optimizer's state.
+`--format huggingface` (a checkpoint of this trainer): what `AutoModelForMaskedLM`, `AutoTokenizer` and
+`pipeline("fill-mask")` load, and none of the optimizer's state. `--format onnx` (also a fine-tuned transformers directory):
+`model.onnx`, checked against PyTorch, and its tokenizer.
 """
 
 from __future__ import annotations
@@ -11,18 +13,33 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from .cli.arguments import parse_arguments
 from .cli.program import run
 from .config import setting
+from .errors import ConfigurationError
 
 
 @dataclass
 class ExportConfig:
     """One export."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
+    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face directory", positional=True)
     out: str = setting(help="directory to write; must be empty or not exist yet", positional=True)
+    format: Literal["huggingface", "onnx"] = setting("huggingface", "for transformers, or for onnxruntime")
+    quantize: Literal["none", "int8"] = setting("none", "how to store the weights of the ONNX file; none: as fp32")
+    file: str | None = setting(
+        None,
+        "held-out texts, on which int8 is compared with fp32: one per line; for a classifier, also .tsv with labels",
+    )
+
+    def check(self) -> None:
+        """Refuse settings without effect."""
+        if self.quantize != "none" and self.format != "onnx":
+            raise ConfigurationError(f"quantize = {self.quantize}: only an ONNX file is quantized; add --format onnx")
+        if self.file is not None and self.quantize == "none":
+            raise ConfigurationError(f"file = {self.file}: held-out texts serve int8 only; add --quantize int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,23 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .checkpoint import verify_directory
     from .corpus.tokenizer import load_tokenizer
-    from .errors import CheckpointError, ConfigurationError
+    from .errors import CheckpointError
     from .hf import load_huggingface, save_huggingface
+    from .tasks.onnx_export import describe_report, export_onnx
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"out: {out} exists and is not an empty directory; give another")
-    verify_directory(checkpoint)
-    model, tokenizer = load_huggingface(checkpoint), load_tokenizer(checkpoint)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
-        save_huggingface(model, tokenizer, partial)
+        if config.format == "onnx":
+            report = export_onnx(checkpoint, partial, config.quantize == "int8", config.file)
+            done = f"ready for onnxruntime\n{describe_report(report)}"
+        else:
+            verify_directory(checkpoint)
+            save_huggingface(load_huggingface(checkpoint), load_tokenizer(checkpoint), partial)
+            done = "ready for transformers' AutoModelForMaskedLM and AutoTokenizer"
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written ({error}); make room, or give another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: ready for transformers' AutoModelForMaskedLM and AutoTokenizer")
+    print(f"{out}: {done}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """A small checkpoint for what comes after pretraining; its weights are random, which is enough to compare by."""
 
 import pytest
+import torch
 
 from fastroberta.config import ModelConfig
 from fastroberta.corpus.tokenizer import train_tokenizer, vocabulary_size
@@ -22,3 +23,29 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     save_huggingface(model, tokenizer, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def add_head(checkpoint, tmp_path_factory):
+    """A function: name of a head -> directory of the checkpoint with that head, as fine-tuning would leave it."""
+    transformers = pytest.importorskip("transformers")
+    made = {}
+
+    def add(head, **settings):
+        key = (head, repr(settings))
+        if key not in made:
+            if head == "SequenceClassification" and not settings:
+                settings = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+            torch.manual_seed(0)
+            model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+                checkpoint, num_hidden_layers=1, **settings
+            )
+            for name, parameter in model.named_parameters():
+                if "classifier" in name or "qa_outputs" in name:
+                    torch.nn.init.normal_(parameter, std=0.5)
+            made[key] = tmp_path_factory.mktemp(head)
+            model.save_pretrained(made[key])
+            transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(made[key])
+        return made[key]
+
+    return add
