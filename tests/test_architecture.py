@@ -18,7 +18,7 @@ FLOORS = [
     ["parallel", "hf", "precision"],
     ["training"],
     ["tasks"],
-    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed"],
+    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed", "finetune"],
     ["train"],
     ["__main__"],
 ]

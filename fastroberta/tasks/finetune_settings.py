@@ -1,0 +1,86 @@
+"""The settings of fine-tuning; the defaults are the RoBERTa paper's recipe for GLUE (Liu et al. 2019, Table 10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import setting
+from ..errors import ConfigurationError
+from .task import METRICS
+
+
+@dataclass
+class FinetuneConfig:
+    """One task, and how to train for it."""
+
+    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
+    out: str = setting(help="directory for the result; the same command continues an interrupted run there")
+    task: Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli"] | None = setting(
+        None, "task of GLUE, read from its own files in --data"
+    )
+    data: str | None = setting(None, "directory of GLUE, or of the task's files")
+    train: str | None = setting(None, "own training data: .csv, .tsv, .jsonl, .parquet or .conll")
+    dev: str | None = setting(None, "own development data, by which the best epoch is chosen")
+    test: str | None = setting(None, "own test data, scored once at the end")
+    predict: str | None = setting(None, "own data without labels, for predictions.tsv")
+    kind: Literal["classification", "regression", "multi-label", "tokens"] = setting(
+        "classification",
+        "what own data ask for: one label, a number, any number of labels (a list, or joined by commas), or a tag per word",
+    )
+    text: str | None = setting(None, "column of the text; null: text, or words for tokens")
+    pair: str | None = setting(None, "column of the second text of a pair")
+    label: str | None = setting(None, "column of the label; null: label, or tags for tokens")
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = setting(
+        None, "dev metric that chooses the best epoch and seed; null: that of GLUE's task, else the kind's usual one"
+    )
+    class_weights: bool = setting(False, "weight each class in the loss by its rarity in the training data")
+    label_smoothing: float = setting(0.0, "share of each target spread evenly over the classes", valid="[0, 1)")
+    max_seq_length: int | None = setting(
+        None, "tokens at which texts are cut; null: as many as the model takes", valid="[3, inf)"
+    )
+    learning_rate: float = setting(2e-5, "peak learning rate; the paper tries 1e-5, 2e-5 and 3e-5", valid="(0, inf)")
+    train_batch_size: int = setting(16, "examples per step; the paper tries 16 and 32", valid="[1, inf)")
+    micro_batch_size: int | None = setting(
+        None, "examples computed at once; null: the whole batch. Gradients are accumulated", valid="[1, inf)"
+    )
+    epochs: int = setting(10, "most passes over the training data", valid="[1, inf)")
+    patience: int = setting(3, "epochs without a better dev metric after which training stops", valid="[1, inf)")
+    warmup: float = setting(0.06, "share of the steps in which the learning rate rises", valid="[0, 1)")
+    weight_decay: float = setting(0.1, "weight decay of AdamW", valid="[0, inf)")
+    seed: int = setting(1, "first seed: of the head's weights, the order of examples, and dropout", valid="[0, inf)")
+    seeds: int = setting(
+        1, "number of seeds; the report gives their median, and the best model is kept", valid="[1, inf)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "auto", "precision of the matrix products; auto: what the device is fast in"
+    )
+    kernels: bool = setting(True, "whether to put this project's kernels into the model")
+
+    def check(self) -> None:
+        """Refuse settings that do not fit together."""
+        own = ("train", "dev", "test", "predict", "text", "pair", "label")
+        if (self.task is None) == (self.train is None):
+            raise ConfigurationError("--task or --train is required, and not both: see --help")
+        if self.task is not None:
+            if self.data is None:
+                raise ConfigurationError(f"--data is required with --task {self.task}: the directory of GLUE's files")
+            if given := [name for name in own if getattr(self, name) is not None]:
+                raise ConfigurationError(f"{given[0]} is for own data, and --task {self.task} has its own; drop one")
+        elif self.dev is None:
+            raise ConfigurationError("--dev is required with --train: it decides which epoch is best")
+        elif self.data is not None:
+            raise ConfigurationError("data is for --task; own data are named by --train and --dev")
+        elif self.metric is not None and self.metric not in METRICS[self.kind]:
+            raise ConfigurationError(f"metric = {self.metric}: {self.kind} has {', '.join(METRICS[self.kind])}")
+        elif self.pair is not None and self.kind == "tokens":
+            raise ConfigurationError("pair: token classification takes one text")
+        if self.label_smoothing and self.kind in ("regression", "multi-label"):
+            raise ConfigurationError(f"label_smoothing = {self.label_smoothing}: not for {self.kind}; drop it")
+        if self.class_weights and self.kind == "regression":
+            raise ConfigurationError("class_weights: regression has no classes; drop it")
+        if self.micro_batch_size and self.train_batch_size % self.micro_batch_size:
+            raise ConfigurationError(
+                f"micro_batch_size = {self.micro_batch_size}: must divide train_batch_size = {self.train_batch_size}"
+            )
