@@ -130,6 +130,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
                 shutil.rmtree(out / f"seed-{run['seed']}" / "model", ignore_errors=True)
     for path in (out / f"seed-{best['seed']}").iterdir():
         if path.name != RESULT:
+            shutil.rmtree(out / path.name, ignore_errors=True)
             path.replace(out / path.name)
     result = {
         "task": data.task.name,
