@@ -27,6 +27,7 @@ from ..parallel.processes import select_device
 from ..precision import settle_precision
 from .examples import Examples, encode_table, list_labels, make_collate
 from .finetune_report import draw_confusion, draw_curves, write_predictions
+from .finetune_search import read_trials, search_settings
 from .finetune_settings import FinetuneConfig
 from .finetune_train import Place, load_model, make_trainer, measure_speed, predict_logits
 from .metrics import score_predictions
@@ -117,6 +118,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(_describe(data, place), flush=True)
+    if config.search:
+
+        def train(tried: FinetuneConfig, directory: Path) -> dict[str, Any]:
+            return run_seed(tried, data, place, tried.seed, directory)
+
+        config = search_settings(config, data.task.metric, out, train)
     runs: list[dict[str, Any]] = []
     for seed in range(config.seed, config.seed + config.seeds):
         directory = out / f"seed-{seed}"
@@ -146,6 +153,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "device": str(device),
         "precision": place.precision,
         "settings": to_dict(config),
+        **({"trials": read_trials(out)} if config.search else {}),
         "runs": runs,
     }
     _write_json(out / RESULT, result)

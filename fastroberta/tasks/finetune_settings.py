@@ -52,6 +52,14 @@ class FinetuneConfig:
     seeds: int = setting(
         1, "number of seeds; the report gives their median, and the best model is kept", valid="[1, inf)"
     )
+    search: Literal["grid", "optuna"] | None = setting(
+        None, "search learning rate and batch size first: grid tries all pairs, optuna looks between them"
+    )
+    trials: int | None = setting(None, "most trials of the search; null: as many as the grid has", valid="[1, inf)")
+    search_learning_rates: list[float] = setting(
+        list, "learning rates to try, optuna from the lowest to the highest; []: 1e-5, 2e-5, 3e-5", valid="(0, inf)"
+    )
+    search_batch_sizes: list[int] = setting(list, "batch sizes to try; []: 16, 32", valid="[1, inf)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto", "precision of the matrix products; auto: what the device is fast in"
@@ -80,7 +88,12 @@ class FinetuneConfig:
             raise ConfigurationError(f"label_smoothing = {self.label_smoothing}: not for {self.kind}; drop it")
         if self.class_weights and self.kind == "regression":
             raise ConfigurationError("class_weights: regression has no classes; drop it")
-        if self.micro_batch_size and self.train_batch_size % self.micro_batch_size:
-            raise ConfigurationError(
-                f"micro_batch_size = {self.micro_batch_size}: must divide train_batch_size = {self.train_batch_size}"
-            )
+        if self.trials and not self.search:
+            raise ConfigurationError(f"trials = {self.trials}: needs --search grid or optuna")
+        self.search_learning_rates = self.search_learning_rates or [1e-5, 2e-5, 3e-5]
+        self.search_batch_sizes = self.search_batch_sizes or [16, 32]
+        sizes = self.search_batch_sizes if self.search else [self.train_batch_size]
+        for size in sizes:
+            if self.micro_batch_size and size % self.micro_batch_size:
+                what = "search_batch_sizes" if self.search else "train_batch_size"
+                raise ConfigurationError(f"micro_batch_size = {self.micro_batch_size}: must divide {what} = {size}")
