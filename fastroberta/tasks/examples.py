@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ HINT = "name the columns with --text, --pair and --label"
 
 
 @dataclass(frozen=True)
+class Question:
+    """A question on a text; `answers` are all that count as right, none for a question without an answer."""
+
+    id: str
+    context: str
+    answers: list[str]
+
+
+@dataclass(frozen=True)
 class Examples:
     """The examples of one file.
 
@@ -29,10 +38,18 @@ class Examples:
             (several labels) or a list of ints (tokens; IGNORED_LABEL where a token begins no word). For tokens, also
             `words`, the number of the word that each token begins, or None, and `num_words`.
         num_truncated: examples longer than the model takes.
+        questions: of question answering only; see `encode_questions` for its features.
     """
 
     features: list[dict[str, Any]]
     num_truncated: int
+    questions: list[Question] = field(default_factory=list)
+
+
+def count_tokens(feature: dict[str, Any]) -> int:
+    """Length of an example, of its longest choice if it has several."""
+    ids = feature["input_ids"]
+    return max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
 
 
 def list_labels(table: Table, task: Task) -> list[str]:
@@ -92,8 +109,8 @@ def encode_table(
 
 
 def make_collate(pad_token_id: int, device_multiple: int = 1) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-    """A function from features to a batch: `input_ids` and `attention_mask` (b, l) int64, and `labels`, (b,) int64 or
-    fp32, (b, number of labels) fp32, or (b, l) int64."""
+    """A function from features to a batch: `input_ids` and `attention_mask` (b, l) int64, (b, choices, l) for multiple
+    choice, and `labels`, (b,) int64 or fp32, (b, number of labels) fp32, (b, l) int64, or (b, 2) int64 for spans."""
 
     def pad(rows: list[list[int]], value: int) -> Tensor:
         length = -(-max(map(len, rows)) // device_multiple) * device_multiple
@@ -101,11 +118,15 @@ def make_collate(pad_token_id: int, device_multiple: int = 1) -> Callable[[list[
 
     def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [feature["input_ids"] for feature in features]
+        shape: tuple[int, ...] = (len(ids), -1)
+        if isinstance(ids[0][0], list):
+            shape = (len(ids), len(ids[0]), -1)
+            ids = [row for choices in ids for row in choices]
         batch = {"input_ids": pad(ids, pad_token_id), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
+        batch = {name: tensor.view(shape) for name, tensor in batch.items()}
         if "labels" in features[0]:
             values = [feature["labels"] for feature in features]
-            of_tokens = isinstance(values[0], list) and isinstance(values[0][0], int)
-            batch["labels"] = pad(values, IGNORED_LABEL) if of_tokens else torch.tensor(values)
+            batch["labels"] = pad(values, IGNORED_LABEL) if "words" in features[0] else torch.tensor(values)
         return batch
 
     return collate

@@ -26,7 +26,10 @@ def make_loss(kind: str, class_weights: Tensor | None, label_smoothing: float) -
     """
 
     def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = outputs.logits.float()
+        if kind == "question-answering":  # (b, 2, l): the first and the last token are each one of l classes
+            logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
+        else:
+            logits = outputs.logits.float()
         weight = None if class_weights is None else class_weights.to(logits.device)
         if kind == "regression":
             total = F.mse_loss(logits.squeeze(-1), labels, reduction="sum")

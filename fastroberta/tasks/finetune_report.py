@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
+from .examples import Examples
 from .metrics import decide
+from .questions import choose_answers, settle_answer
 
 MOST_CLASSES_DRAWN = 40  # more squares than this cannot be read
 
 
-def write_predictions(
-    path: Path, kind: str, logits: np.ndarray, labels: Sequence[str], features: list[dict[str, Any]]
-) -> None:
-    """Predictions in GLUE's submission format: `index` and `prediction`, separated by a tab, in the file's order.
+def list_predictions(
+    kind: str, logits: np.ndarray, labels: Sequence[str], part: Examples, threshold: float
+) -> list[str]:
+    """A prediction in words for each example.
 
     Several labels are joined by commas, the tags of a sentence's words by spaces; a word that was cut off has the tag O.
+
+    Args:
+        threshold: see `questions`.
     """
+    if kind == "question-answering":
+        return [settle_answer(answer, threshold) for answer in choose_answers(part, logits)]
     decided = decide(kind, logits)
-    lines = ["index\tprediction"]
-    for index, (value, feature) in enumerate(zip(decided, features)):
-        if kind == "regression":
-            text = f"{value:.3f}"
-        elif kind == "multi-label":
-            text = ",".join(label for label, is_there in zip(labels, value) if is_there)
-        elif kind == "tokens":
-            tags = {word: labels[number] for word, number in zip(feature["words"], value) if word is not None}
-            text = " ".join(tags.get(word, "O") for word in range(feature["num_words"]))
-        else:
-            text = labels[value]
-        lines.append(f"{index}\t{text}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if kind == "regression":
+        return [f"{value:.3f}" for value in decided]
+    if kind == "multi-label":
+        return [",".join(itertools.compress(labels, row)) for row in decided]
+    if kind == "tokens":
+        found = []
+        for row, feature in zip(decided, part.features):
+            tags = {word: labels[number] for word, number in zip(feature["words"], row) if word is not None}
+            found.append(" ".join(tags.get(word, "O") for word in range(feature["num_words"])))
+        return found
+    return [labels[number] for number in decided]
+
+
+def write_predictions(path: Path, predictions: Sequence[str], part: Examples) -> None:
+    """Predictions in GLUE's submission format: `index` and `prediction`, separated by a tab, in the file's order.
+
+    Answers to questions are also written as SQuAD's scorer takes them, beside it in .json: texts by the questions' ids.
+    """
+    lines = [f"{index}\t{' '.join(text.split())}" for index, text in enumerate(predictions)]
+    path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
+    if part.questions:
+        answers = {question.id: text for question, text in zip(part.questions, predictions)}
+        path.with_suffix(".json").write_text(json.dumps(answers, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def draw_confusion(

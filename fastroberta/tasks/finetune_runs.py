@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
 import shutil
 import statistics
 import time
@@ -11,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from fastroberta_kernels import huggingface
@@ -25,14 +27,23 @@ from ..errors import CheckpointError, ConfigurationError, DeviceMemoryError
 from ..hf import read_config
 from ..parallel.processes import select_device
 from ..precision import settle_precision
+from .choices import LETTERS, encode_choices
 from .examples import Examples, encode_table, list_labels, make_collate
-from .finetune_report import draw_confusion, draw_curves, write_predictions
+from .finetune_report import draw_confusion, draw_curves, list_predictions, write_predictions
 from .finetune_search import read_trials, search_settings
 from .finetune_settings import FinetuneConfig
-from .finetune_train import Place, load_model, make_trainer, measure_speed, predict_logits
-from .metrics import score_predictions
+from .finetune_train import (
+    Place,
+    load_model,
+    make_trainer,
+    measure_speed,
+    predict_logits,
+    score_examples,
+    stack_labels,
+)  # fmt: skip
+from .questions import encode_questions
 from .tables import read_table
-from .task import GLUE, METRICS, Task, find_glue_task
+from .task import COLUMNS, METRICS, Task, find_task
 
 RESULT = "result.json"
 SETTINGS = "settings.json"
@@ -58,19 +69,18 @@ class Data:
 def define_task(config: FinetuneConfig) -> Task:
     """The task that the settings name, by GLUE's files or the user's own."""
     if config.task is not None:
-        name = next(name for name in GLUE if name.lower() == config.task)
-        task = find_glue_task(name, Path(config.data or ""))
+        task = find_task(config.task, Path(config.data or ""))
         metric = config.metric or task.metric
         if metric not in METRICS[task.kind]:
             raise ConfigurationError(f"metric = {metric}: {config.task} has {', '.join(METRICS[task.kind])}")
-        return Task(**{**vars(task), "metric": metric})
-    of_tokens = config.kind == "tokens"
+        return dataclasses.replace(task, metric=metric)
+    text, pair, label = COLUMNS.get(config.kind, ("text", None, "label"))
     return Task(
         name=Path(config.train or "").stem,
         kind=config.kind,
-        text=config.text or ("words" if of_tokens else "text"),
-        pair=config.pair,
-        label=config.label or ("tags" if of_tokens else "label"),
+        text=config.text or text,
+        pair=config.pair or pair,
+        label=config.label or label,
         metric=config.metric or METRICS[config.kind][0],
         train=Path(config.train or ""),
         dev=Path(config.dev or ""),
@@ -98,11 +108,19 @@ def read_data(config: FinetuneConfig) -> Data:
         name: read_table(path, task.header if name in ("train", "dev") else None, task.skip_broken)
         for name, path in {"train": task.train, "dev": task.dev, **task.scored, **task.predicted}.items()
     }
-    labels = list_labels(tables["train"], task)
+    labels: list[str] = []
+    if task.kind == "multiple-choice":
+        encode: Callable[..., Examples] = functools.partial(encode_choices, max_length=max_length)
+    elif task.kind == "question-answering":
+        encode = functools.partial(encode_questions, max_length=max_length, stride=config.stride)
+    else:
+        labels = list_labels(tables["train"], task)
+        encode = functools.partial(encode_table, labels=labels, max_length=max_length)
     examples = {
-        name: encode_table(table, task, tokenizer, labels, max_length, with_label=name not in task.predicted)
-        for name, table in tables.items()
+        name: encode(table, task, tokenizer, with_label=name not in task.predicted) for name, table in tables.items()
     }
+    if task.kind == "multiple-choice":
+        labels = list(LETTERS[: max(len(feature["input_ids"]) for feature in examples["train"].features)])
     return Data(task, labels, tokenizer, max_length, examples, sum(table.num_skipped for table in tables.values()))
 
 
@@ -182,15 +200,16 @@ def run_seed(config: FinetuneConfig, data: Data, place: Place, seed: int, direct
         if name == "train":
             continue
         logits = predict_logits(trainer, part.features)
-        if name in task.predicted:
-            write_predictions(directory / f"{name}.tsv", task.kind, logits, data.labels, part.features)
-            continue
-        expected = _stack_labels(part, logits)
-        scores[name] = score_predictions(task.kind, logits, expected, data.labels)
-        if not task.predicted and name == ("test" if task.scored else "dev"):
-            write_predictions(directory / "predictions.tsv", task.kind, logits, data.labels, part.features)
-        if name == "dev":
+        threshold = scores["dev"].get("no_answer_threshold", math.inf) if scores else None
+        if name not in task.predicted:
+            scores[name] = score_examples(task, data.labels, part, logits, threshold)
+        if name in (task.predicted or ["test" if "test" in task.scored else "dev"]):
+            path = directory / f"{name if name in task.predicted else 'predictions'}.tsv"
+            threshold = scores["dev"].get("no_answer_threshold", math.inf)
+            write_predictions(path, list_predictions(task.kind, logits, data.labels, part, threshold), part)
+        if name == "dev" and task.kind in ("classification", "regression"):
             title = f"{task.name}, dev: {task.metric} {scores[name][task.metric]:.3f}"
+            expected = stack_labels(part, logits)
             draw_confusion(directory / "confusion.png", task.kind, logits, expected, data.labels, title)
     history = trainer.state.log_history
     draw_curves(directory / "curves.png", history, task.metric, f"{task.name}, seed {seed}")
@@ -240,17 +259,6 @@ def _describe(data: Data, place: Place) -> str:
     if data.num_skipped:
         lines.append(f"{data.num_skipped:,} lines have too few or too many fields and are left out")
     return "\n".join(lines)
-
-
-def _stack_labels(part: Examples, logits: np.ndarray) -> np.ndarray:
-    """The labels of all examples as an array; those of tokens padded to the logits' length."""
-    values = [feature["labels"] for feature in part.features]
-    if logits.ndim < 3:
-        return np.array(values)
-    expected = np.full(logits.shape[:2], -100)
-    for row, labels in zip(expected, values):
-        row[: len(labels)] = labels
-    return expected
 
 
 def _list_epochs(history: list[dict[str, float]], metric: str) -> list[tuple[int, float]]:

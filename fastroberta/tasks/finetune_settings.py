@@ -16,22 +16,29 @@ class FinetuneConfig:
 
     checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
     out: str = setting(help="directory for the result; the same command continues an interrupted run there")
-    task: Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli"] | None = setting(
-        None, "task of GLUE, read from its own files in --data"
-    )
-    data: str | None = setting(None, "directory of GLUE, or of the task's files")
-    train: str | None = setting(None, "own training data: .csv, .tsv, .jsonl, .parquet or .conll")
+    task: (
+        Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad", "squad2", "race"]
+        | None
+    ) = setting(None, "task of GLUE, SQuAD 1.1 or 2.0, or RACE, read from its own files in --data")
+    data: str | None = setting(None, "directory of the task's files; for GLUE, also the directory of all its tasks")
+    train: str | None = setting(None, "own training data: .csv, .tsv, .jsonl, .parquet, .conll, or SQuAD's .json")
     dev: str | None = setting(None, "own development data, by which the best epoch is chosen")
     test: str | None = setting(None, "own test data, scored once at the end")
     predict: str | None = setting(None, "own data without labels, for predictions.tsv")
-    kind: Literal["classification", "regression", "multi-label", "tokens"] = setting(
-        "classification",
-        "what own data ask for: one label, a number, any number of labels (a list, or joined by commas), or a tag per word",
+    kind: Literal["classification", "regression", "multi-label", "tokens", "question-answering", "multiple-choice"] = (
+        setting(
+            "classification",
+            "what own data ask for: one label, a number, any number of labels (a list, or joined by commas), a tag per word,"
+            " a span of the text, or one of the choices",
+        )
     )
-    text: str | None = setting(None, "column of the text; null: text, or words for tokens")
-    pair: str | None = setting(None, "column of the second text of a pair")
-    label: str | None = setting(None, "column of the label; null: label, or tags for tokens")
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman"] | None = setting(
+    text: str | None = setting(None, "column of the text; null: text, or words for tokens, or context for questions")
+    pair: str | None = setting(None, "column of the second text of a pair, or of the question; null: none, or question")
+    label: str | None = setting(None, "column of the label; null: label, or tags for tokens, or answers for questions")
+    stride: int | None = setting(
+        None, "tokens that windows over a long context share; null: a quarter of a window", valid="[0, inf)"
+    )
+    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "exact"] | None = setting(
         None, "dev metric that chooses the best epoch and seed; null: that of GLUE's task, else the kind's usual one"
     )
     class_weights: bool = setting(False, "weight each class in the loss by its rarity in the training data")
@@ -84,10 +91,10 @@ class FinetuneConfig:
             raise ConfigurationError(f"metric = {self.metric}: {self.kind} has {', '.join(METRICS[self.kind])}")
         elif self.pair is not None and self.kind == "tokens":
             raise ConfigurationError("pair: token classification takes one text")
-        if self.label_smoothing and self.kind in ("regression", "multi-label"):
+        if self.label_smoothing and self.kind in ("regression", "multi-label", "question-answering"):
             raise ConfigurationError(f"label_smoothing = {self.label_smoothing}: not for {self.kind}; drop it")
-        if self.class_weights and self.kind == "regression":
-            raise ConfigurationError("class_weights: regression has no classes; drop it")
+        if self.class_weights and self.kind in ("regression", "question-answering", "multiple-choice"):
+            raise ConfigurationError(f"class_weights: {self.kind} has no classes; drop it")
         if self.trials and not self.search:
             raise ConfigurationError(f"trials = {self.trials}: needs --search grid or optuna")
         self.search_learning_rates = self.search_learning_rates or [1e-5, 2e-5, 3e-5]

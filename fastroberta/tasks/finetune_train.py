@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,15 +17,21 @@ import transformers
 from fastroberta_kernels import huggingface
 from torch.utils.data import SequentialSampler
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..errors import NonFiniteError
-from .examples import Examples
+from .examples import IGNORED_LABEL, Examples, count_tokens
 from .finetune_loss import make_loss, weigh_classes
 from .finetune_settings import FinetuneConfig
 from .metrics import score_predictions
+from .questions import choose_answers, choose_threshold, score_answers
 from .task import Task
 
-MODELS = {"tokens": "AutoModelForTokenClassification"}  # of the other kinds: AutoModelForSequenceClassification
+MODELS = {  # of the other kinds: AutoModelForSequenceClassification
+    "tokens": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "multiple-choice": "AutoModelForMultipleChoice",
+}
 PROBLEM_TYPES = {
     "classification": "single_label_classification",
     "regression": "regression",
@@ -41,7 +48,13 @@ class Place:
 
 
 class BucketTrainer(transformers.Trainer):
-    """A Trainer that evaluates in the order given: its own sampler would shuffle what is grouped by length."""
+    """A Trainer that evaluates in the order given: its own sampler would shuffle what is grouped by length. For training,
+    its own would take the number of choices for the length."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        features: Any = train_dataset or self.train_dataset
+        lengths = [count_tokens(feature) for feature in features]
+        return LengthGroupedSampler(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset)
@@ -74,12 +87,11 @@ class Progress(transformers.TrainerCallback):
 def load_model(checkpoint: str, kind: str, labels: Sequence[str]) -> Any:
     """A transformers model with a new head, fp32, drawn from torch's generator."""
     model_class = getattr(transformers, MODELS.get(kind, "AutoModelForSequenceClassification"))
-    names = {number: label for number, label in enumerate(labels)} or {0: "value"}
-    more = {"problem_type": PROBLEM_TYPES[kind]} if kind in PROBLEM_TYPES else {}
-    return model_class.from_pretrained(
-        checkpoint, num_labels=len(names), id2label=names, label2id={label: n for n, label in names.items()},
-        dtype=torch.float32, ignore_mismatched_sizes=True, **more,
-    )  # fmt: skip
+    more: dict[str, Any] = {"problem_type": PROBLEM_TYPES[kind]} if kind in PROBLEM_TYPES else {}
+    if kind not in ("question-answering", "multiple-choice"):
+        names = dict(enumerate(labels)) or {0: "value"}
+        more |= {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
+    return model_class.from_pretrained(checkpoint, dtype=torch.float32, ignore_mismatched_sizes=True, **more)
 
 
 def make_trainer(
@@ -93,7 +105,6 @@ def make_trainer(
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=4 * micro,
         gradient_accumulation_steps=config.train_batch_size // micro,
-        train_sampling_strategy="group_by_length",
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
@@ -125,16 +136,17 @@ def make_trainer(
     weights = None
     if config.class_weights:
         weights = weigh_classes(task.kind, (feature["labels"] for feature in train.features), len(labels))
+    ordered = dataclasses.replace(dev, features=sorted(dev.features, key=count_tokens, reverse=True))
 
     def compute_metrics(found: Any) -> dict[str, float]:
-        return score_predictions(task.kind, found.predictions, found.label_ids, labels)
+        return score_examples(task, labels, ordered, _join_logits(found.predictions))
 
     trainer = BucketTrainer(
         model=model,
         args=arguments,
         data_collator=collate,
         train_dataset=train.features,
-        eval_dataset=sorted(dev.features, key=lambda feature: -len(feature["input_ids"])),
+        eval_dataset=ordered.features,
         compute_loss_func=make_loss(task.kind, weights, config.label_smoothing),
         compute_metrics=compute_metrics,
         callbacks=[transformers.EarlyStoppingCallback(config.patience), Progress(directory.name, task.metric)],
@@ -145,12 +157,41 @@ def make_trainer(
 
 def predict_logits(trainer: BucketTrainer, features: list[dict[str, Any]]) -> np.ndarray:
     """Logits of all examples in their order, computed in batches of similar length, without a look at their labels."""
-    order = sorted(range(len(features)), key=lambda index: -len(features[index]["input_ids"]))
+    order = sorted(range(len(features)), key=lambda index: -count_tokens(features[index]))
     inputs: Any = [{"input_ids": features[index]["input_ids"]} for index in order]
-    found: Any = trainer.predict(inputs).predictions
+    found = _join_logits(trainer.predict(inputs).predictions)
     logits = np.empty_like(found)
     logits[order] = found
     return logits
+
+
+def score_examples(
+    task: Task, labels: Sequence[str], part: Examples, logits: np.ndarray, threshold: float | None = None
+) -> dict[str, float]:
+    """All metrics of a part; of question answering, also `no_answer_threshold`, chosen here if it is not given."""
+    if task.kind != "question-answering":
+        return score_predictions(task.kind, logits, stack_labels(part, logits), labels)
+    answers = choose_answers(part, logits)
+    if threshold is None:
+        threshold = choose_threshold(part, answers)
+    chosen = {"no_answer_threshold": threshold} if math.isfinite(threshold) else {}
+    return score_answers(part, answers, threshold) | chosen
+
+
+def stack_labels(part: Examples, logits: np.ndarray) -> np.ndarray:
+    """The labels of all examples as an array; those of tokens padded to the logits' length."""
+    values = [feature["labels"] for feature in part.features]
+    if logits.ndim < 3:
+        return np.array(values)
+    expected = np.full(logits.shape[:2], IGNORED_LABEL)
+    for row, labels in zip(expected, values):
+        row[: len(labels)] = labels
+    return expected
+
+
+def _join_logits(found: Any) -> np.ndarray:
+    """Logits (n, 2, l) of the starts and the ends of spans; others as they are."""
+    return np.stack(found, axis=1) if isinstance(found, tuple) else found
 
 
 def measure_speed(model: Any, features: list[dict[str, Any]], collate: Callable, batch_size: int, place: Place) -> dict:
@@ -158,7 +199,7 @@ def measure_speed(model: Any, features: list[dict[str, Any]], collate: Callable,
 
     The model must have its original forwards; it leaves with them, and with no gradients.
     """
-    ordered = sorted(features, key=lambda feature: -len(feature["input_ids"]))
+    ordered = sorted(features, key=count_tokens)
     middle = len(ordered) // 2  # batches of usual length, and without padding that would blur the comparison
     batch = collate(ordered[middle : middle + batch_size])
     batch = {name: tensor.to(place.device) for name, tensor in batch.items()}
@@ -171,8 +212,8 @@ def measure_speed(model: Any, features: list[dict[str, Any]], collate: Callable,
         applied = huggingface.apply(model) if uses_kernels else None
         started = _read_clock(place.device)
         with torch.autocast(place.device.type, dtype, enabled=dtype is not None):
-            logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        logits.float().square().mean().backward()
+            outputs = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+        torch.stack([logits.float().square().mean() for logits in outputs.to_tuple()]).sum().backward()
         if turn >= 4:  # the first ones compile and warm up
             seconds[uses_kernels].append(_read_clock(place.device) - started)
         model.zero_grad()

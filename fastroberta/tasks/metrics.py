@@ -18,8 +18,8 @@ def score_predictions(kind: str, logits: np.ndarray, expected: np.ndarray, label
     """All metrics of a kind of task, each between -1 and 1.
 
     Args:
-        logits: (n, number of labels), or (n, l, number of labels) for tokens. expected: (n,), (n, number of labels) for
-            several labels, (n, l) for tokens, where IGNORED_LABEL is left out.
+        logits: (n, number of labels), (n, choices), or (n, l, number of labels) for tokens.
+        expected: (n,), (n, number of labels) for several labels, (n, l) for tokens, where IGNORED_LABEL is left out.
     """
     with warnings.catch_warnings():  # a class that is never predicted, or a constant prediction, has no score: it is 0
         warnings.simplefilter("ignore")
@@ -86,4 +86,5 @@ _SCORES = {
     "regression": _score_values,
     "multi-label": _score_several,
     "tokens": _score_tokens,
+    "multiple-choice": lambda predicted, expected, _: {"accuracy": metrics.accuracy_score(expected, predicted)},
 }

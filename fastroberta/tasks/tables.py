@@ -1,4 +1,4 @@
-"""Files of labelled examples: csv, tsv, jsonl, parquet and CoNLL columns, read as records that know their place."""
+"""Files of labelled examples, read as records that know their place: tables, CoNLL columns, SQuAD and RACE."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, DataError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".conll")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".conll", ".json")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
     """All records of a file, whose format its suffix says.
 
     Tabs in .tsv separate fields and quotes are ordinary characters, as in GLUE's files. In .conll, the first column is
-    the word, the last its tag, and a blank line ends a sentence; a record holds the lists `words` and `tags`.
+    the word, the last its tag, and a blank line ends a sentence; a record holds the lists `words` and `tags`. A .json file
+    is SQuAD's: records hold `id`, `context`, `question` and `answers`, {"text": [...], "answer_start": [...]}. A directory
+    is RACE's: records hold `id`, `text`, `question`, `choices` and `label`.
 
     Args:
         header: names of the columns where the first line does not give them. skip_broken: leave out, and count, lines of
@@ -52,7 +54,9 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
     Raises:
         DataError: the file cannot be read, or holds no record. ConfigurationError: unknown suffix, or pyarrow is missing.
     """
-    readers = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".conll": _read_conll}
+    readers = {
+        ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".conll": _read_conll, ".json": _read_squad,
+    }  # fmt: skip
     num_skipped = 0
     try:
         if path.suffix == ".tsv":
@@ -67,8 +71,8 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
                     raise DataError(
                         f"{path}:{number}: {len(fields)} fields, the header has {len(names)}; mend the line"
                     )
-        elif path.suffix in readers:
-            pairs = list(readers[path.suffix](path))
+        elif path.suffix in readers or path.is_dir():
+            pairs = list((_read_race if path.is_dir() else readers[path.suffix])(path))
             records, numbers = [record for _, record in pairs], [number for number, _ in pairs]
         else:
             raise ConfigurationError(f"{path}: unknown format; its name must end in {', '.join(SUFFIXES)}")
@@ -152,3 +156,34 @@ def _read_conll(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         elif words:
             yield start, {"words": words, "tags": tags}
             words, tags = [], []
+
+
+def _read_squad(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+            for paragraph in article["paragraphs"]:
+                for one in paragraph["qas"]:
+                    number += 1
+                    answers = [] if one.get("is_impossible") else one.get("answers", [])
+                    spans = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
+                    record = {"id": one["id"], "context": paragraph["context"], "question": one["question"]}
+                    yield number, record | {"answers": spans}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not in SQuAD's format ({type(error).__name__}: {error}); see docs/finetune.md"
+        ) from error
+
+
+def _read_race(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for file in sorted(path.rglob("*.txt")):
+        try:
+            passage = json.loads(file.read_text(encoding="utf-8"))
+            questions = zip(passage["questions"], passage["options"], passage["answers"], strict=True)
+            for place, (question, choices, label) in enumerate(questions):
+                number += 1
+                record = {"id": f"{passage['id']}-{place}", "text": passage["article"], "question": question}
+                yield number, record | {"choices": choices, "label": label}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not in RACE's format ({type(error).__name__}: {error}); mend the file") from error

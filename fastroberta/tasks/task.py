@@ -14,7 +14,7 @@ class Task:
     """One task.
 
     Attributes:
-        kind: `classification`, `regression`, `multi-label` or `tokens`.
+        kind: a key of METRICS.
         text, pair, label: columns; there may be no pair.
         metric: by which the best epoch and the best seed are chosen.
         scored: name -> further file with labels. predicted: name of the output -> file without labels.
@@ -42,6 +42,14 @@ METRICS = {
     "regression": ("pearson", "spearman"),
     "multi-label": ("f1", "accuracy"),
     "tokens": ("f1", "accuracy"),
+    "question-answering": ("f1", "exact"),
+    "multiple-choice": ("accuracy",),
+}
+# Columns of own data for the text, its pair and the label, where they are not text, none and label.
+COLUMNS: dict[str, tuple[str, str | None, str]] = {
+    "tokens": ("words", None, "tags"),
+    "question-answering": ("context", "question", "answers"),
+    "multiple-choice": ("text", "question", "label"),
 }
 
 # Folder in GLUE's archive -> kind, text, pair, label, metric of the RoBERTa paper (appendix; Table 5).
@@ -56,6 +64,30 @@ GLUE = {
     "RTE": ("classification", "sentence1", "sentence2", "label", "accuracy"),
     "WNLI": ("classification", "sentence1", "sentence2", "label", "accuracy"),
 }
+
+
+def find_task(name: str, data: Path) -> Task:
+    """A task by its name in lower case: `squad`, `squad2`, `race`, or one of GLUE.
+
+    Raises:
+        DataError: `data` does not hold its files.
+    """
+    if name == "race":
+        needed = data / "train", data / "dev"
+        tests = {"test": "test", "test-middle": "test/middle", "test-high": "test/high"}
+        scored = {part: data / folder for part, folder in tests.items() if (data / folder).is_dir()}
+        kind, metric = "multiple-choice", "accuracy"
+    elif name in ("squad", "squad2"):
+        version = "v1.1" if name == "squad" else "v2.0"
+        needed = data / f"train-{version}.json", data / f"dev-{version}.json"
+        kind, metric, scored = "question-answering", "f1", {}
+    else:
+        return find_glue_task(next(one for one in GLUE if one.lower() == name), data)
+    for path in needed:
+        if not path.exists():
+            raise DataError(f"{path}: no such file; --data takes the directory of {name}")
+    text, pair, label = COLUMNS[kind]
+    return Task(name, kind, text, pair, label, metric, *needed, scored=scored)
 
 
 def find_glue_task(name: str, data: Path) -> Task:

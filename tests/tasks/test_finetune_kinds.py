@@ -1,6 +1,5 @@
 """Tags of words and several labels per text: read, learned, scored, and used in transformers' pipelines."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -11,8 +10,6 @@ pytest.importorskip("accelerate")
 from fastroberta.corpus.tokenizer import load_tokenizer
 from fastroberta.errors import DataError
 from fastroberta.finetune import main
-from fastroberta.hf import read_config, save_huggingface
-from fastroberta.model import RobertaForMaskedLM
 from fastroberta.tasks.examples import IGNORED_LABEL, encode_table, list_labels
 from fastroberta.tasks.finetune_loss import make_loss, weigh_classes
 from fastroberta.tasks.metrics import score_predictions
@@ -32,19 +29,6 @@ The DT B-NP O
 capital NN I-NP O
 Paris NNP B-NP B-LOC
 """
-
-
-@pytest.fixture(scope="module")
-def learner(checkpoint, tmp_path_factory):
-    """The checkpoint with small weights and no dropout: it learns in a few steps which word has which tag."""
-    config = dataclasses.replace(
-        read_config(checkpoint)[0], initializer_range=0.05, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    model = RobertaForMaskedLM(config)
-    model.init_weights(1)
-    directory = tmp_path_factory.mktemp("learner")
-    save_huggingface(model, load_tokenizer(checkpoint), directory)
-    return directory
 
 
 def run_task(checkpoint, directory, train, *more):
