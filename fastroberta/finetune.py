@@ -21,9 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         from .tasks.finetune_runs import finetune
+        from .tasks.glue_suite import run_glue
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"finetune needs {error.name}; pip install 'fastroberta[finetune]'") from error
 
+    if config.task == "glue":
+        print(run_glue(config), end="")
+        return 0
     result = finetune(config)
     metric = result["metric"]
     for one in result["runs"]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import statistics
 import time
@@ -126,6 +127,8 @@ def read_data(config: FinetuneConfig) -> Data:
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Train with every seed, keep the best model, write and return the content of result.json."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("finetune runs in one process; start it without torchrun")
     device = select_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigurationError("precision = fp16: needs a GPU; take bf16, fp32 or auto")

@@ -17,9 +17,11 @@ class FinetuneConfig:
     checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
     out: str = setting(help="directory for the result; the same command continues an interrupted run there")
     task: (
-        Literal["cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad", "squad2", "race"]
+        Literal[
+            "cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad", "squad2", "race", "glue"
+        ]
         | None
-    ) = setting(None, "task of GLUE, SQuAD 1.1 or 2.0, or RACE, read from its own files in --data")
+    ) = setting(None, "task of GLUE, SQuAD 1.1 or 2.0, or RACE, read from its own files in --data; glue: all nine")
     data: str | None = setting(None, "directory of the task's files; for GLUE, also the directory of all its tasks")
     train: str | None = setting(None, "own training data: .csv, .tsv, .jsonl, .parquet, .conll, or SQuAD's .json")
     dev: str | None = setting(None, "own development data, by which the best epoch is chosen")
@@ -83,6 +85,8 @@ class FinetuneConfig:
                 raise ConfigurationError(f"--data is required with --task {self.task}: the directory of GLUE's files")
             if given := [name for name in own if getattr(self, name) is not None]:
                 raise ConfigurationError(f"{given[0]} is for own data, and --task {self.task} has its own; drop one")
+            if self.task == "glue" and self.metric:
+                raise ConfigurationError(f"metric = {self.metric}: each task of GLUE has its own; drop it")
         elif self.dev is None:
             raise ConfigurationError("--dev is required with --train: it decides which epoch is best")
         elif self.data is not None:

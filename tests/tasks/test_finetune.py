@@ -99,6 +99,19 @@ def test_the_same_command_continues_after_the_last_finished_seed(checkpoint, dat
     assert runs[0]["seconds"] == -1.0 and runs[1]["seconds"] > 0
 
 
+def test_bf16_without_kernels(checkpoint, data):
+    assert main(arguments(checkpoint, data, "--precision", "bf16", "--kernels", "false", "--epochs", "1")) == 0
+    result = json.loads((data / "out" / "result.json").read_text())
+    assert result["precision"] == "bf16"
+    assert "speed" not in result["runs"][0]  # there is nothing to compare
+
+
+def test_several_processes_are_refused(checkpoint, data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="finetune runs in one process; start it without torchrun"):
+        main(arguments(checkpoint, data))
+
+
 def test_regression_of_pairs(checkpoint, data):
     rows = [[first, second, len(first) / 10] for first, _ in TEXTS for second, _ in TEXTS]
     for name, suffix in (("train", ""), ("dev", "")):

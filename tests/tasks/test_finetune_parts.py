@@ -17,6 +17,7 @@ from plain_finetuning import train_here, train_plainly
 from fastroberta.cli.arguments import parse_arguments
 from fastroberta.corpus.tokenizer import load_tokenizer
 from fastroberta.errors import DataError
+from fastroberta.finetune import main
 from fastroberta.tasks.examples import encode_table, list_labels, make_collate
 from fastroberta.tasks.finetune_loss import make_loss, weigh_classes
 from fastroberta.tasks.finetune_settings import FinetuneConfig
@@ -80,6 +81,40 @@ def test_tasks_of_glue_are_read_from_their_own_files(checkpoint, tmp_path, name)
         encode_table(read_table(path), task, tokenizer, labels, 32, with_label=False)
     parts = 2 if name == "MNLI" else 1
     assert (len(task.scored), len(task.predicted)) == (parts - 1, parts)
+
+
+def test_all_of_glue_in_a_table(checkpoint, tmp_path, capsys, monkeypatch):
+    glue, out = tmp_path / "glue", tmp_path / "out"
+    glue.mkdir()
+    arguments = [str(checkpoint), "--task", "glue", "--data", str(glue), "--out", str(out), "--epochs", "1",
+                 "--precision", "fp32", "--device", "cpu", "--kernels", "false"]  # fmt: skip
+    for name in GLUE:
+        if name != "WNLI":
+            write_glue(glue / name, name)
+    with pytest.raises(DataError, match="no such file; .* the folder of WNLI"):
+        main(arguments)
+    assert not out.exists()  # nothing was trained
+    write_glue(glue / "WNLI", "WNLI")
+    assert main(arguments) == 0
+    table = (out / "glue.md").read_text()
+    assert table in capsys.readouterr().out
+    results = {name: json.loads((out / name / "result.json").read_text()) for name in GLUE}
+    rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in table.splitlines()[2:])}
+    assert set(rows) == set(GLUE)
+    assert rows["QNLI"] == ["QNLI", "accuracy", f"{100 * results['QNLI']['median']:.1f}", "92.3", "92.8", "94.7"]
+    assert rows["MNLI"][2].count("/") == 1
+    # The paper starts three small tasks from its model for MNLI, whose head has another size.
+    assert {name for name, one in results.items() if one["checkpoint"].endswith("MNLI/model")} == {
+        "RTE",
+        "STS-B",
+        "MRPC",
+    }
+    assert (out / "MNLI" / "predictions-mismatched.tsv").read_text().startswith("index\tprediction\n0\t")
+    # A table that is missing is made from what is there, without training.
+    (out / "glue.md").unlink()
+    monkeypatch.setattr("fastroberta.tasks.glue_suite.finetune", None)
+    assert main(arguments) == 0
+    assert (out / "glue.md").read_text() == table
 
 
 def test_broken_lines_of_glue_are_counted_and_of_own_data_refused(tmp_path):
