@@ -68,13 +68,11 @@ class Data:
 
 
 def define_task(config: FinetuneConfig) -> Task:
-    """The task that the settings name, by GLUE's files or the user's own."""
+    """The task that the settings name, with its own files or the user's."""
     if config.task is not None:
         task = find_task(config.task, Path(config.data or ""))
-        metric = config.metric or task.metric
-        if metric not in METRICS[task.kind]:
-            raise ConfigurationError(f"metric = {metric}: {config.task} has {', '.join(METRICS[task.kind])}")
-        return dataclasses.replace(task, metric=metric)
+        config.check_kind(task.kind)
+        return dataclasses.replace(task, metric=config.metric or task.metric)
     text, pair, label = COLUMNS.get(config.kind, ("text", None, "label"))
     return Task(
         name=Path(config.train or "").stem,

@@ -82,23 +82,19 @@ class FinetuneConfig:
             raise ConfigurationError("--task or --train is required, and not both: see --help")
         if self.task is not None:
             if self.data is None:
-                raise ConfigurationError(f"--data is required with --task {self.task}: the directory of GLUE's files")
+                raise ConfigurationError(f"--data is required with --task {self.task}: the directory of its files")
             if given := [name for name in own if getattr(self, name) is not None]:
                 raise ConfigurationError(f"{given[0]} is for own data, and --task {self.task} has its own; drop one")
-            if self.task == "glue" and self.metric:
-                raise ConfigurationError(f"metric = {self.metric}: each task of GLUE has its own; drop it")
+            if self.task == "glue" and (self.metric or self.class_weights or self.label_smoothing):
+                raise ConfigurationError(
+                    "--task glue takes no metric, class_weights or label_smoothing: its tasks differ"
+                )
         elif self.dev is None:
             raise ConfigurationError("--dev is required with --train: it decides which epoch is best")
         elif self.data is not None:
             raise ConfigurationError("data is for --task; own data are named by --train and --dev")
-        elif self.metric is not None and self.metric not in METRICS[self.kind]:
-            raise ConfigurationError(f"metric = {self.metric}: {self.kind} has {', '.join(METRICS[self.kind])}")
-        elif self.pair is not None and self.kind == "tokens":
-            raise ConfigurationError("pair: token classification takes one text")
-        if self.label_smoothing and self.kind in ("regression", "multi-label", "question-answering"):
-            raise ConfigurationError(f"label_smoothing = {self.label_smoothing}: not for {self.kind}; drop it")
-        if self.class_weights and self.kind in ("regression", "question-answering", "multiple-choice"):
-            raise ConfigurationError(f"class_weights: {self.kind} has no classes; drop it")
+        else:
+            self.check_kind(self.kind)
         if self.trials and not self.search:
             raise ConfigurationError(f"trials = {self.trials}: needs --search grid or optuna")
         self.search_learning_rates = self.search_learning_rates or [1e-5, 2e-5, 3e-5]
@@ -108,3 +104,16 @@ class FinetuneConfig:
             if self.micro_batch_size and size % self.micro_batch_size:
                 what = "search_batch_sizes" if self.search else "train_batch_size"
                 raise ConfigurationError(f"micro_batch_size = {self.micro_batch_size}: must divide {what} = {size}")
+
+    def check_kind(self, kind: str) -> None:
+        """Refuse settings that do not fit the kind of the task, which --task decides too."""
+        if self.metric is not None and self.metric not in METRICS[kind]:
+            raise ConfigurationError(f"metric = {self.metric}: {kind} has {', '.join(METRICS[kind])}")
+        if self.pair is not None and kind == "tokens":
+            raise ConfigurationError("pair: token classification takes one text")
+        if self.label_smoothing and kind in ("regression", "multi-label", "question-answering"):
+            raise ConfigurationError(f"label_smoothing = {self.label_smoothing}: not for {kind}; drop it")
+        if self.class_weights and kind in ("regression", "question-answering", "multiple-choice"):
+            raise ConfigurationError(f"class_weights: {kind} has no classes; drop it")
+        if self.stride is not None and kind != "question-answering":
+            raise ConfigurationError(f"stride = {self.stride}: is for question-answering; drop it")

@@ -165,6 +165,14 @@ def test_wrong_input_is_refused_before_training(checkpoint, data, monkeypatch, c
         (["--train", "t.csv"], "--dev is required with --train"),
         (["--task", "cola"], "--data is required with --task cola"),
         (["--task", "cola", "--data", ".", "--label", "x"], "label is for own data"),
+        (["--task", "glue", "--data", ".", "--class_weights"], "--task glue takes no metric, class_weights"),
+        (["--train", "t.csv", "--dev", "d.csv", "--data", "."], "data is for --task; own data are named by"),
+        (["--train", "t.csv", "--dev", "d.csv", "--stride", "9"], "stride = 9: is for question-answering"),
+        (["--train", "t", "--dev", "d", "--kind", "tokens", "--pair", "b"], "pair: token classification takes one"),
+        (
+            ["--train", "t", "--dev", "d", "--kind", "multi-label", "--label_smoothing", "0.1"],
+            "label_smoothing = 0.1: not",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(words, message):

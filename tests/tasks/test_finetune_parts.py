@@ -91,7 +91,7 @@ def test_all_of_glue_in_a_table(checkpoint, tmp_path, capsys, monkeypatch):
     for name in GLUE:
         if name != "WNLI":
             write_glue(glue / name, name)
-    with pytest.raises(DataError, match="no such file; .* the folder of WNLI"):
+    with pytest.raises(DataError, match=r"no such file; .* the folder of WNLI"):
         main(arguments)
     assert not out.exists()  # nothing was trained
     write_glue(glue / "WNLI", "WNLI")
