@@ -1,14 +1,13 @@
 """`python -m fastroberta.finetune CHECKPOINT --task sst-2 --data glue --out result`: fine-tune a checkpoint on a task.
 
-Tasks of GLUE come by name with their own files, columns and metrics (--task, --data). Own data come as csv, tsv, jsonl,
-parquet or CoNLL columns (--train, --dev, --kind). The defaults are the RoBERTa paper's recipe for GLUE.
+GLUE's tasks, SQuAD and RACE come by name, with their own files, columns and metrics (--task, --data). Own data come as
+csv, tsv, jsonl, parquet or CoNLL columns (--train, --dev, --kind). The defaults are the RoBERTa paper's recipe for GLUE.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .cli.arguments import parse_arguments
 from .cli.program import run
@@ -37,8 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(one[name], dict) and name != "speed"
         )
         print(f"seed {one['seed']}: epoch {one['best_epoch']} of {one['epochs']}; {scores}")
+    if speed := result["runs"][0].get("speed"):
+        print(
+            f"training speed: {speed['tokens_per_second']:,.0f} tokens/s, "
+            f"{speed['tokens_per_second_without_kernels']:,.0f} without the kernels"
+        )
     print(f"{config.out}: dev {metric} {result['median']:.4f}, the median of {len(result['runs'])}; the model is in "
-          f"{Path(config.out) / 'model'}")  # fmt: skip
+          f"{config.out}/model")  # fmt: skip
     return 0
 
 

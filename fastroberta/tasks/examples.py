@@ -145,7 +145,7 @@ def _read_text(record: dict[str, Any], task: Task, place: str) -> Any:
             raise DataError(f'{place}: {task.text} is no list of words; give ["word", ...] or a .conll file')
         return [f" {word}" if index else word for index, word in enumerate(words)]  # as in running text
     for column, value in zip((task.text, task.pair), values):
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not (value.strip() or task.of_glue):
             raise DataError(f"{place}: {column} holds no text; fill it in, or remove the record")
     return tuple(values) if task.pair else values[0]
 
@@ -155,7 +155,8 @@ def _read_labels(value: Any, kind: str, place: str) -> list[str]:
     if kind == "multi-label" and not isinstance(value, list):
         value = [part.strip() for part in str(value or "").split(",") if part.strip()]
     values = value if isinstance(value, list) and kind != "classification" else [value]
-    found = [str(one).strip() if isinstance(one, str | int | bool) else "" for one in values]
+    values = [int(one) if isinstance(one, float) and one.is_integer() else one for one in values]  # pandas writes 1.0
+    found = [str(one).strip() if isinstance(one, str | int) else "" for one in values]
     if not all(found):
         raise DataError(f"{place}: no label; fill it in, or remove the record")
     return found

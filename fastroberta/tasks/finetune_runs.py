@@ -103,8 +103,11 @@ def read_data(config: FinetuneConfig) -> Data:
         raise ConfigurationError(f"max_seq_length = {config.max_seq_length}: {checkpoint} takes {longest} at most")
     max_length = config.max_seq_length or longest
     task = define_task(config)
+    # A line left out of a file to predict would shift the index of all after it.
     tables = {
-        name: read_table(path, task.header if name in ("train", "dev") else None, task.skip_broken)
+        name: read_table(
+            path, task.header if name in ("train", "dev") else None, task.of_glue and name not in task.predicted
+        )
         for name, path in {"train": task.train, "dev": task.dev, **task.scored, **task.predicted}.items()
     }
     labels: list[str] = []

@@ -60,11 +60,11 @@ def encode_questions(
     pairs, questions, places = [], [], []
     for index, record in enumerate(table.records):
         question, context = record[task.pair or "question"], record[task.text]
-        if not all(isinstance(text, str) and text.strip() for text in (question, context)):
+        if not isinstance(question, str) or not isinstance(context, str) or not context.strip():
             raise DataError(f"{table.place(index)}: {task.pair} or {task.text} holds no text; fill it in")
         answers = _read_answers(record[task.label], context, table.place(index)) if with_label else []
         ends = tokenizer.encode(question, add_special_tokens=False).offsets[:longest_question]
-        pairs.append((question[: ends[-1][1]], context))
+        pairs.append((question[: ends[-1][1]] if ends else "", context))
         questions.append(Question(str(record.get("id", index)), context, [text for text, _ in answers]))
         places.append(answers[0] if answers else None)
     tokenizer.enable_truncation(max_length, stride=stride, strategy="only_second")
@@ -167,7 +167,7 @@ def _read_answers(value: Any, context: str, place: str) -> list[tuple[str, int]]
             raise DataError(
                 f"{place}: answer {text!r} does not stand at character {start} of the text; mend the record"
             )
-    return [(text, start) for text, start in answers if text.strip()]
+    return [(text.strip(), start + len(text) - len(text.lstrip())) for text, start in answers if text.strip()]
 
 
 def _find_span(offsets: list[tuple[int, int] | None], answer: tuple[str, int] | None) -> list[int]:

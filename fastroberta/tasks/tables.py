@@ -34,10 +34,14 @@ class Table:
 
     def require(self, columns: Sequence[str], hint: str) -> None:
         """Refuse a file that lacks a column; `hint` says what to do about it."""
-        for name in columns:
-            if name not in self.records[0]:
-                has = ", ".join(map(str, self.records[0]))
-                raise DataError(f"{self.path}: no column {name!r}, it has {has}; {hint}")
+        for index, record in enumerate(self.records):
+            for name in columns:
+                if name not in record:
+                    where = (
+                        self.place(index) if index else self.path
+                    )  # a later line of .jsonl may differ from the first
+                    has = ", ".join(map(str, record))
+                    raise DataError(f"{where}: no column {name!r}, it has {has}; {hint}")
 
 
 def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: bool = False) -> Table:

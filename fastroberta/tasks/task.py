@@ -19,7 +19,7 @@ class Task:
         metric: by which the best epoch and the best seed are chosen.
         scored: name -> further file with labels. predicted: name of the output -> file without labels.
         header: columns of the files for training and development, where their first line does not name them.
-        skip_broken: see `read_table`.
+        of_glue: whether the files are GLUE's: QQP's hold broken lines, which are left out, and empty texts.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Task:
     scored: dict[str, Path] = field(default_factory=dict)
     predicted: dict[str, Path] = field(default_factory=dict)
     header: tuple[str, ...] | None = None
-    skip_broken: bool = False
+    of_glue: bool = False
 
 
 # Metrics of each kind, the first being the default. F1 is macro-averaged for classes, micro-averaged for several labels.
@@ -112,7 +112,7 @@ def find_glue_task(name: str, data: Path) -> Task:
         scored=dict(zip(["dev-mismatched"], scored)),
         predicted={stem: path for stem, path in tests.items() if path.is_file()},
         header=("source", "label", "original_label", "sentence") if name == "CoLA" else None,
-        skip_broken=True,
+        of_glue=True,
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -189,3 +191,14 @@ def test_a_checkpoint_without_tokenizer_or_weights_is_refused(checkpoint, data):
         (copy / name).unlink()
     with pytest.raises(ConfigurationError, match=r"no tokenizer\.json"):
         main(arguments(copy, data))
+
+
+def test_a_missing_package_is_named():
+    code = (
+        "import sys; sys.modules['seqeval'] = None\n"
+        "from fastroberta.cli.program import run; from fastroberta.finetune import main\n"
+        "sys.exit(run(lambda: main(['c', '--train', 'a.csv', '--dev', 'b.csv', '--out', 'o'])))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "error: finetune needs seqeval; pip install 'fastroberta[finetune]'\n"

@@ -23,7 +23,7 @@ from fastroberta.tasks.finetune_loss import make_loss, weigh_classes
 from fastroberta.tasks.finetune_settings import FinetuneConfig
 from fastroberta.tasks.metrics import score_predictions
 from fastroberta.tasks.tables import read_table
-from fastroberta.tasks.task import GLUE, find_glue_task
+from fastroberta.tasks.task import GLUE, Task, find_glue_task
 
 ROOT = Path(__file__).parents[2]
 # The header of each file in GLUE's archive, and a record; CoLA's first file has none.
@@ -36,7 +36,7 @@ GLUE_FILES = {
               "0\tnews\tf\t2012\t1\tnone\tnone\tA \"plane.\tAn air plane.\t4.250\n",
               "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\n",
               "0\tnews\tf\t2012\t1\tnone\tnone\tA plane.\tA book.\n"),
-    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n", "5\t1\t2\tWhy \"Paris?\tWhere?\t0\n",
+    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n", "5\t1\t2\tWhy \"Paris?\t\t0\n",
             "id\tquestion1\tquestion2\n", "0\tWho?\tWhat?\n"),
     "MNLI": ("index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label\n", "0\tf\tA \"book.\tBen.\tneutral\tneutral\n",
              "index\tgenre\tsentence1\tsentence2\n", "0\tf\tA book.\tBen.\n"),
@@ -69,7 +69,7 @@ def test_tasks_of_glue_are_read_from_their_own_files(checkpoint, tmp_path, name)
     write_glue(tmp_path / name, name)
     task = find_glue_task(name, tmp_path)
     assert find_glue_task(name, tmp_path / name) == task
-    train, dev = (read_table(path, task.header, task.skip_broken) for path in (task.train, task.dev))
+    train, dev = (read_table(path, task.header, task.of_glue) for path in (task.train, task.dev))
     assert '"' in train.records[0][task.text]  # quotes are characters
     labels = list_labels(train, task)
     assert len(labels) == (0 if name == "STS-B" else 2)
@@ -143,6 +143,12 @@ def test_formats_give_the_same_records(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": 1}\n{]\n')
     with pytest.raises(DataError, match=r"d.jsonl:2: not JSON"):
         read_table(tmp_path / "d.jsonl")
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": 1.0}\n{"text": "b"}\n')
+    task = Task("made", "classification", "text", None, "label", "f1", tmp_path, tmp_path)
+    with pytest.raises(DataError, match=r"d.jsonl:2: no column 'label', it has text"):
+        list_labels(read_table(tmp_path / "d.jsonl"), task)
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n')
+    assert list_labels(read_table(tmp_path / "d.jsonl"), task) == ["0", "1"]
 
 
 def test_batches_are_padded_to_their_longest():
