@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"training speed: {speed['tokens_per_second']:,.0f} tokens/s, "
             f"{speed['tokens_per_second_without_kernels']:,.0f} without the kernels"
         )
-    print(f"{config.out}: dev {metric} {result['median']:.4f}, the median of {len(result['runs'])}; the model is in "
-          f"{config.out}/model")  # fmt: skip
+    median = f", the median of {len(result['runs'])} seeds" if len(result["runs"]) > 1 else ""
+    print(f"{config.out}: dev {metric} {result['median']:.4f}{median}; the model is in {config.out}/model")
     return 0
 
 
