@@ -12,6 +12,7 @@ PROGRAMS = {
     "export": "write a checkpoint as a directory that transformers or onnxruntime loads",
     "fill_mask": "predict masked words in texts, or serve a page to try a model",
     "embed": "turn texts into vectors",
+    "finetune": "train a checkpoint for a task: GLUE's, or your own labelled data",
     "explain": "show which tokens a prediction rests on, and the attention of every head",
     "torchrun": "start train on several GPUs or machines, as torchrun does",
 }

@@ -155,8 +155,8 @@ class Blocks:
 
     def describe_verified(self) -> str:
         """One line: how much of the shards has been verified. The rest is verified as it is read, before it is used."""
-        total, done = (sum(sizes) / 1e9 for sizes in zip(*((one.num_bytes, one.verified_bytes) for one in self.shards)))
-        return f"verified {done:.2f} of {total:.2f} GB in {len(self.shards)} shards; the rest when it is first read"
+        total, done = (sum(sizes) / 1e6 for sizes in zip(*((one.num_bytes, one.verified_bytes) for one in self.shards)))
+        return f"verified {done:,.1f} of {total:,.1f} MB in shards; the rest when it is first read"
 
     def order(self, samples: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Which blocks are the samples of these numbers in training order, and which epoch of their corpus that is.

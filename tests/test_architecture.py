@@ -18,7 +18,7 @@ FLOORS = [
     ["parallel", "hf", "precision"],
     ["training"],
     ["tasks"],
-    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed", "explain"],
+    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed", "explain", "finetune"],
     ["train"],
     ["__main__"],
 ]
@@ -134,7 +134,7 @@ def test_importing_the_kernels_imports_no_trainer_and_no_transformers(package):
 
 def test_help_imports_no_torch():
     """Start-up: the programs parse their arguments before they import what takes a second."""
-    for program in ("train", "evaluate", "explain", "export", "plan", "prepare"):
+    for program in ("train", "evaluate", "explain", "export", "plan", "prepare", "finetune"):
         code = (
             f"import sys, runpy; sys.argv = ['{program}', '--help']\n"
             f"try: runpy.run_module('fastroberta.{program}', run_name='__main__', alter_sys=True)\n"

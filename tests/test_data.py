@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_found_before_its_block_is_used(corpus):
     paths[1].write_bytes(data)
     blocks = make_blocks(paths)
     blocks.read(np.array([0]), np.array([0]), 0)
-    assert blocks.describe_verified().startswith("verified 0.00 of 0.00 GB in 2 shards")
+    assert blocks.describe_verified().startswith("verified 0.0 of 0.0 MB in shards")
     with pytest.raises(DataError, match=r"train-00001\.bin: bytes 0 to \d+ do not match their checksum"):
         list(move_ahead(heldout_batches(blocks, 10**6, 8), torch.device("cpu")))
 

@@ -1,11 +1,13 @@
 """A small checkpoint for what comes after pretraining; its weights are random, which is enough to compare by."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from fastroberta.config import ModelConfig
-from fastroberta.corpus.tokenizer import train_tokenizer, vocabulary_size
-from fastroberta.hf import save_huggingface
+from fastroberta.corpus.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from fastroberta.hf import read_config, save_huggingface
 from fastroberta.model import RobertaForMaskedLM
 
 TEXT = "The capital of France is Paris. Anna gives Ben a book and Ben thanks Anna for the book."
@@ -49,3 +51,16 @@ def add_head(checkpoint, tmp_path_factory):
         return made[key]
 
     return add
+
+
+@pytest.fixture(scope="session")
+def learner(checkpoint, tmp_path_factory):
+    """The checkpoint with small weights and no dropout: it learns in a few steps which word has which tag."""
+    config = dataclasses.replace(
+        read_config(checkpoint)[0], initializer_range=0.05, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model = RobertaForMaskedLM(config)
+    model.init_weights(1)
+    directory = tmp_path_factory.mktemp("learner")
+    save_huggingface(model, load_tokenizer(checkpoint), directory)
+    return directory

@@ -1,0 +1,50 @@
+"""`python -m fastroberta.finetune CHECKPOINT --task sst-2 --data glue --out result`: fine-tune a checkpoint on a task.
+
+GLUE's tasks, SQuAD and RACE come by name, with their own files, columns and metrics (--task, --data). Own data come as
+csv, tsv, jsonl, parquet or CoNLL columns (--train, --dev, --kind). The defaults are the RoBERTa paper's recipe for GLUE.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .cli.arguments import parse_arguments
+from .cli.program import run
+from .errors import ConfigurationError
+from .tasks.finetune_settings import FinetuneConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse_arguments(argv, FinetuneConfig, description=__doc__ or "")
+
+    try:
+        from .tasks.finetune_runs import finetune
+        from .tasks.glue_suite import run_glue
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"finetune needs {error.name}; pip install 'fastroberta[finetune]'") from error
+
+    if config.task == "glue":
+        print(run_glue(config), end="")
+        return 0
+    result = finetune(config)
+    metric = result["metric"]
+    for one in result["runs"]:
+        scores = "; ".join(
+            f"{name} " + ", ".join(f"{key} {value:.4f}" for key, value in one[name].items())
+            for name in one
+            if isinstance(one[name], dict) and name != "speed"
+        )
+        print(f"seed {one['seed']}: epoch {one['best_epoch']} of {one['epochs']}; {scores}")
+    if speed := result["runs"][0].get("speed"):
+        print(
+            f"training speed: {speed['tokens_per_second']:,.0f} tokens/s, "
+            f"{speed['tokens_per_second_without_kernels']:,.0f} without the kernels"
+        )
+    median = f", the median of {len(result['runs'])} seeds" if len(result["runs"]) > 1 else ""
+    print(f"{config.out}: dev {metric} {result['median']:.4f}{median}; the model is in {config.out}/model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
