@@ -230,12 +230,11 @@ class Trainer:
         is_last = is_short = False
         try:
             for batch, is_last in self.batches.of_step(self.step):
-                result = self.forward(batch)
-                with (
-                    record_function("backward"),
-                    self.optimizer.last_backward() if is_last else contextlib.nullcontext(),
-                ):
-                    (result.loss * (self.scaler.scale / expected_masked)).backward()
+                # Around the forward too: if memory runs out in it, the other processes still wait for gradients.
+                with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
+                    result = self.forward(batch)
+                    with record_function("backward"):
+                        (result.loss * (self.scaler.scale / expected_masked)).backward()
                 totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
                 sizes.append((batch.num_tokens, batch.sum_squared_lengths))
                 self.processes.note_progress(f"micro-batch {len(sizes) + 1} of step {self.step + 1}")

@@ -373,7 +373,8 @@ def test_out_of_memory_inside_fsdp2_ends_the_run_with_5(data, tmp_path):
     assert process.wait(timeout=60) == 5, errors
     said = [line for line in errors.splitlines() if line.startswith("rank 1: step ")]
     assert (
-        len(said) == 1 and "cpu has too little memory for 8 sequences at once; with a lower micro_batch_size" in said[0]
+        len(said) == 1
+        and "cpu has too little memory for 8 sequences at once; with a lower --micro_batch_size" in said[0]
     )
     wait_until_gone([read_number(tmp_path / f"pid.{rank}") for rank in range(2)])
 
