@@ -1,20 +1,16 @@
 """`python -m fastroberta.prepare INPUT... --out DIR`: text in, token shards out.
 
-Reads txt, JSON lines and parquet, plain or compressed; files, folders and globs. Cleans as asked, tokenizes on all
-cores, and writes shards, a held-out split and a manifest. If it is interrupted, the same command continues. The shards
-depend on the text and the options alone, not on the number of workers or on interruptions.
+Reads txt, JSON Lines, csv, tsv, parquet and Arrow, plain or compressed: files, folders, globs, URLs and standard input.
+Cleans the text, tokenizes it on all cores, and writes shards, a held-out split and a manifest. The same command
+continues an interrupted run. The shards depend on the text and the options alone, never on workers or interruptions.
 
     tokenize     chunks of about 8 MB of text -> one file each in DIR/work (parallel)
     deduplicate  the hashes of all documents -> which ones to drop
     assemble     chunk files, in order -> shards, then the manifest, which completes the directory
 
-While it runs, DIR takes twice the size of the shards. It needs about 200 MB of memory, and as much for each worker, up to
-1.3 GB for a document of 16 MB, the longest allowed. Training a tokenizer holds 256 MB of text. Removing duplicates
-takes a byte a document and sorts 4 million keys at a time.
-
---cluster has the workers of a Dask cluster tokenize instead: the chunks are its tasks, DIR lies on a disk that all of
-them share, and the rest happens here. --append adds new files to a finished corpus without redoing the old ones.
-Duplicates are judged against all documents, and the old shards stay as they are.
+docs/data.md says what each option does, and what memory and disk it takes. --cluster has the workers of a Dask cluster
+tokenize: the chunks are its tasks, DIR lies on a disk that all of them share, and the rest happens here. --append adds
+new files to a finished corpus and leaves the old shards as they are.
 """
 
 from __future__ import annotations
@@ -50,7 +46,7 @@ from .corpus.read import CHUNK_BYTES, Chunk, read_chunks, read_documents
 from .corpus.report import check_report_path, write_report
 from .corpus.resume import BOILERPLATE, describe, find_base, find_finished, resume
 from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, write_atomically
-from .corpus.sources import InputFile, find_files
+from .corpus.sources import InputFile, find_files, is_remote, real_path
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
@@ -148,6 +144,8 @@ class PrepareConfig:
                 "boilerplate: lines are counted over a whole corpus, so that it goes without --append; prepare all of the "
                 "text again with another --out"
             )
+        if is_remote(self.out):
+            raise ConfigurationError(f"out = {self.out}: must be a directory on a disk; upload it when it is finished")
         if self.report:
             check_report_path(self.report)
         if self.cluster is not None:
@@ -186,6 +184,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     work = out / "work"
     files = find_files(config.inputs, config.format, config.text_field)
     _refuse_out_among_inputs(out, config.inputs, files)
+    if config.report and os.path.realpath(config.report) in {real_path(file.path) for file in files}:
+        raise ConfigurationError(f"report = {config.report}: is one of the inputs; choose another file")
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
     cleaning = _cleaning_settings(config, work)
     Cleaner(dataclasses.replace(cleaning, boilerplate=None))  # says what is missing before the work

@@ -116,7 +116,8 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
 def write_manifest(directory: Path, contents: dict[str, Any]) -> None:
     """Write manifest.json, which completes the directory; `contents` come without format, version and checksum."""
     head = {"format": "fastroberta-shards", "version": VERSION, "sha256": UNSEALED}
-    data = json.dumps({**head, **contents, **head}, indent=1, ensure_ascii=False).encode() + b"\n"
+    # ASCII, because a file's name may hold bytes that are not UTF-8.
+    data = json.dumps({**head, **contents, **head}, indent=1).encode() + b"\n"
     with write_atomically(directory / "manifest.json") as file:
         file.write(data.replace(UNSEALED.encode(), _seal(data, UNSEALED).encode(), 1))
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigurationError, DataError
 from .manifest import Manifest, load_manifest
 from .shards import file_sha256, write_atomically
-from .sources import InputFile
+from .sources import InputFile, real_path
 
 BOILERPLATE = "boilerplate.npy"  # in the work folder: hashes of the lines to remove
 
@@ -54,7 +54,8 @@ def find_base(
     Returns:
         The corpus, the options of the whole afterwards, and the files to append.
     Raises:
-        ConfigurationError: there is no corpus, other options made it, or one of its files has changed since.
+        ConfigurationError: there is no corpus, other options made it, one of its files has changed since, or a file seems
+            to be one of its files in another place.
     """
     if not (out / "manifest.json").exists():
         raise ConfigurationError(f"{out}: no finished corpus to append to; prepare one first, without --append")
@@ -67,15 +68,27 @@ def find_base(
     _refuse_other_options(
         {**made_with, "tokenizer_sha256": base.tokenizer_sha256}, wanted, f"{out}: holds a finished corpus"
     )
-    known = {one["path"]: one for one in base.contents["files"]}
+    known = {real_path(one["path"]): one for one in base.contents["files"]}
+    places = {(Path(one["path"]).name, one["size"], one["modified"]): one["path"] for one in known.values()}
+    new = []
     for file in files:
-        if known.get(file.path, dataclasses.asdict(file)) != dataclasses.asdict(file):
+        entry = known.get(real_path(file.path))
+        if entry is None:
+            # A path in the manifest may be relative to a directory other than today's.
+            place = places.get((Path(file.path).name, file.size, file.modified))
+            if place and isinstance(file.modified, int):
+                raise ConfigurationError(
+                    f"{file.path}: has the name, size and time of {place}, which is part of {out} already; leave it out, "
+                    "or touch it if it is another file"
+                )
+            new.append(file)
+        elif {**entry, "path": file.path} != dataclasses.asdict(file):
             raise ConfigurationError(
                 f"{file.path}: changed since it became part of {out}; give new text in new files, or prepare all of it "
                 "again with another --out"
             )
     inputs = list(dict.fromkeys([*made_with["inputs"], *options["inputs"]]))
-    return base, {**made_with, "inputs": inputs}, [file for file in files if file.path not in known]
+    return base, {**made_with, "inputs": inputs}, new
 
 
 def _refuse_other_options(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:

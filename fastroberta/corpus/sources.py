@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from ..errors import ConfigurationError, DataError
@@ -60,22 +59,49 @@ def find_files(inputs: Iterable[str], format: str, text_field: str = "text") -> 
     Raises:
         ConfigurationError: nothing found, no way to tell a file's format, or a package is missing.
     """
-    paths: dict[str, None] = {}  # each file once, in order
+    paths: dict[str, str] = {}  # each file once, in order, however its path is written
     for name in inputs:
         if name == "-":
             found = [name]
         elif is_remote(name):
             found = _find_remote(name, format)
         elif os.path.isdir(name):
-            found = _choose_in_folder(name, [str(path) for path in Path(name).rglob("*") if path.is_file()], format)
+            folder = os.path.normpath(name)
+            found = _choose_in_folder(folder, _list_folder(folder), format)
         elif os.path.exists(name):
             found = [name]
         else:
-            found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+            found = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
         if not found:
             raise ConfigurationError(f"{name}: no such file or folder, and nothing that it matches; check the path")
-        paths |= dict.fromkeys(found)
-    return [_identify(path, format, text_field) for path in paths]
+        for path in found:
+            paths.setdefault(real_path(path), path)
+    return [_identify(path, format, text_field) for path in paths.values()]
+
+
+def real_path(path: str) -> str:
+    """The same for every way to write the path of a local file; others stay as they are."""
+    return path if path == "-" or is_remote(path) else os.path.realpath(path)
+
+
+def _list_folder(folder: str) -> list[str]:
+    """What lies in a folder and the folders below it, hidden ones aside. Links are followed, but no folder is read twice.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[str] = []
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        found += [os.path.join(place, name) for name in names]
+        below = {os.path.realpath(os.path.join(place, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for path, name in below.items() if path not in seen and not name.startswith("."))
+        seen |= below.keys()
+    return found
 
 
 def _choose_in_folder(folder: str, paths: list[str], format: str) -> list[str]:
@@ -122,6 +148,10 @@ def _identify(path: str, format: str, text_field: str) -> InputFile:
     elif is_remote(path):
         size, modified = _describe_remote(path)
     else:
+        if not os.path.exists(path):
+            raise ConfigurationError(
+                f"{path}: a link to a file that does not exist; restore the file or remove the link"
+            )
         if not os.path.isfile(path):
             raise ConfigurationError(f"{path}: not an ordinary file; write it to one first, or pipe it in and say -")
         status = os.stat(path)

@@ -668,6 +668,33 @@ def test_appending_refuses_what_does_not_fit(go, two_parts, monkeypatch):
         go(a, b, append=True, **CLEANED)
 
 
+def test_a_file_is_not_appended_again_by_another_path(go, two_parts, monkeypatch, capsys):
+    a, b = two_parts
+    go(a)
+    monkeypatch.chdir(a.parent)
+    go(f"../{a.parent.name}/{a.name}", append=True)
+    assert "already prepared, nothing to do" in capsys.readouterr().out
+    go(f"./{b.name}", append=True)  # and from elsewhere, where the path in the manifest means nothing
+    (a.parent / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    with pytest.raises(
+        ConfigurationError, match=r"b\.jsonl: has the name, size and time of \./b\.jsonl, which is part of"
+    ):
+        go(b, append=True)
+    b.touch()
+    assert len(go(b, append=True).contents["files"]) == 3
+
+
+def test_a_file_s_name_may_be_any_bytes(go, tmp_path):
+    (tmp_path / "in").mkdir()
+    name = os.fsdecode(b"in/caf\xe9.txt")
+    try:
+        (tmp_path / name).write_text("Some text.")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    assert go(tmp_path / "in").contents["files"][0]["path"] == str(tmp_path / name)
+
+
 # ---- tokenizers
 
 
@@ -763,6 +790,16 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
         (["*.txt", "--out", "../{here}", "--train-tokenizer", "300"], 2, "holds or lies in the input a.txt"),
         ([".", "--out", "o", "--train-tokenizer", "300"], 2, "--out o: holds or lies in the input .;"),
         ([".", "--out", ".", "--train-tokenizer", "300"], 2, "--out .: holds or lies in the input .;"),
+        (
+            ["a.txt", "--out", "s3://bucket/o", "--train-tokenizer", "300"],
+            2,
+            "out = s3://bucket/o: must be a directory",
+        ),
+        (
+            ["*.*", "--out", "o", "--train-tokenizer", "300", "--format", "txt", "--report", "a.md"],
+            2,
+            "one of the inputs",
+        ),
         (["bad.txt", "--out", "o", "--train-tokenizer", "300"], 3, "bad.txt, line 1: NUL"),
     ],
 )
@@ -770,6 +807,7 @@ def test_mistakes_end_in_one_line_and_their_exit_code(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some text")
     Path("bad.txt").write_bytes(b"\0")
+    Path("a.md").write_text("text that a report must not replace")
     arguments = [argument.format(here=tmp_path.name) for argument in arguments]
     before = sorted(os.listdir(tmp_path))
     assert run(lambda: main(arguments)) == code

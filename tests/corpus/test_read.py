@@ -204,6 +204,32 @@ def test_folders_and_globs_are_sorted_and_no_file_is_read_twice(tmp_path):
     assert [file.format for file in find_files([str(tmp_path / "other")], "auto")] == ["jsonl"] * 2
 
 
+def test_links_are_followed_and_no_file_is_read_twice_through_them(tmp_path):
+    for name in ("corpus/a.txt", "corpus/.git/hidden.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    corpus = tmp_path / "corpus"
+    (corpus / "linked").symlink_to(tmp_path / "elsewhere")
+    (corpus / "again").symlink_to(tmp_path / "elsewhere")
+    (corpus / "loop").symlink_to(corpus)
+    (corpus / "same.txt").symlink_to("a.txt")
+    inputs = [str(corpus), f"{corpus}/../corpus/a.txt", f"{tmp_path}/elsewhere/*"]
+    assert [os.path.relpath(file.path, corpus) for file in find_files(inputs, "auto")] == ["a.txt", "again/b.txt"]
+    (corpus / "dead.txt").symlink_to("nowhere.txt")
+    for name in (str(corpus), f"{corpus}/d*"):
+        with pytest.raises(ConfigurationError, match=r"dead\.txt: a link to a file that does not exist"):
+            find_files([name], "auto")
+
+
+def test_hidden_files_stay_hidden_in_this_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", ".b.txt", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for folder in (".", "./", f"../{tmp_path.name}"):
+        assert [os.path.basename(file.path) for file in find_files([folder], "auto")] == ["a.txt"]
+
+
 @pytest.mark.parametrize(
     "data, kind",
     [
