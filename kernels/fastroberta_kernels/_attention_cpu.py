@@ -45,8 +45,12 @@ def attention_torch(
     mask = has_keys = None
     if key_lengths is not None:
         # A softmax over no keys is undefined: a sequence without keys attends to all of them, and its output is then zeroed.
+        # What is ignored is set to zero beforehand, as zero times NaN or infinity would be NaN.
         has_keys = (key_lengths > 0)[:, None, None, None]
-        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None, None, None]) | ~has_keys
+        is_key = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+        k, v = (tensor.masked_fill(~is_key[:, :, None, None], 0.0) for tensor in (k, v))
+        q = q.masked_fill(~has_keys, 0.0)
+        mask = is_key[:, None, None] | ~has_keys
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
     ).transpose(1, 2)

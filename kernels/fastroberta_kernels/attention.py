@@ -245,8 +245,11 @@ def attention_backward_kernel(
             tl.store(partial_ptrs, dq, mask=is_row[None, :])
         is_written = (columns < last_n)[:, None]
         offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
-        tl.store(dk_ptr + offsets_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_written)
-        tl.store(dv_ptr + offsets_dk, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=is_written)
+        # The queries of a sequence without keys may hold NaN, which a product with zero does not remove.
+        dk = tl.where(is_column[:, None], dk * scale, 0.0)
+        dv = tl.where(is_column[:, None], dv * keep_scale, 0.0)
+        tl.store(dk_ptr + offsets_dk, dk.to(dk_ptr.dtype.element_ty), mask=is_written)
+        tl.store(dv_ptr + offsets_dk, dv.to(dv_ptr.dtype.element_ty), mask=is_written)
         # Later code reads what other threads of this program wrote.
         tl.debug_barrier()
 
@@ -486,7 +489,8 @@ def attention(
         dropout_p: dropout probability, rounded to a multiple of 1/256. Kept values are scaled so that the mean is exact.
         scale: factor of the scores; None means head_dim ** -0.5.
         seed: int, or int64 tensor (key,) or (key, first_row); required if dropout_p > 0.
-        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys yields zeros.
+        key_lengths: int32 (batch,): keys from this index on are ignored, whatever they hold, NaN included. A length is
+            clamped to [0, length_k]. A sequence without keys yields zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (batch, length_q, heads, head_dim) in the dtype of q.

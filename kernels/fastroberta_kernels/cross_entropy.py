@@ -8,7 +8,8 @@ of W (C = `num_classes`, by default V):
     dx_ic  = (1 + 2 z lse_i) exp(x_ic - lse_i) - (1 - e) [c = t_i] - e / C
 
 loss_i and dx_i are zero where t_i is `ignore_index`. Then dh = dx W, dW = dx^T h, db = sum_i dx_i. Rows of W from C on (a
-vocabulary padded for aligned matrix products) get no probability and no gradient. The z-loss is that of PaLM (Chowdhery
+vocabulary padded for aligned matrix products) get no probability and no gradient. Ignored rows of h and of W may hold
+anything, NaN included. The z-loss is that of PaLM (Chowdhery
 et al., arXiv 2204.02311, section 5). Label smoothing is that of torch.nn.CrossEntropyLoss.
 
 Shapes and dtypes
@@ -26,7 +27,8 @@ How memory stays small
     every chunk takes about as long as its product) and at most 4096. Beyond inputs and gradients the peak is R rows of
     logits:
         N = 4928: R = 1024, 103 of 496 MB (21%);  N = 9856: R = 2048, 206 of 992 MB (21%);  N = 65536: R = 4096, 6%
-    with V = 50304 in bf16, and V d elements of the cast weight where an fp32 weight meets bf16 hidden states.
+    with V = 50304 in bf16, R d elements of its hidden states, and V d elements of a copy of the weight where an fp32
+    weight meets bf16 hidden states or the vocabulary is padded.
     On a CPU a chunk has 512 rows, and ignored rows are left out before any product.
 
 Saved for the backward: dh in hidden's dtype, dW and db in fp32 (on a CPU, dW of bf16 weights in bf16 if one chunk holds
@@ -84,8 +86,8 @@ def _loss_and_gradients_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
     """Losses (N,) fp32, correct (N,) bool, and gradients in PyTorch operations, chunk by chunk."""
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
-    matrix = weight.to(hidden.dtype)
-    matrix_bias = None if bias is None else bias.to(hidden.dtype)
+    matrix = weight[:num_classes].to(hidden.dtype)
+    matrix_bias = None if bias is None else bias[:num_classes].to(hidden.dtype)
     # Leave out ignored rows before any work is done.
     kept = (targets != ignore_index).nonzero().squeeze(1)
     loss = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
@@ -93,9 +95,9 @@ def _loss_and_gradients_torch(
     gradients = _empty_gradients(hidden, weight, needs, use_kernel=False)
     gradients.hidden.zero_()
     gradients.bias.zero_()
-    if not kept.numel():
-        gradients.weight.zero_()
-    buffer = hidden.new_empty(_fill_up(min(_CHUNK_ROWS_TORCH, kept.numel())), num_entries)
+    d_matrix = gradients.weight[:num_classes]
+    gradients.weight[num_classes if kept.numel() else 0 :].zero_()
+    buffer = hidden.new_empty(_fill_up(min(_CHUNK_ROWS_TORCH, kept.numel())), num_entries)[:, :num_classes]
     for start in range(0, kept.numel(), _CHUNK_ROWS_TORCH):
         rows = kept[start : start + _CHUNK_ROWS_TORCH]
         chunk = F.pad(hidden[rows], (0, 0, 0, _fill_up(rows.numel()) - rows.numel()))
@@ -107,7 +109,7 @@ def _loss_and_gradients_torch(
         block_sums = []
         for first in range(0, rows.numel(), _ROWS_IN_CACHE):
             block = slice(first, min(first + _ROWS_IN_CACHE, rows.numel()))
-            x = logits[block, :num_classes].float()
+            x = logits[block].float()
             target = targets[rows[block], None]
             x_target = x.gather(1, target)
             largest = x.amax(1, keepdim=True)
@@ -129,8 +131,7 @@ def _loss_and_gradients_torch(
                 if label_smoothing:
                     probability -= scale * (label_smoothing / num_classes)
                 probability.scatter_add_(1, target, (-scale * (1 - label_smoothing)) * torch.ones_like(x_target))
-                logits[block, :num_classes] = probability
-                logits[block, num_classes:] = 0
+                logits[block] = probability
                 if needs[2]:
                     block_sums.append(probability.sum(0))
         logits[rows.numel() :] = 0  # padding rows hold the bias; an entry of -inf times zero would be NaN in dW
@@ -138,16 +139,16 @@ def _loss_and_gradients_torch(
             gradients.bias[:num_classes] += torch.stack(block_sums).sum(0)
         if needs[0]:
             gradients.hidden[rows] = torch.mm(logits, matrix)[: rows.numel()]
-        if needs[1] and gradients.weight.dtype == hidden.dtype:
+        if needs[1] and d_matrix.dtype == hidden.dtype:
             if start == 0:
-                torch.mm(logits.T, chunk, out=gradients.weight)
+                torch.mm(logits.T, chunk, out=d_matrix)
             else:
-                torch.addmm(gradients.weight, logits.T, chunk, out=gradients.weight)
+                torch.addmm(d_matrix, logits.T, chunk, out=d_matrix)
         elif needs[1]:
-            for first in range(0, num_entries, _CLASSES_IN_CACHE):
+            for first in range(0, num_classes, _CLASSES_IN_CACHE):
                 part = slice(first, first + _CLASSES_IN_CACHE)
                 product = torch.mm(logits[:, part].T, chunk)
-                gradients.weight[part].copy_(product) if start == 0 else gradients.weight[part].add_(product)
+                d_matrix[part].copy_(product) if start == 0 else d_matrix[part].add_(product)
     return loss, correct, gradients
 
 
@@ -274,7 +275,12 @@ def _loss_and_gradients_triton(
     """Losses (N,) fp32, correct (N,) int32, and gradients, with the Triton kernel between matrix products."""
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), align(targets)
+    # Zeros where the gradient of the logits is zero: zero times NaN or infinity would be NaN.
+    ignored = (targets == ignore_index)[:, None]
     matrix = weight.to(hidden.dtype).contiguous()
+    if num_classes < num_entries:
+        matrix = matrix.clone() if matrix is weight else matrix
+        matrix[num_classes:] = 0
     matrix_bias = None if bias is None else bias.to(hidden.dtype).contiguous()
     loss = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
@@ -291,11 +297,12 @@ def _loss_and_gradients_triton(
     buffer = hidden.new_empty(chunk_rows, row_stride)
     for start in range(0, num_rows, max(1, chunk_rows)):
         rows = slice(start, min(start + chunk_rows, num_rows))
+        chunk = hidden[rows].masked_fill(ignored[rows], 0)
         logits = buffer[: rows.stop - start, :num_entries]
         if matrix_bias is None:
-            torch.mm(hidden[rows], matrix.T, out=logits)
+            torch.mm(chunk, matrix.T, out=logits)
         else:
-            torch.addmm(matrix_bias, hidden[rows], matrix.T, out=logits)
+            torch.addmm(matrix_bias, chunk, matrix.T, out=logits)
         launch(
             _softmax_rows_kernel,
             (rows.stop - start,),
@@ -319,7 +326,7 @@ def _loss_and_gradients_triton(
         if needs[0]:
             torch.mm(logits, matrix, out=gradients.hidden[rows])
         if needs[1]:
-            _accumulate_product(gradients.weight, logits.T, hidden[rows], first=start == 0)
+            _accumulate_product(gradients.weight, logits.T, chunk, first=start == 0)
         if needs[2]:
             column_sums = logits.sum(0, dtype=torch.float32)
             gradients.bias.copy_(column_sums) if start == 0 else gradients.bias.add_(column_sums)
@@ -624,6 +631,8 @@ class MaskedLMHead(torch.nn.Module):
             num_sequences, length, _ = hidden.shape
             first_rows = torch.arange(num_sequences, device=hidden.device)[:, None] * length
             hidden = hidden.flatten(0, 1).index_select(0, (first_rows + positions).flatten())
+        # Ignored rows may hold anything; in the sums over rows of a gradient, zero times NaN would be NaN.
+        hidden = hidden.masked_fill((labels == -100).view(*hidden.shape[:-1], 1), 0.0)
         return linear_cross_entropy(
             self._transform(hidden.flatten(0, -2), impl),
             decoder_weight,

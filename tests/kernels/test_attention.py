@@ -168,6 +168,23 @@ def test_attention_ignores_keys_past_their_length(impl, dropout_p, device):
         assert not ours[name][part].any(), name
 
 
+@both
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_what_is_ignored_may_hold_nan(impl, dropout_p, device):
+    """Keys past their length, and the queries of a sequence without keys."""
+    q, k, v, grad = make_inputs(3, 5, 20, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    key_lengths = torch.tensor([0, 7, 20], dtype=torch.int32, device=q.device)
+
+    def attend(q, k, v):
+        return attention.attention(q, k, v, dropout_p=dropout_p, seed=3, key_lengths=key_lengths, impl=impl)
+
+    expected = differentiate(attend, q, k, v, grad)
+    q[0] = float("nan")
+    for tensor in (k, v):
+        tensor[0] = tensor[1, 7:] = float("nan")
+    assert_equal(differentiate(attend, q, k, v, grad), expected)
+
+
 # An empty document at the start, in the middle, without keys only, without queries only; trailing ones as padding.
 LENGTHS_Q = [0, 19, 7, 0, 37, 5, 0]
 LENGTHS_K = [0, 19, 0, 11, 37, 140, 0]

@@ -177,6 +177,47 @@ def test_padding_is_no_class_even_with_the_largest_logit(impl, device):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_ignored_may_hold_nan(small_chunks, impl, parameter_dtype, reduction, device):
+    """Hidden states of ignored rows, and the padding of the vocabulary."""
+    leaves, targets = make_inputs(41, 40, 8, torch.bfloat16, device, parameter_dtype=parameter_dtype)
+    targets[1::3] = -100
+    targets[targets >= 37] = 0
+
+    def step():
+        loss = linear_cross_entropy(*leaves, targets, num_classes=37, reduction=reduction, impl=impl).loss
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    expected = step()
+    with torch.no_grad():
+        leaves[0][1::3] = leaves[1][37:] = leaves[2][37:] = float("nan")
+    for name, one, other in zip(("loss", *NAMES), step(), expected):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("gathers", [True, False])
+def test_ignored_rows_of_the_head_may_hold_nan(impl, gathers, device):
+    head = MaskedLMHead(8, 40).to(device)
+    hidden = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    positions = torch.tensor([[0, 3], [2, 4]], device=device) if gathers else None
+    labels = torch.full((2, 2 if gathers else 5), -100, device=device)
+    labels[:, 0] = 7
+    decoder = torch.randn(40, 8, device=device, requires_grad=True)
+    leaves = [hidden, decoder, *head.parameters()]
+
+    def step():
+        return torch.autograd.grad(head(hidden, decoder, labels, positions, impl=impl).loss, leaves)
+
+    expected = step()
+    with torch.no_grad():
+        hidden[0, 1:], hidden[1, 3:] = float("nan"), float("nan")
+    for one, other in zip(step(), expected):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_no_target_at_all(impl, reduction, num_rows, device):
