@@ -83,7 +83,7 @@ def list_pieces(
 ) -> Iterator[tuple[slice, slice, slice, tuple[int, int, int, int]]]:
     """Split the work into pieces whose scores fit in a core's cache: some heads of a sequence, or some whole sequences.
 
-    Sequences without queries or keys are left out. Lengths are read on the host.
+    Sequences without queries or keys are left out. Lengths are read on the host, and bounds of documents are checked.
 
     Yields:
         The query rows and key rows of a piece in the flattened batch, its heads, and the shape of its scores:
@@ -102,6 +102,11 @@ def list_pieces(
         sequences = [(b * num_q, (b + 1) * num_q, b * num_k, b * num_k + length, 1) for b, length in enumerate(lengths)]
     else:
         starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
+        for name, starts, total in (("cu_seqlens_q", starts_q, q.shape[0]), ("cu_seqlens_k", starts_k, k.shape[0])):
+            if starts[0] < 0 or starts[-1] > total or starts != sorted(starts):
+                raise ValueError(
+                    f"varlen_attention: {name} must ascend from 0 to at most {total}, the number of rows; got {starts}"
+                )
         sequences = [(*bounds, 1) for bounds in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
     for q0, q1, k0, k1, count in sequences:
         num_q, num_k = (q1 - q0) // count, (k1 - k0) // count
@@ -236,6 +241,8 @@ def save_for_torch_backward(ctx, inputs, output):
 
 
 def backward_torch(ctx, grad, _):
+    if grad is None:
+        return (None,) * 10
     q, k, v, saved, cu_seqlens_q, lengths_k = ctx.saved_tensors
     gradients = attention_torch_backward(grad, q, k, v, saved, cu_seqlens_q, lengths_k, ctx.dropout_p, ctx.scale)
     return *gradients, None, None, None, None, None, None, None

@@ -55,15 +55,28 @@ HEAD_DIMS = (32, 64, 128)
 
 
 @jit
+def clamp_document(bounds_ptr, total):
+    """First row and number of rows of a document, kept inside the tensor: wrong bounds give wrong rows, no stray write.
+
+    With TRITON_DEBUG=1 in the environment wrong bounds stop the program instead.
+    """
+    start, end = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    tl.device_assert(
+        (start >= 0) & (start <= end) & (end <= total), "cu_seqlens must ascend from 0 to the number of rows"
+    )
+    first = tl.minimum(tl.maximum(start, 0), total).to(tl.int64)
+    return first, tl.maximum(tl.minimum(end, total) - first, 0).to(tl.int32)
+
+
+@jit
 def locate_sequence(
-    batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
-):
+    batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, total_q, total_k,
+    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
     """First query row in the flattened batch, number of queries, first key row and number of keys of a sequence."""
     if VARLEN:
-        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
-        first_k = tl.load(lengths_k_ptr + batch).to(tl.int64)
-        num_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
-        num_k = (tl.load(lengths_k_ptr + batch + 1) - first_k).to(tl.int32)
+        first_q, num_q = clamp_document(cu_seqlens_q_ptr + batch, total_q)
+        first_k, num_k = clamp_document(lengths_k_ptr + batch, total_k)
     else:
         first_q = batch * length_q
         first_k = batch * length_k
@@ -76,13 +89,13 @@ def locate_sequence(
 
 # Specialised are only the sizes that save registers: strides, which `align_heads` makes multiples of 16, and the number
 # of keys, if it is the same for all sequences.
-@jit(do_not_specialize=["length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
     q_batch_stride, q_row_stride, q_head_stride,
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
-    length_q, length_k, total_q, qk_scale, keep_scale, threshold,
+    length_q, length_k, total_q, total_k, qk_scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +104,7 @@ def attention_forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_q, num_q, first_k, num_k = locate_sequence(
-        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
+        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, total_q, total_k, VARLEN, HAS_LENGTHS
     )
     if start_m >= num_q:
         return
@@ -149,7 +162,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=is_row)
 
 
-@jit(do_not_specialize=["length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold"])
 def attention_backward_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, partial_ptr,
     cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -157,7 +170,7 @@ def attention_backward_kernel(
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
     dq_row_stride, dk_row_stride,
-    length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
+    length_q, length_k, total_q, total_k, chunk, qk_scale, scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +180,7 @@ def attention_backward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     first_q, num_q, first_k, num_k = locate_sequence(
-        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
+        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, total_q, total_k, VARLEN, HAS_LENGTHS
     )
     if VARLEN:
         q_ptr += first_q * q_row_stride + head * q_head_stride
@@ -372,7 +385,7 @@ def attention_forward(
             (-(-max_seqlen_q // block_m), num_heads, count),
             q, k, v, out, lse, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v),
-            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
+            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], scale * LOG2_E, keep_scale, threshold,
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
@@ -439,7 +452,7 @@ def launch_backward(
             (num_chunks, num_heads, count),
             grad, q, k, v, out, lse, dq, dk, dv, delta, partial, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
-            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, blocks_in_chunk * block_n,
+            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], blocks_in_chunk * block_n,
             scale * LOG2_E, scale, keep_scale, threshold,
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
@@ -461,6 +474,8 @@ def save_for_backward(ctx, inputs, output):
 
 
 def backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 10
     gradients = attention_backward(
         grad, *ctx.saved_tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.dropout_p, ctx.scale
     )
@@ -529,7 +544,9 @@ def varlen_attention(
     Args:
         q: (tokens_q, heads, head_dim). k, v: (tokens_k, heads, head_dim).
         cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): the start of each document, and the end of the last. Empty
-            documents are allowed; at the end they keep shapes static, for instance for a CUDA graph.
+            documents are allowed; at the end they keep shapes static, for instance for a CUDA graph. Bounds outside the
+            tensors or out of order raise in PyTorch. The kernel, which cannot raise without waiting for the device, clamps
+            them to the tensors; with TRITON_DEBUG=1 in the environment it stops at them.
         max_seqlen_q, max_seqlen_k: upper bounds of document lengths, as ints so that nothing is read from the device. If
             they are too small, rows are left out on a GPU, and PyTorch raises.
         dropout_p, scale, seed, impl: as in `attention`. The dropout row of a query is its index in `q`.
