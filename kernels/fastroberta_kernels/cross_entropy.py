@@ -15,7 +15,7 @@ et al., arXiv 2204.02311, section 5). Label smoothing is that of torch.nn.CrossE
 Shapes and dtypes
     hidden (N, d) fp32, bf16 or fp16. weight and bias may be wider (fp32 masters); they are cast to hidden's dtype once.
     targets int64. Matrix products run in hidden's dtype. Softmax and loss are computed, and dW and db accumulated, in
-    fp32. Each gradient has the dtype of its tensor.
+    fp32. Each gradient has the dtype of its tensor. In PyTorch hidden may be fp64, which is then used throughout.
 
 How memory stays small
     Rows are processed in chunks. One matrix product yields the logits of a chunk. A kernel with one program per row reads
@@ -52,6 +52,7 @@ import torch
 from torch.nn import functional as F
 
 from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._rows import KERNEL_DTYPES
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
 
@@ -70,8 +71,8 @@ class Gradients(NamedTuple):
     """Gradients of the unscaled sum of losses. Those not requested are empty."""
 
     hidden: torch.Tensor  # (N, d), hidden's dtype
-    weight: torch.Tensor  # (V, d) fp32, or as _empty_gradients says
-    bias: torch.Tensor  # (V,) fp32
+    weight: torch.Tensor  # (V, d) fp32 (fp64 for fp64), or as _empty_gradients says
+    bias: torch.Tensor  # (V,) fp32 (fp64 for fp64)
 
 
 # Sixteen rows of 50265 fp32 logits, and a 4096 x 768 part of dW, are about as large as a core's cache. Products of a
@@ -84,13 +85,14 @@ _CHUNK_ROWS_TORCH = 512
 def _loss_and_gradients_torch(
     hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-    """Losses (N,) fp32, correct (N,) bool, and gradients in PyTorch operations, chunk by chunk."""
+    """Losses (N,) fp32 (fp64 for fp64), correct (N,) bool, and gradients in PyTorch operations, chunk by chunk."""
+    sum_dtype = _sum_dtype(hidden)
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
     matrix = weight[:num_classes].to(hidden.dtype)
     matrix_bias = None if bias is None else bias[:num_classes].to(hidden.dtype)
     # Leave out ignored rows before any work is done.
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    loss = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
+    loss = torch.zeros(num_rows, dtype=sum_dtype, device=hidden.device)
     correct = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
     gradients = _empty_gradients(hidden, weight, needs, use_kernel=False)
     gradients.hidden.zero_()
@@ -109,7 +111,7 @@ def _loss_and_gradients_torch(
         block_sums = []
         for first in range(0, rows.numel(), _ROWS_IN_CACHE):
             block = slice(first, min(first + _ROWS_IN_CACHE, rows.numel()))
-            x = logits[block].float()
+            x = logits[block].to(sum_dtype)
             target = targets[rows[block], None]
             x_target = x.gather(1, target)
             largest = x.amax(1, keepdim=True)
@@ -156,15 +158,20 @@ def _fill_up(num_rows: int) -> int:
     return -(-num_rows // _ROWS_IN_CACHE) * _ROWS_IN_CACHE
 
 
+def _sum_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of the softmax, the loss, and the gradients of weight and bias."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def _empty_gradients(hidden, weight, needs: list[bool], use_kernel: bool) -> Gradients:
     (num_rows, width), num_entries = hidden.shape, weight.shape[0]
-    weight_dtype = torch.float32
+    weight_dtype = _sum_dtype(hidden)
     if not use_kernel and hidden.dtype == weight.dtype == torch.bfloat16 and num_rows <= _CHUNK_ROWS_TORCH:
         weight_dtype = torch.bfloat16  # a single product is rounded once; nothing is accumulated
     return Gradients(
         hidden.new_empty((num_rows, width) if needs[0] else (0,)),
         hidden.new_empty((num_entries, width) if needs[1] else (0,), dtype=weight_dtype),
-        hidden.new_empty((num_entries,) if needs[2] else (0,), dtype=torch.float32),
+        hidden.new_empty((num_entries,) if needs[2] else (0,), dtype=_sum_dtype(hidden)),
     )
 
 
@@ -393,7 +400,7 @@ def _(
     use_kernel,
 ):  # fmt: skip
     needs = [need and reduction != "none" for need in needs]
-    loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.float32)
+    loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=_sum_dtype(hidden))
     counts = [targets.new_empty((), dtype=torch.int64) for _ in range(2)]
     return loss, *counts, *_empty_gradients(hidden, weight, needs, use_kernel)
 
@@ -415,7 +422,7 @@ def _backward_op(
     """Recompute the gradients, with the loss of each row weighted by `row_gradient` (N,) if given."""
     run = _loss_and_gradients_triton if use_kernel else _loss_and_gradients_torch
     if row_gradient is not None:
-        row_gradient = align(row_gradient.float())
+        row_gradient = align(row_gradient.to(_sum_dtype(hidden)))
     arguments = (hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs)
     d_hidden, d_weight, d_bias = run(*arguments)[2]
     return d_hidden, d_weight, d_bias
@@ -504,8 +511,8 @@ def linear_cross_entropy(
         num_classes: how many rows of weight are classes; the others are padding. By default all of them.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        loss: fp32, () or (N,). num_correct: rows whose target is the first largest logit. num_targets: rows that are not
-        ignored.
+        loss: fp32 (fp64 for fp64), () or (N,). num_correct: rows whose target is the first largest logit. num_targets:
+        rows that are not ignored.
     Raises:
         ValueError: mismatched shapes, dtypes, devices or settings; on a CPU a target that is no class. On CUDA, where
             checking would wait for the device, the loss is then NaN.
@@ -525,8 +532,6 @@ def linear_cross_entropy(
             f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 ({hidden.shape[0]},), one per "
             "row of hidden"
         )
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16")
     if num_classes is None:
         num_classes = weight.shape[0]
     if not 1 <= num_classes <= weight.shape[0]:
@@ -539,6 +544,10 @@ def linear_cross_entropy(
             "z_loss >= 0"
         )
     use_kernel = use_triton(name, impl, hidden, weight, bias, targets)
+    if not hidden.dtype.is_floating_point or (use_kernel and hidden.dtype not in KERNEL_DTYPES):
+        raise ValueError(
+            f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16, or float64 with impl='torch'"
+        )
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
@@ -620,7 +629,8 @@ class MaskedLMHead(torch.nn.Module):
                 position, with label -100.
             For the others see `linear_cross_entropy`.
         Raises:
-            ValueError: positions do not match labels or hidden, or as in `linear_cross_entropy`.
+            ValueError: positions do not match labels or hidden, or on a CPU lie outside the sequence; or as in
+                `linear_cross_entropy`.
         """
         if positions is not None:
             if hidden.dim() != 3 or positions.shape != labels.shape or positions.shape[:1] != hidden.shape[:1]:
@@ -629,6 +639,12 @@ class MaskedLMHead(torch.nn.Module):
                     f"{tuple(labels.shape)} do not match; expected (B, L, d), (B, K) and (B, K)"
                 )
             num_sequences, length, _ = hidden.shape
+            if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+                outside = positions[(positions < 0) | (positions >= length)]
+                if outside.numel():
+                    raise ValueError(
+                        f"MaskedLMHead: position {outside[0].item()} is outside the {length} of a sequence"
+                    )
             first_rows = torch.arange(num_sequences, device=hidden.device)[:, None] * length
             hidden = hidden.flatten(0, 1).index_select(0, (first_rows + positions).flatten())
         # Ignored rows may hold anything; in the sums over rows of a gradient, zero times NaN would be NaN.

@@ -405,6 +405,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dstatistics):
+    if dy is None:
+        return (None,) * 8
     saved = ctx.saved_tensors  # read once: activation checkpointing allows a single access
     dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
     x, residual, x_bias = saved[:3]

@@ -196,6 +196,15 @@ def test_what_is_ignored_may_hold_nan(small_chunks, impl, parameter_dtype, reduc
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("position", [-1, 5])
+def test_a_position_outside_its_sequence_is_named(position):
+    """It would otherwise be a token of the sequence before or after."""
+    labels, positions = torch.tensor([[7], [7]]), torch.tensor([[2], [0]])
+    positions[1 if position < 0 else 0] = position
+    with pytest.raises(ValueError, match=f"position {position} is outside the 5 of a sequence"):
+        MaskedLMHead(8, 40)(torch.zeros(2, 5, 8), torch.zeros(40, 8), labels, positions)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("gathers", [True, False])
 def test_ignored_rows_of_the_head_may_hold_nan(impl, gathers, device):
@@ -346,7 +355,8 @@ def test_chunks_keep_to_the_promised_share_of_the_logits():
         (dict(bias=torch.zeros(4)), "bias has shape"),
         (dict(targets=torch.zeros(2, dtype=torch.int32)), "int64"),
         (dict(targets=torch.zeros(3, dtype=torch.int64)), "one per row of hidden"),
-        (dict(hidden=torch.zeros(2, 4, dtype=torch.float64)), "use float32"),
+        (dict(hidden=torch.zeros(2, 4, dtype=torch.float64), impl="triton"), "use float32"),
+        (dict(hidden=torch.zeros(2, 4, dtype=torch.int64)), "use float32"),
         (dict(num_classes=6), "num_classes=6 is outside 1 to 5"),
         (dict(reduction="average"), "use one of mean, sum, none"),
         (dict(label_smoothing=1.0), "label_smoothing"),

@@ -1,0 +1,104 @@
+"""Every differentiable operation under PyTorch's own tools: gradcheck, and gradients that are undefined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastroberta_kernels import _dispatch
+from fastroberta_kernels.attention import attention, varlen_attention
+from fastroberta_kernels.cross_entropy import linear_cross_entropy
+from fastroberta_kernels.embedding import embedding_layer_norm
+from fastroberta_kernels.gelu import bias_gelu
+from fastroberta_kernels.layer_norm import dropout_add_layer_norm, layer_norm
+
+needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
+both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+
+NUM_HEADS, HEAD_DIM, WIDTH, NUM_CLASSES = 2, 4, 5, 6
+
+
+def attend(q, k, v, dropout_p=0.0, **options):
+    key_lengths = (torch.arange(q.shape[0], device=q.device) + 2).int()
+    return attention(q, k, v, key_lengths=key_lengths, dropout_p=dropout_p, seed=1, **options)
+
+
+def attend_dropout(q, k, v, **options):
+    return attend(q, k, v, 0.3, **options)
+
+
+def attend_packed(q, k, v, **options):
+    bounds = torch.tensor([0, 1, 1, 3], dtype=torch.int32, device=q.device)
+    return varlen_attention(q, k, v, bounds, bounds, 2, 2, dropout_p=0.3, seed=1, **options)
+
+
+def normalize(x, residual, weight, bias, x_bias, **options):
+    return dropout_add_layer_norm(x, residual, weight, bias, p=0.3, seed=1, x_bias=x_bias, **options)
+
+
+def embed(words, positions, types, weight, bias, **options):
+    ids = torch.tensor([[0, 4, 2], [0, 3, 3]], device=words.device)
+    return embedding_layer_norm(ids, words, positions, types, weight, bias, p=0.3, seed=1, **options)
+
+
+def compute_loss(hidden, weight, bias, reduction="mean", **options):
+    targets = torch.arange(hidden.shape[0], device=hidden.device) % (NUM_CLASSES - 1)
+    targets[1::3] = -100
+    options |= {"label_smoothing": 0.1, "z_loss": 0.1, "num_classes": NUM_CLASSES - 1, "reduction": reduction}
+    return linear_cross_entropy(hidden, weight, bias, targets, **options).loss
+
+
+def compute_losses(*tensors, **options):
+    return compute_loss(*tensors, reduction="none", **options)
+
+
+# An operation, and the shapes of its differentiable inputs; B is the batch, L its length.
+B, L = "B", "L"
+OPERATIONS = {
+    "attention": (attend, [(B, L, NUM_HEADS, HEAD_DIM)] * 3),
+    "attention with dropout": (attend_dropout, [(B, L, NUM_HEADS, HEAD_DIM)] * 3),
+    "varlen_attention": (attend_packed, [(L, NUM_HEADS, HEAD_DIM)] * 3),
+    "layer_norm": (layer_norm, [(B, L, WIDTH), (WIDTH,), (WIDTH,)]),
+    "dropout_add_layer_norm": (normalize, [(B, L, WIDTH)] * 2 + [(WIDTH,)] * 3),
+    "bias_gelu": (bias_gelu, [(B, L, WIDTH), (WIDTH,)]),
+    "embedding_layer_norm": (embed, [(7, WIDTH), (9, WIDTH), (2, WIDTH), (WIDTH,), (WIDTH,)]),
+    "linear_cross_entropy": (compute_loss, [(L, WIDTH), (NUM_CLASSES, WIDTH), (NUM_CLASSES,)]),
+    "losses of rows": (compute_losses, [(L, WIDTH), (NUM_CLASSES, WIDTH), (NUM_CLASSES,)]),
+}
+every_operation = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def make_inputs(name, dtype=torch.float32, device="cpu", batch=2, length=3):
+    function, shapes = OPERATIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    sizes = [[{B: batch, L: length}.get(size, size) for size in shape] for shape in shapes]
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    return function, [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+@every_operation
+def test_twins_compute_in_fp64_and_pass_gradcheck(name):
+    function, inputs = make_inputs(name, torch.float64)
+    assert function(*inputs).dtype == torch.float64
+    torch.autograd.gradcheck(function, inputs)
+
+
+class Unused(torch.autograd.Function):
+    """The first tensor, and no gradient for the second."""
+
+    @staticmethod
+    def forward(ctx, kept, unused):
+        return kept.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@both
+@every_operation
+def test_an_undefined_gradient_is_passed_on(impl, name, device):
+    function, inputs = make_inputs(name, device=device if impl == "triton" else "cpu")
+    kept = torch.ones((), device=inputs[0].device, requires_grad=True)
+    Unused.apply(kept, function(*inputs, impl=impl)).backward()
+    assert kept.grad == 1
+    assert all(tensor.grad is None or not tensor.grad.any() for tensor in inputs)
