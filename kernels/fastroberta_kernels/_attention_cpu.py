@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE
+from ._dispatch import NAMESPACE, without_autocast
 
 # Scores of a piece, per thread: they and their derivatives stay in a core's cache, and each thread has a head of its own
 # in the matrix products.
@@ -129,6 +129,7 @@ def put_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int, p
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_torch_forward", mutates_args=())
+@without_autocast
 def attention_torch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -187,6 +188,7 @@ def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropou
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_torch_backward", mutates_args=())
+@without_autocast
 def attention_torch_backward(
     grad: torch.Tensor,
     q: torch.Tensor,

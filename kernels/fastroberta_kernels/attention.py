@@ -47,7 +47,7 @@ from torch import nn
 
 from . import philox
 from ._attention_cpu import attention_torch, varlen_attention_torch
-from ._dispatch import NAMESPACE, align, get_capability, jit, launch, tl, use_triton
+from ._dispatch import NAMESPACE, align, cast_for_autocast, get_capability, jit, launch, tl, use_triton
 from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
@@ -498,9 +498,14 @@ def attention(
 ) -> torch.Tensor:
     """Softmax attention of each query to all keys of its sequence.
 
+    There is no mask but `key_lengths`: encoders of this family need no other, and each would need a kernel of its own.
+    For causal attention, or an additive bias as in ALiBi, T5 or DeBERTa, use scaled_dot_product_attention or
+    torch.nn.attention.flex_attention.
+
     Args:
         q: (batch, length_q, heads, head_dim), fp32, bf16 or fp16. k, v: (batch, length_k, heads, head_dim), same dtype.
-            Views of one fused projection (batch, length, 3, heads, head_dim) are read in place.
+            Views of one fused projection (batch, length, 3, heads, head_dim) are read in place. Under autocast they are
+            cast to its dtype, as for scaled_dot_product_attention. In PyTorch also fp64.
         dropout_p: dropout probability, rounded to a multiple of 1/256. Kept values are scaled so that the mean is exact.
         scale: factor of the scores; None means head_dim ** -0.5.
         seed: int, or int64 tensor (key,) or (key, first_row); required if dropout_p > 0.
@@ -508,11 +513,12 @@ def attention(
             clamped to [0, length_k]. A sequence without keys yields zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        (batch, length_q, heads, head_dim) in the dtype of q.
+        (batch, length_q, heads, head_dim) in the dtype of q, or of autocast.
     Raises:
         ValueError: mismatched shapes, dtypes or devices; dropout without a seed; with Triton also a head_dim above 128
             (smaller ones are padded to 32, 64 or 128) or any other dtype.
     """
+    q, k, v = cast_for_autocast(q, k, v)
     seed = check_arguments("attention", q, k, v, dropout_p, seed)
     if q.dim() != 4:
         raise ValueError(f"attention: q is {tuple(q.shape)}, expected (batch, length, heads, head_dim)")
@@ -555,6 +561,7 @@ def varlen_attention(
     Raises:
         ValueError: as in `attention`; also if the lengths are not int32 or differ in size.
     """
+    q, k, v = cast_for_autocast(q, k, v)
     seed = check_arguments("varlen_attention", q, k, v, dropout_p, seed)
     if q.dim() != 3:
         raise ValueError(f"varlen_attention: q is {tuple(q.shape)}, expected (tokens, heads, head_dim)")
@@ -591,7 +598,7 @@ def check_arguments(
 
 
 def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int | None = None) -> None:
-    if lengths.dtype != torch.int32 or lengths.dim() != 1 or lengths.numel() < (count is None):
+    if lengths.dtype != torch.int32 or lengths.dim() != 1 or (count is None and lengths.numel() == 0):
         raise ValueError(f"{operation}: {name} is {tuple(lengths.shape)} {lengths.dtype}, expected 1-D int32")
     if count is not None and lengths.numel() != count:
         raise ValueError(f"{operation}: {name} has {lengths.numel()} elements, expected {count}")

@@ -51,7 +51,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._dispatch import NAMESPACE, align, cast_for_autocast, jit, launch, tl, use_triton, without_autocast
 from ._rows import KERNEL_DTYPES
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
@@ -352,6 +352,7 @@ def _check_targets(targets: torch.Tensor, ignore_index: int, num_classes: int) -
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
+@without_autocast
 def _forward_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -406,6 +407,7 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
+@without_autocast
 def _backward_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -548,9 +550,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16, or float64 with impl='torch'"
         )
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        hidden = hidden.to(torch.get_autocast_dtype(device_type))
+    (hidden,) = cast_for_autocast(hidden)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]

@@ -1,4 +1,4 @@
-"""Every differentiable operation under PyTorch's own tools: gradcheck, and gradients that are undefined."""
+"""Every differentiable operation under PyTorch's own tools: gradcheck, undefined gradients, autocast, dynamic shapes."""
 
 from __future__ import annotations
 
@@ -102,3 +102,53 @@ def test_an_undefined_gradient_is_passed_on(impl, name, device):
     Unused.apply(kept, function(*inputs, impl=impl)).backward()
     assert kept.grad == 1
     assert all(tensor.grad is None or not tensor.grad.any() for tensor in inputs)
+
+
+FOLLOWS_AUTOCAST = ("attention", "attention with dropout", "varlen_attention")
+
+
+@both
+@every_operation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_rule_for_autocast(impl, name, dtype, device):
+    """Attention runs in autocast's dtype; others keep that of their input. The backward may run inside or outside."""
+    function, inputs = make_inputs(name, dtype, device if impl == "triton" else "cpu")
+    device_type = inputs[0].device.type
+    if name.startswith("l") and "layer_norm" not in name:
+        expected = torch.float32
+    else:
+        expected = torch.bfloat16 if name in FOLLOWS_AUTOCAST else dtype
+    with torch.autocast(device_type, torch.bfloat16):
+        out = function(*inputs, impl=impl)
+        assert out.dtype == expected
+        inside = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    outside = torch.autograd.grad(out.sum(), inputs)
+    for tensor, one, other in zip(inputs, inside, outside):
+        assert one.dtype == tensor.dtype and torch.equal(one, other)
+
+
+@both
+@pytest.mark.parametrize("name", ["attention", "attention with dropout", "linear_cross_entropy", "losses of rows"])
+def test_a_backward_inside_autocast_changes_nothing(impl, name, device):
+    """Of a forward that ran outside it."""
+    function, inputs = make_inputs(name, device=device if impl == "triton" else "cpu")
+    out = function(*inputs, impl=impl)
+    expected = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        got = torch.autograd.grad(out.sum(), inputs)
+    for one, other in zip(got, expected):
+        assert torch.equal(one, other)
+
+
+@both
+@every_operation
+def test_dynamic_shapes_are_compiled_once(impl, name, device):
+    """One graph for every batch and length, with the results of eager execution."""
+    function, _ = OPERATIONS[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch, length in ((2, 3), (4, 5), (3, 7)):
+        _, inputs = make_inputs(name, device=device if impl == "triton" else "cpu", batch=batch, length=length)
+        out, expected = compiled(*inputs, impl=impl), function(*inputs, impl=impl)
+        torch.testing.assert_close(out, expected)
+        gradients, others = (torch.autograd.grad(y.square().sum(), inputs) for y in (out, expected))
+        torch.testing.assert_close(gradients, others)
