@@ -43,14 +43,18 @@ def attention_torch(
         seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
         return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
     mask = has_keys = None
-    if key_lengths is not None:
-        # A softmax over no keys is undefined: a sequence without keys attends to all of them, and its output is then zeroed.
-        # What is ignored is set to zero beforehand, as zero times NaN or infinity would be NaN.
-        has_keys = (key_lengths > 0)[:, None, None, None]
+    # Where the host may read lengths, it saves the work that only some of them need.
+    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if key_lengths is not None and not (may_look and bool((key_lengths >= k.shape[1]).all())):
+        # What is ignored is set to zero, as zero times NaN or infinity would be NaN.
         is_key = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
         k, v = (tensor.masked_fill(~is_key[:, :, None, None], 0.0) for tensor in (k, v))
-        q = q.masked_fill(~has_keys, 0.0)
-        mask = is_key[:, None, None] | ~has_keys
+        mask = is_key[:, None, None]
+        if not (may_look and bool((key_lengths > 0).all())):
+            # A softmax over no keys is undefined: a sequence without keys attends to all, and its output is then zeroed.
+            has_keys = (key_lengths > 0)[:, None, None, None]
+            q = q.masked_fill(~has_keys, 0.0)
+            mask = mask | ~has_keys
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
     ).transpose(1, 2)

@@ -503,9 +503,10 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T + bias` and `targets`, one chunk of rows at a time.
 
     Args:
-        hidden: (N, d), fp32, bf16 or fp16. Under autocast it is cast as for a linear layer.
+        hidden: (..., d), fp32, bf16 or fp16. Under autocast it is cast as for a linear layer.
         weight: (V, d), in hidden's dtype or wider. bias: (V,) or None.
-        targets: int64 (N,): a class in [0, num_classes), or `ignore_index` for rows without loss or gradient.
+        targets: int64 or int32, one for each row of hidden: a class in [0, num_classes), or `ignore_index` for rows
+            without loss or gradient.
         label_smoothing: the probability spread evenly over all classes, in [0, 1).
         z_loss: weight of the squared log of the softmax's denominator.
         reduction: "mean" over rows that are not ignored (zero, not NaN, if there are none), "sum", or "none", which
@@ -513,26 +514,25 @@ def linear_cross_entropy(
         num_classes: how many rows of weight are classes; the others are padding. By default all of them.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        loss: fp32 (fp64 for fp64), () or (N,). num_correct: rows whose target is the first largest logit. num_targets:
-        rows that are not ignored.
+        loss: fp32 (fp64 for fp64), () or the shape of targets. num_correct: rows whose target is the first largest logit.
+        num_targets: rows that are not ignored.
     Raises:
         ValueError: mismatched shapes, dtypes, devices or settings; on a CPU a target that is no class. On CUDA, where
             checking would wait for the device, the loss is then NaN.
     """
     name = "linear_cross_entropy"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{name}: expected hidden (N, d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
-            "flatten leading dimensions"
+            f"{name}: expected hidden (..., d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one entry per row of weight"
         )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+    if targets.shape != hidden.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 ({hidden.shape[0]},), one per "
-            "row of hidden"
+            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 or int32 "
+            f"{tuple(hidden.shape[:-1])}, one per row of hidden"
         )
     if num_classes is None:
         num_classes = weight.shape[0]
@@ -555,10 +555,10 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
     loss, num_correct, num_targets, *_ = _forward_op(
-        hidden,
+        hidden.reshape(targets.numel(), hidden.shape[-1]),
         weight,
         bias,
-        targets,
+        targets.reshape(targets.numel()).long(),
         ignore_index,
         float(label_smoothing),
         float(z_loss),
@@ -568,6 +568,8 @@ def linear_cross_entropy(
         True,
         use_kernel,
     )
+    if reduction == "none":
+        loss = loss.view(targets.shape)
     return LinearCrossEntropyOutput(loss, num_correct, num_targets)
 
 
@@ -592,14 +594,31 @@ class MaskedLMHead(torch.nn.Module):
         ValueError: an unknown hidden_act.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, layer_norm_eps: float = 1e-5, hidden_act: str = "gelu"):
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        layer_norm_eps: float = 1e-5,
+        hidden_act: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if hidden_act not in _APPROXIMATE:
             raise ValueError(f"MaskedLMHead: hidden_act={hidden_act!r} is unknown; use {', '.join(_APPROXIMATE)}")
         self.approximate = _APPROXIMATE[hidden_act]
-        self.dense = torch.nn.Linear(hidden_size, hidden_size)
-        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.bias = torch.nn.Parameter(torch.zeros(vocab_size))
+        self.dense = torch.nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
+        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, device=device, dtype=dtype)
+        self.bias = torch.nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        self.dense.reset_parameters()
+        self.layer_norm.reset_parameters()
+        torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.bias.numel()}, approximate={self.approximate!r}"
 
     def _transform(self, hidden: torch.Tensor, impl: str | None) -> torch.Tensor:
         product = F.linear(hidden, self.dense.weight.to(hidden.dtype))

@@ -34,6 +34,8 @@ Random numbers: the dropout decisions of `philox` for head 0, row b * L + l. The
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -657,16 +659,29 @@ class Embeddings(torch.nn.Module):
         dropout: float = 0.1,
         *,
         padding_positions: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.padding_idx = padding_idx
         self.padding_positions = padding_positions
         self.p = dropout
         position_padding_idx = padding_idx if padding_positions else None
-        self.word_embeddings = torch.nn.Embedding(vocab_size, hidden_size, padding_idx)
-        self.position_embeddings = torch.nn.Embedding(max_position_embeddings, hidden_size, position_padding_idx)
-        self.token_type_embeddings = torch.nn.Embedding(type_vocab_size, hidden_size)
-        self.LayerNorm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.word_embeddings = torch.nn.Embedding(vocab_size, hidden_size, padding_idx, **options)
+        self.position_embeddings = torch.nn.Embedding(
+            max_position_embeddings, hidden_size, position_padding_idx, **options
+        )
+        self.token_type_embeddings = torch.nn.Embedding(type_vocab_size, hidden_size, **options)
+        self.LayerNorm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, **options)
+
+    def reset_parameters(self) -> None:
+        for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
+            table.reset_parameters()
+        self.LayerNorm.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"padding_idx={self.padding_idx}, padding_positions={self.padding_positions}, p={self.p}"
 
     def forward(
         self,

@@ -195,10 +195,23 @@ def bias_gelu(
 class BiasGELU(torch.nn.Module):
     """gelu(x + bias), with a learned bias initialised to zero."""
 
-    def __init__(self, features: int, approximate: str = "none"):
+    def __init__(
+        self,
+        features: int,
+        approximate: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.approximate = approximate
-        self.bias = torch.nn.Parameter(torch.zeros(features))
+        self.bias = torch.nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, approximate={self.approximate!r}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return bias_gelu(x, self.bias, approximate=self.approximate)

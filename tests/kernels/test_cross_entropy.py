@@ -196,6 +196,19 @@ def test_what_is_ignored_may_hold_nan(small_chunks, impl, parameter_dtype, reduc
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(), (2, 3), (2, 1, 3), (2, 0)], ids=str)
+def test_hidden_of_any_rank_and_int32_targets(impl, shape, device):
+    hidden, weight = torch.randn(*shape, 8, device=device), torch.randn(40, 8, device=device)
+    targets = torch.randint(40, shape, dtype=torch.int32, device=device)
+    for reduction in ("sum", "none"):
+        loss = linear_cross_entropy(hidden, weight, None, targets, reduction=reduction, impl=impl).loss
+        flat = (hidden.reshape(-1, 8), weight, None, targets.flatten().long())
+        expected = linear_cross_entropy(*flat, reduction=reduction, impl=impl).loss
+        assert torch.equal(loss, expected.view(loss.shape))
+    assert loss.shape == shape
+
+
 @pytest.mark.parametrize("position", [-1, 5])
 def test_a_position_outside_its_sequence_is_named(position):
     """It would otherwise be a token of the sequence before or after."""
@@ -350,10 +363,11 @@ def test_chunks_keep_to_the_promised_share_of_the_logits():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(hidden=torch.zeros(2, 3, 4)), "flatten leading dimensions"),
+        (dict(hidden=torch.zeros(2, 3, 4)), "one per row of hidden"),
+        (dict(hidden=torch.zeros(())), "expected hidden"),
         (dict(weight=torch.zeros(5, 3)), "expected hidden"),
         (dict(bias=torch.zeros(4)), "bias has shape"),
-        (dict(targets=torch.zeros(2, dtype=torch.int32)), "int64"),
+        (dict(targets=torch.zeros(2, dtype=torch.int16)), "int64 or int32"),
         (dict(targets=torch.zeros(3, dtype=torch.int64)), "one per row of hidden"),
         (dict(hidden=torch.zeros(2, 4, dtype=torch.float64), impl="triton"), "use float32"),
         (dict(hidden=torch.zeros(2, 4, dtype=torch.int64)), "use float32"),
