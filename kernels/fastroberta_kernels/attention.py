@@ -39,6 +39,7 @@ On CPUs, and with impl="torch", `_attention_cpu` does the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -395,7 +396,7 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
-    num_rows = q.shape[:-2].numel()
+    num_rows = math.prod(q.shape[:-2])
     return q.new_empty(q.shape), q.new_empty((q.shape[-2], num_rows), dtype=torch.float32)
 
 

@@ -23,6 +23,8 @@ Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, sect
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -101,7 +103,7 @@ def _bias_gelu_backward_kernel(
 @torch.library.custom_op(f"{NAMESPACE}::bias_gelu_forward", mutates_args=())
 def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
     y = _allocate_forward(x, bias, tanh)
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_tiles = -(-num_rows // TILE["ROWS"]) * -(-num_columns // TILE["BLOCK"])
     launch(
         _bias_gelu_forward_kernel, (num_tiles,),
@@ -122,7 +124,7 @@ def _bias_gelu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias. Without a bias dbias is empty."""
     dx, dbias = _allocate_backward(dy, x, bias, tanh)
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_blocks = -(-num_columns // TILE["BLOCK"])
     # At 64 registers per thread, twice as many programs fit as `count_programs` assumes.
     num_programs = min(-(-2 * count_programs(x.device) // max(num_blocks, 1)), -(-num_rows // TILE["ROWS"]))

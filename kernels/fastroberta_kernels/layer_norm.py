@@ -41,6 +41,8 @@ dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.0
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -83,6 +85,8 @@ class _DropoutAdd(torch.autograd.Function):
     addcmul does just that, hence this one.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, residual, mask, scale):
         return torch.addcmul(residual, x, mask, value=scale)
@@ -113,7 +117,7 @@ def dropout_add_layer_norm_torch(
         x = x + x_bias.to(x.dtype)
     if p > 0:
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        keep = philox.dropout_keep_torch(seed, p, x.shape[:-1].numel(), x.shape[-1]).view(x.shape)
+        keep = philox.dropout_keep_torch(seed, p, math.prod(x.shape[:-1]), x.shape[-1]).view(x.shape)
         mask = keep.view(torch.uint8).to(dtype)  # uint8 converts to floating point eight times faster than bool
         z = _DropoutAdd.apply(x.to(dtype), residual.to(dtype), mask, philox.dropout_scale(p))
     else:
@@ -318,7 +322,7 @@ def _layer_norm_forward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, statistics = _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps)
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     arguments = (
         *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics,
         num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
@@ -339,7 +343,7 @@ def _layer_norm_forward(
 @_layer_norm_forward.register_fake
 def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.zeros((3, -(-x.shape[:-1].numel() // 16) * 16), dtype=torch.float32, device=x.device)
+    return y, torch.zeros((3, -(-math.prod(x.shape[:-1]) // 16) * 16), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
@@ -357,7 +361,7 @@ def _layer_norm_backward(
     """dx, dresidual, dx_bias, dweight and dbias; those that are absent or equal to dx are empty."""
     gradients = _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p)
     dx, dresidual, dx_bias, dweight, dbias = gradients
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     inputs = (*map(align, (dy, x, residual, x_bias, weight, seed)), statistics)
     outputs = (dx, dresidual if _has_own_dresidual(x, residual, p) else None)
     scalars = (num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p))
