@@ -99,7 +99,9 @@ def fill_in(
     """Held-out sentences with one token masked: what the model puts there, and what was there."""
     model.eval()
     lines = []
-    for sentence in heldout.sentences(count, at_least=12, at_most=min(48, heldout.block_size - 2)):
+    found = heldout.sentences(8 * count, at_least=12, at_most=min(48, heldout.block_size - 2))
+    prose = [tokens for tokens in found if _is_prose(tokenizer.decode(tokens))] or found
+    for sentence in prose[:: max(1, len(prose) // count)][:count]:
         tokens = [special_ids["bos_token_id"], *sentence, special_ids["eos_token_id"]]
         place = len(tokens) // 2
         original, tokens[place] = tokens[place], special_ids["mask_token_id"]
@@ -110,6 +112,11 @@ def fill_in(
             for part in (tokens[1:place], [int(logits.argmax())], [original], tokens[place + 1 : -1])
         )
         verdict = "as written" if filled == was else f"was {was!r}"
-        lines.append(f"{before}[{filled}]{after}  ({verdict})")
+        text = f"{before.lstrip()}[{filled}]{after.rstrip()}".replace("\n", "\\n")
+        lines.append(f"{text}  ({verdict})")
     model.train()
     return lines
+
+
+def _is_prose(text: str) -> bool:
+    return sum(character.isalpha() for character in text) > 0.75 * len(text.strip())

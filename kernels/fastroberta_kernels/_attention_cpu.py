@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE
+from ._dispatch import NAMESPACE, without_autocast
 
 # Scores of a piece, per thread: they and their derivatives stay in a core's cache, and each thread has a head of its own
 # in the matrix products.
@@ -43,10 +43,18 @@ def attention_torch(
         seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
         return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
     mask = has_keys = None
-    if key_lengths is not None:
-        # A softmax over no keys is undefined: a sequence without keys attends to all of them, and its output is then zeroed.
-        has_keys = (key_lengths > 0)[:, None, None, None]
-        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None, None, None]) | ~has_keys
+    # Where the host may read lengths, it saves the work that only some of them need.
+    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if key_lengths is not None and not (may_look and bool((key_lengths >= k.shape[1]).all())):
+        # What is ignored is set to zero, as zero times NaN or infinity would be NaN.
+        is_key = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+        k, v = (tensor.masked_fill(~is_key[:, :, None, None], 0.0) for tensor in (k, v))
+        mask = is_key[:, None, None]
+        if not (may_look and bool((key_lengths > 0).all())):
+            # A softmax over no keys is undefined: a sequence without keys attends to all, and its output is then zeroed.
+            has_keys = (key_lengths > 0)[:, None, None, None]
+            q = q.masked_fill(~has_keys, 0.0)
+            mask = mask | ~has_keys
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
     ).transpose(1, 2)
@@ -79,7 +87,7 @@ def list_pieces(
 ) -> Iterator[tuple[slice, slice, slice, tuple[int, int, int, int]]]:
     """Split the work into pieces whose scores fit in a core's cache: some heads of a sequence, or some whole sequences.
 
-    Sequences without queries or keys are left out. Lengths are read on the host.
+    Sequences without queries or keys are left out. Lengths are read on the host, and bounds of documents are checked.
 
     Yields:
         The query rows and key rows of a piece in the flattened batch, its heads, and the shape of its scores:
@@ -98,6 +106,11 @@ def list_pieces(
         sequences = [(b * num_q, (b + 1) * num_q, b * num_k, b * num_k + length, 1) for b, length in enumerate(lengths)]
     else:
         starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
+        for name, starts, total in (("cu_seqlens_q", starts_q, q.shape[0]), ("cu_seqlens_k", starts_k, k.shape[0])):
+            if starts[0] < 0 or starts[-1] > total or starts != sorted(starts):
+                raise ValueError(
+                    f"varlen_attention: {name} must ascend from 0 to at most {total}, the number of rows; got {starts}"
+                )
         sequences = [(*bounds, 1) for bounds in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
     for q0, q1, k0, k1, count in sequences:
         num_q, num_k = (q1 - q0) // count, (k1 - k0) // count
@@ -120,6 +133,7 @@ def put_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int, p
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_torch_forward", mutates_args=())
+@without_autocast
 def attention_torch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -178,6 +192,7 @@ def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropou
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_torch_backward", mutates_args=())
+@without_autocast
 def attention_torch_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -232,6 +247,8 @@ def save_for_torch_backward(ctx, inputs, output):
 
 
 def backward_torch(ctx, grad, _):
+    if grad is None:
+        return (None,) * 10
     q, k, v, saved, cu_seqlens_q, lengths_k = ctx.saved_tensors
     gradients = attention_torch_backward(grad, q, k, v, saved, cu_seqlens_q, lengths_k, ctx.dropout_p, ctx.scale)
     return *gradients, None, None, None, None, None, None, None

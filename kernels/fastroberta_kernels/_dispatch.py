@@ -82,6 +82,34 @@ def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) 
     return True
 
 
+def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as an operation made of matrix products takes them: in the dtype of autocast where it is enabled.
+
+    As in PyTorch's own autocast, fp64 stays as it is.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def without_autocast(function: Callable) -> Callable:
+    """The body of an operator with autocast disabled, which would cast its products also when a backward runs in it."""
+
+    @functools.wraps(function)
+    def run(first, *arguments):
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *arguments)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *arguments)
+
+    return run
+
+
 def align(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor if it is contiguous and starts at a multiple of 16 bytes, else a copy that is.
 

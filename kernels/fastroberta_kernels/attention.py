@@ -39,6 +39,7 @@ On CPUs, and with impl="torch", `_attention_cpu` does the work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -47,7 +48,7 @@ from torch import nn
 
 from . import philox
 from ._attention_cpu import attention_torch, varlen_attention_torch
-from ._dispatch import NAMESPACE, align, get_capability, jit, launch, tl, use_triton
+from ._dispatch import NAMESPACE, align, cast_for_autocast, get_capability, jit, launch, tl, use_triton
 from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
@@ -55,15 +56,28 @@ HEAD_DIMS = (32, 64, 128)
 
 
 @jit
+def clamp_document(bounds_ptr, total):
+    """First row and number of rows of a document, kept inside the tensor: wrong bounds give wrong rows, no stray write.
+
+    With TRITON_DEBUG=1 in the environment wrong bounds stop the program instead.
+    """
+    start, end = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    tl.device_assert(
+        (start >= 0) & (start <= end) & (end <= total), "cu_seqlens must ascend from 0 to the number of rows"
+    )
+    first = tl.minimum(tl.maximum(start, 0), total).to(tl.int64)
+    return first, tl.maximum(tl.minimum(end, total) - first, 0).to(tl.int32)
+
+
+@jit
 def locate_sequence(
-    batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr
-):
+    batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, total_q, total_k,
+    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
     """First query row in the flattened batch, number of queries, first key row and number of keys of a sequence."""
     if VARLEN:
-        first_q = tl.load(cu_seqlens_q_ptr + batch).to(tl.int64)
-        first_k = tl.load(lengths_k_ptr + batch).to(tl.int64)
-        num_q = (tl.load(cu_seqlens_q_ptr + batch + 1) - first_q).to(tl.int32)
-        num_k = (tl.load(lengths_k_ptr + batch + 1) - first_k).to(tl.int32)
+        first_q, num_q = clamp_document(cu_seqlens_q_ptr + batch, total_q)
+        first_k, num_k = clamp_document(lengths_k_ptr + batch, total_k)
     else:
         first_q = batch * length_q
         first_k = batch * length_k
@@ -76,13 +90,13 @@ def locate_sequence(
 
 # Specialised are only the sizes that save registers: strides, which `align_heads` makes multiples of 16, and the number
 # of keys, if it is the same for all sequences.
-@jit(do_not_specialize=["length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
     q_batch_stride, q_row_stride, q_head_stride,
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
-    length_q, length_k, total_q, qk_scale, keep_scale, threshold,
+    length_q, length_k, total_q, total_k, qk_scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +105,7 @@ def attention_forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_q, num_q, first_k, num_k = locate_sequence(
-        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
+        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, total_q, total_k, VARLEN, HAS_LENGTHS
     )
     if start_m >= num_q:
         return
@@ -149,7 +163,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=is_row)
 
 
-@jit(do_not_specialize=["length_q", "total_q", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold"])
 def attention_backward_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, partial_ptr,
     cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -157,7 +171,7 @@ def attention_backward_kernel(
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
     dq_row_stride, dk_row_stride,
-    length_q, length_k, total_q, chunk, qk_scale, scale, keep_scale, threshold,
+    length_q, length_k, total_q, total_k, chunk, qk_scale, scale, keep_scale, threshold,
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +181,7 @@ def attention_backward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1)
     first_q, num_q, first_k, num_k = locate_sequence(
-        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, VARLEN, HAS_LENGTHS
+        batch, cu_seqlens_q_ptr, lengths_k_ptr, length_q, length_k, total_q, total_k, VARLEN, HAS_LENGTHS
     )
     if VARLEN:
         q_ptr += first_q * q_row_stride + head * q_head_stride
@@ -245,8 +259,11 @@ def attention_backward_kernel(
             tl.store(partial_ptrs, dq, mask=is_row[None, :])
         is_written = (columns < last_n)[:, None]
         offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
-        tl.store(dk_ptr + offsets_dk, (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_written)
-        tl.store(dv_ptr + offsets_dk, (dv * keep_scale).to(dv_ptr.dtype.element_ty), mask=is_written)
+        # The queries of a sequence without keys may hold NaN, which a product with zero does not remove.
+        dk = tl.where(is_column[:, None], dk * scale, 0.0)
+        dv = tl.where(is_column[:, None], dv * keep_scale, 0.0)
+        tl.store(dk_ptr + offsets_dk, dk.to(dk_ptr.dtype.element_ty), mask=is_written)
+        tl.store(dv_ptr + offsets_dk, dv.to(dv_ptr.dtype.element_ty), mask=is_written)
         # Later code reads what other threads of this program wrote.
         tl.debug_barrier()
 
@@ -369,7 +386,7 @@ def attention_forward(
             (-(-max_seqlen_q // block_m), num_heads, count),
             q, k, v, out, lse, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v),
-            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, scale * LOG2_E, keep_scale, threshold,
+            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], scale * LOG2_E, keep_scale, threshold,
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
@@ -379,7 +396,7 @@ def attention_forward(
 
 @attention_forward.register_fake
 def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
-    num_rows = q.shape[:-2].numel()
+    num_rows = math.prod(q.shape[:-2])
     return q.new_empty(q.shape), q.new_empty((q.shape[-2], num_rows), dtype=torch.float32)
 
 
@@ -436,7 +453,7 @@ def launch_backward(
             (num_chunks, num_heads, count),
             grad, q, k, v, out, lse, dq, dk, dv, delta, partial, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
-            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, blocks_in_chunk * block_n,
+            max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], blocks_in_chunk * block_n,
             scale * LOG2_E, scale, keep_scale, threshold,
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
@@ -458,6 +475,8 @@ def save_for_backward(ctx, inputs, output):
 
 
 def backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 10
     gradients = attention_backward(
         grad, *ctx.saved_tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.dropout_p, ctx.scale
     )
@@ -480,20 +499,27 @@ def attention(
 ) -> torch.Tensor:
     """Softmax attention of each query to all keys of its sequence.
 
+    There is no mask but `key_lengths`: encoders of this family need no other, and each would need a kernel of its own.
+    For causal attention, or an additive bias as in ALiBi, T5 or DeBERTa, use scaled_dot_product_attention or
+    torch.nn.attention.flex_attention.
+
     Args:
         q: (batch, length_q, heads, head_dim), fp32, bf16 or fp16. k, v: (batch, length_k, heads, head_dim), same dtype.
-            Views of one fused projection (batch, length, 3, heads, head_dim) are read in place.
+            Views of one fused projection (batch, length, 3, heads, head_dim) are read in place. Under autocast they are
+            cast to its dtype, as for scaled_dot_product_attention. In PyTorch also fp64.
         dropout_p: dropout probability, rounded to a multiple of 1/256. Kept values are scaled so that the mean is exact.
         scale: factor of the scores; None means head_dim ** -0.5.
         seed: int, or int64 tensor (key,) or (key, first_row); required if dropout_p > 0.
-        key_lengths: int32 (batch,): keys from this index on are ignored. A sequence without keys yields zeros.
+        key_lengths: int32 (batch,): keys from this index on are ignored, whatever they hold, NaN included. A length is
+            clamped to [0, length_k]. A sequence without keys yields zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        (batch, length_q, heads, head_dim) in the dtype of q.
+        (batch, length_q, heads, head_dim) in the dtype of q, or of autocast.
     Raises:
         ValueError: mismatched shapes, dtypes or devices; dropout without a seed; with Triton also a head_dim above 128
             (smaller ones are padded to 32, 64 or 128) or any other dtype.
     """
+    q, k, v = cast_for_autocast(q, k, v)
     seed = check_arguments("attention", q, k, v, dropout_p, seed)
     if q.dim() != 4:
         raise ValueError(f"attention: q is {tuple(q.shape)}, expected (batch, length, heads, head_dim)")
@@ -525,7 +551,9 @@ def varlen_attention(
     Args:
         q: (tokens_q, heads, head_dim). k, v: (tokens_k, heads, head_dim).
         cu_seqlens_q, cu_seqlens_k: int32 (documents + 1,): the start of each document, and the end of the last. Empty
-            documents are allowed; at the end they keep shapes static, for instance for a CUDA graph.
+            documents are allowed; at the end they keep shapes static, for instance for a CUDA graph. Bounds outside the
+            tensors or out of order raise in PyTorch. The kernel, which cannot raise without waiting for the device, clamps
+            them to the tensors; with TRITON_DEBUG=1 in the environment it stops at them.
         max_seqlen_q, max_seqlen_k: upper bounds of document lengths, as ints so that nothing is read from the device. If
             they are too small, rows are left out on a GPU, and PyTorch raises.
         dropout_p, scale, seed, impl: as in `attention`. The dropout row of a query is its index in `q`.
@@ -534,6 +562,7 @@ def varlen_attention(
     Raises:
         ValueError: as in `attention`; also if the lengths are not int32 or differ in size.
     """
+    q, k, v = cast_for_autocast(q, k, v)
     seed = check_arguments("varlen_attention", q, k, v, dropout_p, seed)
     if q.dim() != 3:
         raise ValueError(f"varlen_attention: q is {tuple(q.shape)}, expected (tokens, heads, head_dim)")
@@ -570,7 +599,7 @@ def check_arguments(
 
 
 def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int | None = None) -> None:
-    if lengths.dtype != torch.int32 or lengths.dim() != 1 or lengths.numel() < (count is None):
+    if lengths.dtype != torch.int32 or lengths.dim() != 1 or (count is None and lengths.numel() == 0):
         raise ValueError(f"{operation}: {name} is {tuple(lengths.shape)} {lengths.dtype}, expected 1-D int32")
     if count is not None and lengths.numel() != count:
         raise ValueError(f"{operation}: {name} has {lengths.numel()} elements, expected {count}")
@@ -615,14 +644,21 @@ class SelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, device=device, dtype=dtype)) if bias else None
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.reset_parameters()
+        self._draw_projections()
 
     def reset_parameters(self) -> None:
         """Initialise as torch.nn.MultiheadAttention does."""
+        self.out_proj.reset_parameters()
+        self._draw_projections()
+
+    def _draw_projections(self) -> None:
         nn.init.xavier_uniform_(self.in_proj_weight)
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, {self.num_heads}, dropout={self.dropout}, bias={self.in_proj_bias is not None}"
 
     def forward(
         self,

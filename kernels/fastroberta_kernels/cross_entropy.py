@@ -8,13 +8,14 @@ of W (C = `num_classes`, by default V):
     dx_ic  = (1 + 2 z lse_i) exp(x_ic - lse_i) - (1 - e) [c = t_i] - e / C
 
 loss_i and dx_i are zero where t_i is `ignore_index`. Then dh = dx W, dW = dx^T h, db = sum_i dx_i. Rows of W from C on (a
-vocabulary padded for aligned matrix products) get no probability and no gradient. The z-loss is that of PaLM (Chowdhery
+vocabulary padded for aligned matrix products) get no probability and no gradient. Ignored rows of h and of W may hold
+anything, NaN included. The z-loss is that of PaLM (Chowdhery
 et al., arXiv 2204.02311, section 5). Label smoothing is that of torch.nn.CrossEntropyLoss.
 
 Shapes and dtypes
     hidden (N, d) fp32, bf16 or fp16. weight and bias may be wider (fp32 masters); they are cast to hidden's dtype once.
     targets int64. Matrix products run in hidden's dtype. Softmax and loss are computed, and dW and db accumulated, in
-    fp32. Each gradient has the dtype of its tensor.
+    fp32. Each gradient has the dtype of its tensor. In PyTorch hidden may be fp64, which is then used throughout.
 
 How memory stays small
     Rows are processed in chunks. One matrix product yields the logits of a chunk. A kernel with one program per row reads
@@ -26,7 +27,8 @@ How memory stays small
     every chunk takes about as long as its product) and at most 4096. Beyond inputs and gradients the peak is R rows of
     logits:
         N = 4928: R = 1024, 103 of 496 MB (21%);  N = 9856: R = 2048, 206 of 992 MB (21%);  N = 65536: R = 4096, 6%
-    with V = 50304 in bf16, and V d elements of the cast weight where an fp32 weight meets bf16 hidden states.
+    with V = 50304 in bf16, R d elements of its hidden states, and V d elements of a copy of the weight where an fp32
+    weight meets bf16 hidden states or the vocabulary is padded.
     On a CPU a chunk has 512 rows, and ignored rows are left out before any product.
 
 Saved for the backward: dh in hidden's dtype, dW and db in fp32 (on a CPU, dW of bf16 weights in bf16 if one chunk holds
@@ -49,7 +51,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._dispatch import NAMESPACE, align, cast_for_autocast, jit, launch, tl, use_triton, without_autocast
+from ._rows import KERNEL_DTYPES
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
 
@@ -68,8 +71,8 @@ class Gradients(NamedTuple):
     """Gradients of the unscaled sum of losses. Those not requested are empty."""
 
     hidden: torch.Tensor  # (N, d), hidden's dtype
-    weight: torch.Tensor  # (V, d) fp32, or as _empty_gradients says
-    bias: torch.Tensor  # (V,) fp32
+    weight: torch.Tensor  # (V, d) fp32 (fp64 for fp64), or as _empty_gradients says
+    bias: torch.Tensor  # (V,) fp32 (fp64 for fp64)
 
 
 # Sixteen rows of 50265 fp32 logits, and a 4096 x 768 part of dW, are about as large as a core's cache. Products of a
@@ -82,20 +85,21 @@ _CHUNK_ROWS_TORCH = 512
 def _loss_and_gradients_torch(
     hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-    """Losses (N,) fp32, correct (N,) bool, and gradients in PyTorch operations, chunk by chunk."""
+    """Losses (N,) fp32 (fp64 for fp64), correct (N,) bool, and gradients in PyTorch operations, chunk by chunk."""
+    sum_dtype = _sum_dtype(hidden)
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
-    matrix = weight.to(hidden.dtype)
-    matrix_bias = None if bias is None else bias.to(hidden.dtype)
+    matrix = weight[:num_classes].to(hidden.dtype)
+    matrix_bias = None if bias is None else bias[:num_classes].to(hidden.dtype)
     # Leave out ignored rows before any work is done.
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    loss = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
+    loss = torch.zeros(num_rows, dtype=sum_dtype, device=hidden.device)
     correct = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
     gradients = _empty_gradients(hidden, weight, needs, use_kernel=False)
     gradients.hidden.zero_()
     gradients.bias.zero_()
-    if not kept.numel():
-        gradients.weight.zero_()
-    buffer = hidden.new_empty(_fill_up(min(_CHUNK_ROWS_TORCH, kept.numel())), num_entries)
+    d_matrix = gradients.weight[:num_classes]
+    gradients.weight[num_classes if kept.numel() else 0 :].zero_()
+    buffer = hidden.new_empty(_fill_up(min(_CHUNK_ROWS_TORCH, kept.numel())), num_entries)[:, :num_classes]
     for start in range(0, kept.numel(), _CHUNK_ROWS_TORCH):
         rows = kept[start : start + _CHUNK_ROWS_TORCH]
         chunk = F.pad(hidden[rows], (0, 0, 0, _fill_up(rows.numel()) - rows.numel()))
@@ -107,7 +111,7 @@ def _loss_and_gradients_torch(
         block_sums = []
         for first in range(0, rows.numel(), _ROWS_IN_CACHE):
             block = slice(first, min(first + _ROWS_IN_CACHE, rows.numel()))
-            x = logits[block, :num_classes].float()
+            x = logits[block].to(sum_dtype)
             target = targets[rows[block], None]
             x_target = x.gather(1, target)
             largest = x.amax(1, keepdim=True)
@@ -129,8 +133,7 @@ def _loss_and_gradients_torch(
                 if label_smoothing:
                     probability -= scale * (label_smoothing / num_classes)
                 probability.scatter_add_(1, target, (-scale * (1 - label_smoothing)) * torch.ones_like(x_target))
-                logits[block, :num_classes] = probability
-                logits[block, num_classes:] = 0
+                logits[block] = probability
                 if needs[2]:
                     block_sums.append(probability.sum(0))
         logits[rows.numel() :] = 0  # padding rows hold the bias; an entry of -inf times zero would be NaN in dW
@@ -138,16 +141,16 @@ def _loss_and_gradients_torch(
             gradients.bias[:num_classes] += torch.stack(block_sums).sum(0)
         if needs[0]:
             gradients.hidden[rows] = torch.mm(logits, matrix)[: rows.numel()]
-        if needs[1] and gradients.weight.dtype == hidden.dtype:
+        if needs[1] and d_matrix.dtype == hidden.dtype:
             if start == 0:
-                torch.mm(logits.T, chunk, out=gradients.weight)
+                torch.mm(logits.T, chunk, out=d_matrix)
             else:
-                torch.addmm(gradients.weight, logits.T, chunk, out=gradients.weight)
+                torch.addmm(d_matrix, logits.T, chunk, out=d_matrix)
         elif needs[1]:
-            for first in range(0, num_entries, _CLASSES_IN_CACHE):
+            for first in range(0, num_classes, _CLASSES_IN_CACHE):
                 part = slice(first, first + _CLASSES_IN_CACHE)
                 product = torch.mm(logits[:, part].T, chunk)
-                gradients.weight[part].copy_(product) if start == 0 else gradients.weight[part].add_(product)
+                d_matrix[part].copy_(product) if start == 0 else d_matrix[part].add_(product)
     return loss, correct, gradients
 
 
@@ -155,15 +158,20 @@ def _fill_up(num_rows: int) -> int:
     return -(-num_rows // _ROWS_IN_CACHE) * _ROWS_IN_CACHE
 
 
+def _sum_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of the softmax, the loss, and the gradients of weight and bias."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def _empty_gradients(hidden, weight, needs: list[bool], use_kernel: bool) -> Gradients:
     (num_rows, width), num_entries = hidden.shape, weight.shape[0]
-    weight_dtype = torch.float32
+    weight_dtype = _sum_dtype(hidden)
     if not use_kernel and hidden.dtype == weight.dtype == torch.bfloat16 and num_rows <= _CHUNK_ROWS_TORCH:
         weight_dtype = torch.bfloat16  # a single product is rounded once; nothing is accumulated
     return Gradients(
         hidden.new_empty((num_rows, width) if needs[0] else (0,)),
         hidden.new_empty((num_entries, width) if needs[1] else (0,), dtype=weight_dtype),
-        hidden.new_empty((num_entries,) if needs[2] else (0,), dtype=torch.float32),
+        hidden.new_empty((num_entries,) if needs[2] else (0,), dtype=_sum_dtype(hidden)),
     )
 
 
@@ -274,7 +282,12 @@ def _loss_and_gradients_triton(
     """Losses (N,) fp32, correct (N,) int32, and gradients, with the Triton kernel between matrix products."""
     num_rows, num_entries = hidden.shape[0], weight.shape[0]
     hidden, targets = hidden.contiguous(), align(targets)
+    # Zeros where the gradient of the logits is zero: zero times NaN or infinity would be NaN.
+    ignored = (targets == ignore_index)[:, None]
     matrix = weight.to(hidden.dtype).contiguous()
+    if num_classes < num_entries:
+        matrix = matrix.clone() if matrix is weight else matrix
+        matrix[num_classes:] = 0
     matrix_bias = None if bias is None else bias.to(hidden.dtype).contiguous()
     loss = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
     correct = torch.empty(num_rows, dtype=torch.int32, device=hidden.device)
@@ -291,11 +304,12 @@ def _loss_and_gradients_triton(
     buffer = hidden.new_empty(chunk_rows, row_stride)
     for start in range(0, num_rows, max(1, chunk_rows)):
         rows = slice(start, min(start + chunk_rows, num_rows))
+        chunk = hidden[rows].masked_fill(ignored[rows], 0)
         logits = buffer[: rows.stop - start, :num_entries]
         if matrix_bias is None:
-            torch.mm(hidden[rows], matrix.T, out=logits)
+            torch.mm(chunk, matrix.T, out=logits)
         else:
-            torch.addmm(matrix_bias, hidden[rows], matrix.T, out=logits)
+            torch.addmm(matrix_bias, chunk, matrix.T, out=logits)
         launch(
             _softmax_rows_kernel,
             (rows.stop - start,),
@@ -319,7 +333,7 @@ def _loss_and_gradients_triton(
         if needs[0]:
             torch.mm(logits, matrix, out=gradients.hidden[rows])
         if needs[1]:
-            _accumulate_product(gradients.weight, logits.T, hidden[rows], first=start == 0)
+            _accumulate_product(gradients.weight, logits.T, chunk, first=start == 0)
         if needs[2]:
             column_sums = logits.sum(0, dtype=torch.float32)
             gradients.bias.copy_(column_sums) if start == 0 else gradients.bias.add_(column_sums)
@@ -338,6 +352,7 @@ def _check_targets(targets: torch.Tensor, ignore_index: int, num_classes: int) -
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
+@without_autocast
 def _forward_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -386,12 +401,13 @@ def _(
     use_kernel,
 ):  # fmt: skip
     needs = [need and reduction != "none" for need in needs]
-    loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=torch.float32)
+    loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=_sum_dtype(hidden))
     counts = [targets.new_empty((), dtype=torch.int64) for _ in range(2)]
     return loss, *counts, *_empty_gradients(hidden, weight, needs, use_kernel)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
+@without_autocast
 def _backward_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -408,7 +424,7 @@ def _backward_op(
     """Recompute the gradients, with the loss of each row weighted by `row_gradient` (N,) if given."""
     run = _loss_and_gradients_triton if use_kernel else _loss_and_gradients_torch
     if row_gradient is not None:
-        row_gradient = align(row_gradient.float())
+        row_gradient = align(row_gradient.to(_sum_dtype(hidden)))
     arguments = (hidden, weight, bias, targets, row_gradient, ignore_index, label_smoothing, z_loss, num_classes, needs)
     d_hidden, d_weight, d_bias = run(*arguments)[2]
     return d_hidden, d_weight, d_bias
@@ -487,9 +503,10 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden @ weight.T + bias` and `targets`, one chunk of rows at a time.
 
     Args:
-        hidden: (N, d), fp32, bf16 or fp16. Under autocast it is cast as for a linear layer.
+        hidden: (..., d), fp32, bf16 or fp16. Under autocast it is cast as for a linear layer.
         weight: (V, d), in hidden's dtype or wider. bias: (V,) or None.
-        targets: int64 (N,): a class in [0, num_classes), or `ignore_index` for rows without loss or gradient.
+        targets: int64 or int32, one for each row of hidden: a class in [0, num_classes), or `ignore_index` for rows
+            without loss or gradient.
         label_smoothing: the probability spread evenly over all classes, in [0, 1).
         z_loss: weight of the squared log of the softmax's denominator.
         reduction: "mean" over rows that are not ignored (zero, not NaN, if there are none), "sum", or "none", which
@@ -497,29 +514,26 @@ def linear_cross_entropy(
         num_classes: how many rows of weight are classes; the others are padding. By default all of them.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
-        loss: fp32, () or (N,). num_correct: rows whose target is the first largest logit. num_targets: rows that are not
-        ignored.
+        loss: fp32 (fp64 for fp64), () or the shape of targets. num_correct: rows whose target is the first largest logit.
+        num_targets: rows that are not ignored.
     Raises:
         ValueError: mismatched shapes, dtypes, devices or settings; on a CPU a target that is no class. On CUDA, where
             checking would wait for the device, the loss is then NaN.
     """
     name = "linear_cross_entropy"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{name}: expected hidden (N, d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}; "
-            "flatten leading dimensions"
+            f"{name}: expected hidden (..., d) and weight (V, d), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name}: bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},), one entry per row of weight"
         )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+    if targets.shape != hidden.shape[:-1] or targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 ({hidden.shape[0]},), one per "
-            "row of hidden"
+            f"{name}: targets are {tuple(targets.shape)} {targets.dtype}, expected int64 or int32 "
+            f"{tuple(hidden.shape[:-1])}, one per row of hidden"
         )
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16")
     if num_classes is None:
         num_classes = weight.shape[0]
     if not 1 <= num_classes <= weight.shape[0]:
@@ -532,17 +546,19 @@ def linear_cross_entropy(
             "z_loss >= 0"
         )
     use_kernel = use_triton(name, impl, hidden, weight, bias, targets)
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        hidden = hidden.to(torch.get_autocast_dtype(device_type))
+    if not hidden.dtype.is_floating_point or (use_kernel and hidden.dtype not in KERNEL_DTYPES):
+        raise ValueError(
+            f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16, or float64 with impl='torch'"
+        )
+    (hidden,) = cast_for_autocast(hidden)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
     loss, num_correct, num_targets, *_ = _forward_op(
-        hidden,
+        hidden.reshape(targets.numel(), hidden.shape[-1]),
         weight,
         bias,
-        targets,
+        targets.reshape(targets.numel()).long(),
         ignore_index,
         float(label_smoothing),
         float(z_loss),
@@ -552,6 +568,8 @@ def linear_cross_entropy(
         True,
         use_kernel,
     )
+    if reduction == "none":
+        loss = loss.view(targets.shape)
     return LinearCrossEntropyOutput(loss, num_correct, num_targets)
 
 
@@ -576,14 +594,31 @@ class MaskedLMHead(torch.nn.Module):
         ValueError: an unknown hidden_act.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, *, layer_norm_eps: float = 1e-5, hidden_act: str = "gelu"):
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        layer_norm_eps: float = 1e-5,
+        hidden_act: str = "gelu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if hidden_act not in _APPROXIMATE:
             raise ValueError(f"MaskedLMHead: hidden_act={hidden_act!r} is unknown; use {', '.join(_APPROXIMATE)}")
         self.approximate = _APPROXIMATE[hidden_act]
-        self.dense = torch.nn.Linear(hidden_size, hidden_size)
-        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.bias = torch.nn.Parameter(torch.zeros(vocab_size))
+        self.dense = torch.nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
+        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, device=device, dtype=dtype)
+        self.bias = torch.nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        self.dense.reset_parameters()
+        self.layer_norm.reset_parameters()
+        torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.bias.numel()}, approximate={self.approximate!r}"
 
     def _transform(self, hidden: torch.Tensor, impl: str | None) -> torch.Tensor:
         product = F.linear(hidden, self.dense.weight.to(hidden.dtype))
@@ -613,7 +648,8 @@ class MaskedLMHead(torch.nn.Module):
                 position, with label -100.
             For the others see `linear_cross_entropy`.
         Raises:
-            ValueError: positions do not match labels or hidden, or as in `linear_cross_entropy`.
+            ValueError: positions do not match labels or hidden, or on a CPU lie outside the sequence; or as in
+                `linear_cross_entropy`.
         """
         if positions is not None:
             if hidden.dim() != 3 or positions.shape != labels.shape or positions.shape[:1] != hidden.shape[:1]:
@@ -622,8 +658,16 @@ class MaskedLMHead(torch.nn.Module):
                     f"{tuple(labels.shape)} do not match; expected (B, L, d), (B, K) and (B, K)"
                 )
             num_sequences, length, _ = hidden.shape
+            if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+                outside = positions[(positions < 0) | (positions >= length)]
+                if outside.numel():
+                    raise ValueError(
+                        f"MaskedLMHead: position {outside[0].item()} is outside the {length} of a sequence"
+                    )
             first_rows = torch.arange(num_sequences, device=hidden.device)[:, None] * length
             hidden = hidden.flatten(0, 1).index_select(0, (first_rows + positions).flatten())
+        # Ignored rows may hold anything; in the sums over rows of a gradient, zero times NaN would be NaN.
+        hidden = hidden.masked_fill((labels == -100).view(*hidden.shape[:-1], 1), 0.0)
         return linear_cross_entropy(
             self._transform(hidden.flatten(0, -2), impl),
             decoder_weight,

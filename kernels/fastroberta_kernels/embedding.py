@@ -17,7 +17,7 @@ before it that are not padding (Liu et al., arXiv 1907.11692, as counted by fair
 
 Shapes: input_ids (B, L) int64; tables (rows, d); weight, bias (d,); output (B, L, d).
 Dtypes: tables, weight and bias fp32, bf16 or fp16. The sum, the statistics and all gradients are computed in fp32 and
-rounded once: the output to `dtype`, each gradient to the dtype of its tensor.
+rounded once: the output to `dtype`, each gradient to the dtype of its tensor. PyTorch also takes fp64, and computes in it.
 
 Saved for the backward: the inputs, and positions (4 bytes per token). The sum and its statistics are recomputed from the
 tables, which reads no more than a saved sum would.
@@ -33,6 +33,8 @@ Random numbers: the dropout decisions of `philox` for head 0, row b * L + l. The
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -52,9 +54,14 @@ def create_positions_torch(input_ids: torch.Tensor, padding_idx: int | None) -> 
     return is_token.cumsum(1) * is_token + padding_idx
 
 
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or in fp64 if it is fp64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _look_up(table: torch.Tensor, ids: torch.Tensor, padding_idx: int | None, what: str) -> torch.Tensor:
     try:
-        return F.embedding(ids, table, padding_idx).float()
+        return _widen(F.embedding(ids, table, padding_idx))
     except IndexError:
         bad = ids[(ids < 0) | (ids >= table.shape[0])][0].item()
         raise ValueError(f"embedding_layer_norm: {what} {bad} is outside the table of {table.shape[0]} rows") from None
@@ -87,7 +94,7 @@ def embedding_layer_norm_torch(
         x += _look_up(token_type_weight, token_type_ids, None, "token type")
     elif token_type_weight is not None:
         x += token_type_weight[0]
-    y = F.layer_norm(x, x.shape[-1:], norm_weight.float(), norm_bias.float(), eps)
+    y = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
     if p > 0:
         keep = philox.dropout_keep_torch(seed, p, input_ids.numel(), y.shape[-1]).view(y.shape)
         y = y * keep.view(torch.uint8).to(y.dtype).mul_(philox.dropout_scale(p))
@@ -652,16 +659,29 @@ class Embeddings(torch.nn.Module):
         dropout: float = 0.1,
         *,
         padding_positions: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.padding_idx = padding_idx
         self.padding_positions = padding_positions
         self.p = dropout
         position_padding_idx = padding_idx if padding_positions else None
-        self.word_embeddings = torch.nn.Embedding(vocab_size, hidden_size, padding_idx)
-        self.position_embeddings = torch.nn.Embedding(max_position_embeddings, hidden_size, position_padding_idx)
-        self.token_type_embeddings = torch.nn.Embedding(type_vocab_size, hidden_size)
-        self.LayerNorm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.word_embeddings = torch.nn.Embedding(vocab_size, hidden_size, padding_idx, **options)
+        self.position_embeddings = torch.nn.Embedding(
+            max_position_embeddings, hidden_size, position_padding_idx, **options
+        )
+        self.token_type_embeddings = torch.nn.Embedding(type_vocab_size, hidden_size, **options)
+        self.LayerNorm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, **options)
+
+    def reset_parameters(self) -> None:
+        for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
+            table.reset_parameters()
+        self.LayerNorm.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"padding_idx={self.padding_idx}, padding_positions={self.padding_positions}, p={self.p}"
 
     def forward(
         self,

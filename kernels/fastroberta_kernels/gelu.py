@@ -23,6 +23,8 @@ Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, sect
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -101,7 +103,7 @@ def _bias_gelu_backward_kernel(
 @torch.library.custom_op(f"{NAMESPACE}::bias_gelu_forward", mutates_args=())
 def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
     y = _allocate_forward(x, bias, tanh)
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_tiles = -(-num_rows // TILE["ROWS"]) * -(-num_columns // TILE["BLOCK"])
     launch(
         _bias_gelu_forward_kernel, (num_tiles,),
@@ -122,7 +124,7 @@ def _bias_gelu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias. Without a bias dbias is empty."""
     dx, dbias = _allocate_backward(dy, x, bias, tanh)
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_blocks = -(-num_columns // TILE["BLOCK"])
     # At 64 registers per thread, twice as many programs fit as `count_programs` assumes.
     num_programs = min(-(-2 * count_programs(x.device) // max(num_blocks, 1)), -(-num_rows // TILE["ROWS"]))
@@ -195,10 +197,23 @@ def bias_gelu(
 class BiasGELU(torch.nn.Module):
     """gelu(x + bias), with a learned bias initialised to zero."""
 
-    def __init__(self, features: int, approximate: str = "none"):
+    def __init__(
+        self,
+        features: int,
+        approximate: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.approximate = approximate
-        self.bias = torch.nn.Parameter(torch.zeros(features))
+        self.bias = torch.nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, approximate={self.approximate!r}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return bias_gelu(x, self.bias, approximate=self.approximate)

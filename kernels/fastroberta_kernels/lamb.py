@@ -100,8 +100,8 @@ class FusedLAMB(torch.optim.Optimizer):
     not use `set_to_none=True`, and add no group afterwards. A float learning rate is fixed in the graph.
 
     Raises:
-        ValueError: an unsupported dtype, device or hyperparameter, or two parameters that share memory.
-        RuntimeError: impl='cuda', but compilation fails; parameters moved to another device after construction.
+        ValueError: an unsupported dtype, device or hyperparameter, a DTensor, or two parameters that share memory.
+        RuntimeError: impl='cuda', but compilation fails; parameters moved to another device or dtype after construction.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler: pass `grad_scale`, do not unscale
@@ -226,6 +226,7 @@ class FusedLAMB(torch.optim.Optimizer):
         self._hyper_rows: list[list[float]] = [[math.nan] * GROUP_FIELDS for _ in self.param_groups]
         self._group_of = [index for _, index in named]
         self._active = [True] * count
+        self._dtypes = [p.dtype for p in self._params]
         if not self._use_cuda:
             return
         chunks, first_chunk = [], [0]
@@ -276,6 +277,11 @@ class FusedLAMB(torch.optim.Optimizer):
         everything = [p for g in self.param_groups for p in g["params"]]
         owners: dict[int, torch.Tensor] = {}
         for p in everything:
+            if hasattr(p, "to_local"):
+                raise ValueError(
+                    f"FusedLAMB: a parameter of shape {tuple(p.shape)} is a DTensor, as FSDP2 makes them; pass pieces that "
+                    "are plain tensors, with all_reduce= for their norms, or use DistributedDataParallel"
+                )
             if p.dtype not in LOW_KINDS or p.layout != torch.strided:
                 raise ValueError(
                     f"FusedLAMB: a parameter of shape {tuple(p.shape)} is {p.dtype}, {p.layout}; parameters must be "
@@ -395,7 +401,7 @@ class FusedLAMB(torch.optim.Optimizer):
             buffer, width = (self.low, 2) if is_low else (self.master, 4)
             is_moved = p.numel() > 0 and p.data_ptr() != buffer.data_ptr() + width * self._offsets[index]
             if is_moved:
-                if p.device != self._device or buffer.element_size() != p.element_size():
+                if p.device != self._device or p.dtype != self._dtypes[index]:
                     raise RuntimeError(
                         f"FusedLAMB: a parameter of shape {tuple(p.shape)} became {p.dtype} on {p.device} after the "
                         "optimizer was made; move and cast the model first, then make the optimizer"

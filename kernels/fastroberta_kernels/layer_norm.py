@@ -41,6 +41,8 @@ dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.0
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -64,12 +66,16 @@ ROW_IN_BLOCKS = {"ROWS": 1, "BLOCK": 512, "num_warps": 4}
 BACKWARD_IN_BLOCKS = {"ROWS": 4, "BLOCK": 256}
 
 
-def layer_norm_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+def layer_norm_torch(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = 1e-5
+) -> torch.Tensor:
     """`layer_norm` in PyTorch operations."""
     # In fp32 at least: on a CPU ATen sums the parameters' gradients in the dtype of the input, which is 5% off in bf16
     # after 2,048 rows.
-    dtype = torch.promote_types(x.dtype, torch.promote_types(weight.dtype, torch.float32))
-    return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32 if weight is None else weight.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -78,6 +84,8 @@ class _DropoutAdd(torch.autograd.Function):
     The scale is not folded into the mask: in bf16 it would be rounded and shift every mean. Autograd's derivative of
     addcmul does just that, hence this one.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, residual, mask, scale):
@@ -97,8 +105,8 @@ class _DropoutAdd(torch.autograd.Function):
 def dropout_add_layer_norm_torch(
     x: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     p: float = 0.0,
     eps: float = 1e-5,
     x_bias: torch.Tensor | None = None,
@@ -109,7 +117,7 @@ def dropout_add_layer_norm_torch(
         x = x + x_bias.to(x.dtype)
     if p > 0:
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        keep = philox.dropout_keep_torch(seed, p, x.shape[:-1].numel(), x.shape[-1]).view(x.shape)
+        keep = philox.dropout_keep_torch(seed, p, math.prod(x.shape[:-1]), x.shape[-1]).view(x.shape)
         mask = keep.view(torch.uint8).to(dtype)  # uint8 converts to floating point eight times faster than bool
         z = _DropoutAdd.apply(x.to(dtype), residual.to(dtype), mask, philox.dropout_scale(p))
     else:
@@ -314,7 +322,7 @@ def _layer_norm_forward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, statistics = _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps)
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     arguments = (
         *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics,
         num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
@@ -335,7 +343,7 @@ def _layer_norm_forward(
 @_layer_norm_forward.register_fake
 def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.zeros((3, -(-x.shape[:-1].numel() // 16) * 16), dtype=torch.float32, device=x.device)
+    return y, torch.zeros((3, -(-math.prod(x.shape[:-1]) // 16) * 16), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
@@ -353,7 +361,7 @@ def _layer_norm_backward(
     """dx, dresidual, dx_bias, dweight and dbias; those that are absent or equal to dx are empty."""
     gradients = _allocate_backward(dy, x, residual, x_bias, weight, bias, seed, statistics, p)
     dx, dresidual, dx_bias, dweight, dbias = gradients
-    num_rows, num_columns = x.shape[:-1].numel(), x.shape[-1]
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     inputs = (*map(align, (dy, x, residual, x_bias, weight, seed)), statistics)
     outputs = (dx, dresidual if _has_own_dresidual(x, residual, p) else None)
     scalars = (num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p))
@@ -405,6 +413,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _dstatistics):
+    if dy is None:
+        return (None,) * 8
     saved = ctx.saved_tensors  # read once: activation checkpointing allows a single access
     dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
     x, residual, x_bias = saved[:3]
@@ -419,12 +429,17 @@ _layer_norm_forward.register_autograd(_backward, setup_context=_save_for_backwar
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float = 1e-5, impl: str | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float = 1e-5,
+    impl: str | None = None,
 ) -> torch.Tensor:
     """LayerNorm over the last dimension.
 
     Args:
-        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), fp32, bf16 or fp16.
+        x: (..., N), fp32, bf16 or fp16. weight, bias: (N,), fp32, bf16 or fp16; None for ones and zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (..., N) in the dtype of x.
@@ -434,7 +449,7 @@ def layer_norm(
     triton = use_triton("layer_norm", impl, x, weight, bias)
     _check("layer_norm", triton, x, {"weight": weight, "bias": bias})
     if triton:
-        weight, bias = unify_dtypes(x, weight, bias)
+        weight, bias = _fill_in(x, *unify_dtypes(x, weight, bias))
         return _layer_norm_forward(x, None, None, weight, bias, None, 0.0, eps)[0]
     return layer_norm_torch(x, weight, bias, eps)
 
@@ -442,8 +457,8 @@ def layer_norm(
 def dropout_add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     *,
     p: float = 0.0,
     eps: float = 1e-5,
@@ -454,7 +469,7 @@ def dropout_add_layer_norm(
     """LayerNorm(residual + dropout(x + x_bias)) over the last dimension.
 
     Args:
-        x: (..., N), fp32, bf16 or fp16. residual: (..., N). weight, bias, x_bias: (N,).
+        x: (..., N), fp32, bf16 or fp16. residual: (..., N). weight, bias: as in `layer_norm`. x_bias: (N,).
         p: dropout probability, rounded to a multiple of 1/256; pass 0 outside training.
         seed: see `philox`; required if p > 0. A tensor may change between replays of a CUDA graph.
         impl: as in `layer_norm`.
@@ -471,9 +486,17 @@ def dropout_add_layer_norm(
     seed = philox.as_seed(seed, x.device) if p > 0 else None
     if triton:
         weight, bias, x_bias = unify_dtypes(x, weight, bias, x_bias)
+        weight, bias = _fill_in(x, weight, bias)
         (residual,) = unify_dtypes(x, residual)
         return _layer_norm_forward(x, residual, x_bias, weight, bias, seed, p, eps)[0]
     return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
+
+
+def _fill_in(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> list[torch.Tensor]:
+    """Ones and zeros for an absent weight or bias: N elements, which spare the kernel a configuration."""
+    like = next((vector for vector in (weight, bias) if vector is not None), x)
+    weight = like.new_ones(x.shape[-1:]) if weight is None else weight
+    return [weight, like.new_zeros(x.shape[-1:]) if bias is None else bias]
 
 
 def _check(
@@ -497,30 +520,46 @@ def _check(
             raise ValueError(f"{operation}: {name} is {tensor.dtype}; use float32, bfloat16 or float16")
 
 
-class LayerNorm(torch.nn.Module):
-    """`layer_norm` as a module, with the parameters, defaults and state_dict of `torch.nn.LayerNorm` over one dimension."""
+class LayerNorm(torch.nn.LayerNorm):
+    """`layer_norm` as a module: `torch.nn.LayerNorm` over one dimension, with its arguments, parameters and state_dict."""
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(normalized_shape))
-        self.bias = torch.nn.Parameter(torch.zeros(normalized_shape))
+    def __init__(
+        self,
+        normalized_shape: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"LayerNorm: normalized_shape is {normalized_shape}; it must be one dimension")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
-class DropoutAddLayerNorm(torch.nn.Module):
+class DropoutAddLayerNorm(torch.nn.LayerNorm):
     """`dropout_add_layer_norm` as a module, with the parameters of `torch.nn.LayerNorm`. Drops in training mode only."""
 
-    def __init__(self, hidden_size: int, p: float = 0.1, eps: float = 1e-5):
-        super().__init__()
+    def __init__(
+        self,
+        hidden_size: int,
+        p: float = 0.1,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(hidden_size, eps, elementwise_affine, bias, device, dtype)
         self.p = p
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
-        self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"
+
+    def forward(  # type: ignore[override]
         self,
         x: torch.Tensor,
         residual: torch.Tensor,

@@ -168,6 +168,23 @@ def test_attention_ignores_keys_past_their_length(impl, dropout_p, device):
         assert not ours[name][part].any(), name
 
 
+@both
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_what_is_ignored_may_hold_nan(impl, dropout_p, device):
+    """Keys past their length, and the queries of a sequence without keys."""
+    q, k, v, grad = make_inputs(3, 5, 20, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    key_lengths = torch.tensor([0, 7, 20], dtype=torch.int32, device=q.device)
+
+    def attend(q, k, v):
+        return attention.attention(q, k, v, dropout_p=dropout_p, seed=3, key_lengths=key_lengths, impl=impl)
+
+    expected = differentiate(attend, q, k, v, grad)
+    q[0] = float("nan")
+    for tensor in (k, v):
+        tensor[0] = tensor[1, 7:] = float("nan")
+    assert_equal(differentiate(attend, q, k, v, grad), expected)
+
+
 # An empty document at the start, in the middle, without keys only, without queries only; trailing ones as padding.
 LENGTHS_Q = [0, 19, 7, 0, 37, 5, 0]
 LENGTHS_K = [0, 19, 0, 11, 37, 140, 0]
@@ -194,6 +211,37 @@ def test_varlen_attention_is_as_exact_as_torch(impl, dtype, dropout_p, device):
         lambda q, k, v: attention.varlen_attention(q, k, v, *lengths, dropout_p=dropout_p, seed=9, impl=impl), *inputs
     )
     assert_exact(ours, by_definition, inputs)
+
+
+WRONG_BOUNDS = [[-3, 4, 9], [0, 4, 12], [0, 30, 9], [5, 20, 40]]
+
+
+@pytest.mark.parametrize("bounds", WRONG_BOUNDS, ids=str)
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_wrong_bounds_are_named_by_the_twin(bounds, side):
+    tokens = torch.zeros(9, 1, 32)
+    right, wrong = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor(bounds, dtype=torch.int32)
+    sides = (wrong, right) if side == "q" else (right, wrong)
+    with pytest.raises(ValueError, match=f"cu_seqlens_{side} must ascend from 0 to at most 9"):
+        attention.varlen_attention(tokens, tokens, tokens, *sides, 40, 40, impl="torch")
+
+
+@needs_triton
+@pytest.mark.parametrize("bounds", WRONG_BOUNDS, ids=str)
+@pytest.mark.parametrize("side", ["q", "k"])
+def test_wrong_bounds_write_nothing_outside(bounds, side, device):
+    """The gradients lie in the middle of larger tensors, whose ends must keep what they held."""
+    tokens = torch.randn(9, 1, 32, device=device)
+    right = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    wrong = torch.tensor(bounds, dtype=torch.int32, device=device)
+    sides = (wrong, right) if side == "q" else (right, wrong)
+    out, lse = attention.attention_forward(tokens, tokens, tokens, *sides, None, 40, 40, 0.0, 1.0)
+    assert torch.isfinite(out).all() and torch.isfinite(lse).all()
+    held = [torch.full((69, 1, 32), 7.0, device=device) for _ in range(3)]
+    gradients = [tensor[30:39] for tensor in held]
+    attention.launch_backward(tokens, tokens, tokens, tokens, out, lse, *gradients, *sides, None, 40, 40, 0.0, 1.0)
+    for tensor in held:
+        assert tensor[:30].eq(7).all() and tensor[39:].eq(7).all()
 
 
 @both

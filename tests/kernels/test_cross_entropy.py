@@ -177,6 +177,69 @@ def test_padding_is_no_class_even_with_the_largest_logit(impl, device):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_ignored_may_hold_nan(small_chunks, impl, parameter_dtype, reduction, device):
+    """Hidden states of ignored rows, and the padding of the vocabulary."""
+    leaves, targets = make_inputs(41, 40, 8, torch.bfloat16, device, parameter_dtype=parameter_dtype)
+    targets[1::3] = -100
+    targets[targets >= 37] = 0
+
+    def step():
+        loss = linear_cross_entropy(*leaves, targets, num_classes=37, reduction=reduction, impl=impl).loss
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    expected = step()
+    with torch.no_grad():
+        leaves[0][1::3] = leaves[1][37:] = leaves[2][37:] = float("nan")
+    for name, one, other in zip(("loss", *NAMES), step(), expected):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(), (2, 3), (2, 1, 3), (2, 0)], ids=str)
+def test_hidden_of_any_rank_and_int32_targets(impl, shape, device):
+    hidden, weight = torch.randn(*shape, 8, device=device), torch.randn(40, 8, device=device)
+    targets = torch.randint(40, shape, dtype=torch.int32, device=device)
+    for reduction in ("sum", "none"):
+        loss = linear_cross_entropy(hidden, weight, None, targets, reduction=reduction, impl=impl).loss
+        flat = (hidden.reshape(-1, 8), weight, None, targets.flatten().long())
+        expected = linear_cross_entropy(*flat, reduction=reduction, impl=impl).loss
+        assert torch.equal(loss, expected.view(loss.shape))
+    assert loss.shape == shape
+
+
+@pytest.mark.parametrize("position", [-1, 5])
+def test_a_position_outside_its_sequence_is_named(position):
+    """It would otherwise be a token of the sequence before or after."""
+    labels, positions = torch.tensor([[7], [7]]), torch.tensor([[2], [0]])
+    positions[1 if position < 0 else 0] = position
+    with pytest.raises(ValueError, match=f"position {position} is outside the 5 of a sequence"):
+        MaskedLMHead(8, 40)(torch.zeros(2, 5, 8), torch.zeros(40, 8), labels, positions)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("gathers", [True, False])
+def test_ignored_rows_of_the_head_may_hold_nan(impl, gathers, device):
+    head = MaskedLMHead(8, 40).to(device)
+    hidden = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    positions = torch.tensor([[0, 3], [2, 4]], device=device) if gathers else None
+    labels = torch.full((2, 2 if gathers else 5), -100, device=device)
+    labels[:, 0] = 7
+    decoder = torch.randn(40, 8, device=device, requires_grad=True)
+    leaves = [hidden, decoder, *head.parameters()]
+
+    def step():
+        return torch.autograd.grad(head(hidden, decoder, labels, positions, impl=impl).loss, leaves)
+
+    expected = step()
+    with torch.no_grad():
+        hidden[0, 1:], hidden[1, 3:] = float("nan"), float("nan")
+    for one, other in zip(step(), expected):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_no_target_at_all(impl, reduction, num_rows, device):
@@ -300,12 +363,14 @@ def test_chunks_keep_to_the_promised_share_of_the_logits():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(hidden=torch.zeros(2, 3, 4)), "flatten leading dimensions"),
+        (dict(hidden=torch.zeros(2, 3, 4)), "one per row of hidden"),
+        (dict(hidden=torch.zeros(())), "expected hidden"),
         (dict(weight=torch.zeros(5, 3)), "expected hidden"),
         (dict(bias=torch.zeros(4)), "bias has shape"),
-        (dict(targets=torch.zeros(2, dtype=torch.int32)), "int64"),
+        (dict(targets=torch.zeros(2, dtype=torch.int16)), "int64 or int32"),
         (dict(targets=torch.zeros(3, dtype=torch.int64)), "one per row of hidden"),
-        (dict(hidden=torch.zeros(2, 4, dtype=torch.float64)), "use float32"),
+        (dict(hidden=torch.zeros(2, 4, dtype=torch.float64), impl="triton"), "use float32"),
+        (dict(hidden=torch.zeros(2, 4, dtype=torch.int64)), "use float32"),
         (dict(num_classes=6), "num_classes=6 is outside 1 to 5"),
         (dict(reduction="average"), "use one of mean, sum, none"),
         (dict(label_smoothing=1.0), "label_smoothing"),

@@ -1086,3 +1086,25 @@ def test_more_than_2_to_the_31_elements(device):
     torch.testing.assert_close(optimizer.last_grad_norm.item(), math.sqrt(count), rtol=1e-6, atol=0)
     torch.testing.assert_close(p[-7:].detach().cpu(), torch.full((7,), 0.9))
     torch.testing.assert_close(p[:7].detach().cpu(), torch.full((7,), 0.9))
+
+
+def test_a_model_cast_after_construction_is_named():
+    model = torch.nn.Linear(4, 4)
+    optimizer = FusedLAMB(model.parameters(), lr=0.1)
+    model.to(torch.bfloat16)(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"became torch.bfloat16 on cpu after the optimizer was made; move and cast"):
+        optimizer.step()
+
+
+def test_dtensors_are_named(tmp_path):
+    """FSDP2's parameters all have a data_ptr of zero, which looked like shared memory."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = fully_shard(torch.nn.Linear(4, 4), mesh=mesh)
+        with pytest.raises(ValueError, match=r"is a DTensor, as FSDP2 makes them; pass pieces .* all_reduce="):
+            FusedLAMB(model.parameters(), lr=0.1)
+    finally:
+        torch.distributed.destroy_process_group()

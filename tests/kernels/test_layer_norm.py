@@ -390,3 +390,19 @@ def test_more_than_two_to_the_31_elements(device):
     expected = torch.autograd.grad(y_tail, (x_tail, residual_tail), x_tail.detach())
     assert torch.equal(y[tail], y_tail)
     assert torch.equal(dx[tail], expected[0]) and torch.equal(dresidual[tail], expected[1])
+
+
+@both
+@pytest.mark.parametrize("has_weight", [True, False])
+def test_without_bias_or_weight(impl, has_weight, device):
+    inputs, dy = make_inputs((5, 48), DTYPES["fp32"], device if impl == "triton" else "cpu")
+    inputs = {name: inputs[name] for name in ("x", "residual", *["weight"] * has_weight)}
+
+    def ours(x, residual, weight=None):
+        y = dropout_add_layer_norm(x, residual, weight, None, impl=impl)
+        return y + layer_norm.layer_norm(x, weight, None, impl=impl)
+
+    def composed(x, residual, weight=None):
+        return F.layer_norm(x + residual, (48,), weight) + F.layer_norm(x, (48,), weight)
+
+    assert_gradients_as_exact_as_torch(ours, composed, inputs, dy)
