@@ -82,8 +82,8 @@ def find_duplicates(
 
 
 def warn_of_small_heldout(input_bytes: int, fraction: float) -> str | None:
-    """What to say before the work where the text looks too little for `HELDOUT_TOKENS`, at 4 bytes a token."""
-    tokens = input_bytes // 4
+    """What to say before the work where the text looks too little for `HELDOUT_TOKENS`, at 3 bytes a token."""
+    tokens = input_bytes // 3
     if not fraction or max(fraction, 0.1) * tokens >= HELDOUT_TOKENS:
         return None
     return (
