@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 
 PROGRAMS = {
-    "prepare": "turn text (txt, jsonl, parquet) into token shards for training",
+    "prepare": "turn text into token shards for training",
     "train": "pretrain RoBERTa on them, or without arguments on a small example",
     "plan": "predict memory, communication and speed of a run on a cluster",
     "evaluate": "compute held-out loss, perplexity and accuracy of a checkpoint",
-    "export": "write a checkpoint as a directory that transformers or onnxruntime loads",
+    "export": "write a checkpoint for transformers or onnxruntime",
     "fill_mask": "predict masked words in texts, or serve a page to try a model",
     "embed": "turn texts into vectors",
     "finetune": "train a checkpoint for a task: GLUE's, or your own labelled data",
-    "explain": "show which tokens a prediction rests on, and the attention of every head",
+    "explain": "show what a prediction rests on, and the attention of every head",
     "torchrun": "start train on several GPUs or machines, as torchrun does",
 }
 

@@ -20,6 +20,9 @@ from bench.launch_cases import layer_norm_cases
 
 needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
 both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
+both_slowly = pytest.mark.parametrize(
+    "impl", ["torch", pytest.param("triton", marks=[needs_triton, pytest.mark.slow(reason="30 seconds")])]
+)
 
 # bfloat16 twice: parameters in fp32, as in training, and in the dtype of x; then a residual wider than x.
 DTYPES = {
@@ -109,7 +112,7 @@ def test_layer_norm_is_as_exact_as_torch(impl, dtype, shape, device):
     assert_gradients_as_exact_as_torch(lambda **t: layer_norm.layer_norm(**t, impl=impl), compose(0.0), inputs, dy)
 
 
-@both
+@both_slowly
 def test_gradients_of_parameters_are_added_up_in_fp32(impl, device):
     """Added up in bf16 they would be several percent off, as those of ATen are on a CPU."""
     inputs, dy = make_inputs((2048, 32), DTYPES["bf16, fp32 parameters"], device if impl == "triton" else "cpu")
@@ -197,7 +200,7 @@ def test_partial_sums_are_added_whole(device):
     assert torch.equal(torch.stack(outputs), partials.sum(1))  # integers: exact in any order
 
 
-@both
+@both_slowly
 def test_inputs_need_not_be_contiguous(impl, device):
     inputs, dy = make_inputs((4, 6, 40), DTYPES["fp32"], device if impl == "triton" else "cpu")
     assert_strides_change_nothing(lambda **t: dropout_add_layer_norm(**t, p=0.1, seed=5, impl=impl), inputs, dy)

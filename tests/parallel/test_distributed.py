@@ -255,7 +255,7 @@ def wait_until_gone(pids):
     "how", [
         slow("SIGTERM to the launcher", takes="15 seconds"), slow("SIGINT to the launcher", takes="15 seconds"),
         slow("SIGTERM to PyTorch's torchrun", takes="15 seconds"),
-        "SIGTERM to all", "SIGTERM to one process", "SIGKILL to the launcher",
+        slow("SIGTERM to one process", takes="15 seconds"), "SIGTERM to all", "SIGKILL to the launcher",
     ],
 )  # fmt: skip
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
@@ -284,7 +284,7 @@ def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("fault", ["dies", slow("stops", takes="40 seconds"), "sleeps"])
+@pytest.mark.parametrize("fault", ["dies", slow("stops", takes="40 seconds"), slow("sleeps", takes="15 seconds")])
 def test_a_process_that_fails_is_named(data, tmp_path, fault):
     environment = {"FAULT": "sleeps 1"} if fault == "sleeps" else {}
     process = start_program(data, tmp_path, environment, hang_timeout=600 if fault == "dies" else 15)

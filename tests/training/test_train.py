@@ -255,7 +255,7 @@ def test_non_finite_loss_names_its_step_and_the_way_to_go_on(data, tmp_path):
 
 
 def test_fp16_skips_overflow_and_halves_the_scale(data, tmp_path):
-    trainer = Trainer(configure(data, tmp_path, precision="fp16"))
+    trainer = Trainer(configure(data, tmp_path, precision="fp16", max_steps=3, eval_sequences=2))
     trainer.scaler.scale.fill_(2.0**120)
     trainer.train()
     assert trainer.scaler.scale < 2.0**120
