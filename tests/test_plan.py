@@ -122,6 +122,7 @@ def measure_step(
     return count_bytes_written() - start - barrier, count_bytes_kept() - before
 
 
+@pytest.mark.slow(reason="15 seconds")
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's count of a process's bytes")
 def test_bytes_sent_and_kept_are_those_predicted():
     num_processes = 3  # the pieces are not equal

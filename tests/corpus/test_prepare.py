@@ -817,6 +817,7 @@ def test_mistakes_end_in_one_line_and_their_exit_code(tmp_path, monkeypatch, cap
     assert error.startswith("error: ") and message in error and not any("error" in note for note in notes)
 
 
+@pytest.mark.slow(reason="15 seconds")
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer_directory):
     """60 MB in one file would show: without them the processes take about 125 MB each."""

@@ -140,7 +140,9 @@ def test_a_backward_inside_autocast_changes_nothing(impl, name, device):
         assert torch.equal(one, other)
 
 
-@both
+@pytest.mark.parametrize(
+    "impl", ["torch", pytest.param("triton", marks=[needs_triton, pytest.mark.slow(reason="25 seconds in all")])]
+)
 @every_operation
 def test_dynamic_shapes_are_compiled_once(impl, name, device):
     """One graph for every batch and length, with the results of eager execution."""

@@ -255,7 +255,8 @@ def wait_until_gone(pids):
     "how", [
         slow("SIGTERM to the launcher", takes="15 seconds"), slow("SIGINT to the launcher", takes="15 seconds"),
         slow("SIGTERM to PyTorch's torchrun", takes="15 seconds"),
-        slow("SIGTERM to one process", takes="15 seconds"), "SIGTERM to all", "SIGKILL to the launcher",
+        slow("SIGTERM to one process", takes="15 seconds"), slow("SIGKILL to the launcher", takes="10 seconds"),
+        "SIGTERM to all",
     ],
 )  # fmt: skip
 def test_a_signal_leads_to_one_checkpoint_and_75(data, tmp_path, how):
