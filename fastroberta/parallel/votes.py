@@ -31,6 +31,8 @@ class StopVotes:
         Args:
             total: scalar on the device, the number of processes that had a signal; reduced, so the same everywhere.
         """
+        if self._processes.size == 1:
+            return  # `agreed` asks this process itself
         if not self._is_cuda:
             self._sums = [(total, None)]
             return
