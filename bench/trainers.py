@@ -95,7 +95,7 @@ def build_config(task: Task, output_dir: str, *, compiled: bool = False) -> Trai
         hidden_dropout_prob=task.dropout, attention_probs_dropout_prob=task.dropout,
     )  # fmt: skip
     return TrainConfig(
-        data=task.data, output_dir=output_dir, seed=SEED, precision=task.precision,
+        data=[task.data], output_dir=output_dir, seed=SEED, precision=task.precision,
         max_seq_length=task.length, packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=task.sequences,
         micro_batch_size=task.sequences, torch_compile=compiled, tensorboard=False, model=model,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),

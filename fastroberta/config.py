@@ -119,10 +119,10 @@ class BatchRampConfig:
 class TrainConfig:
     """One training run."""
 
-    data: str | None = setting(
+    data: list[str] | None = setting(
         None,
-        "directory written by fastroberta.prepare, or several with their weights: DIR,DIR:0.3; null: the texts inside "
-        "Python [data]",
+        "directory written by fastroberta.prepare; several with their weights: --data DIR --data DIR:0.3; null: the texts "
+        "inside Python [data]",
     )
     output_dir: str = setting("runs/roberta", "directory of the run, which is continued if found there [save_dir]")
     init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes override model.*")

@@ -12,6 +12,7 @@ starts is therefore looked up in the shard, never inferred from `</s>`.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,7 @@ class Batch:
         cu_seqlens: int32 (documents + 1,): document bounds in the flattened batch, static in length; None unless
             attention stays inside documents.
         num_tokens: tokens without padding. sum_squared_lengths: over the spans that attention sees, for FLOPs.
+        corpus: index of the corpus that all sequences come from; held-out batches only.
     """
 
     input_ids: torch.Tensor
@@ -86,6 +88,7 @@ class Batch:
     cu_seqlens: torch.Tensor | None
     num_tokens: int
     sum_squared_lengths: int
+    corpus: int = 0
 
 
 class Corpus(NamedTuple):
@@ -186,12 +189,12 @@ class Blocks:
         corpora = self._pattern[places]
         return corpora, periods * self._taken[corpora, -1] + self._taken[corpora, places] - 1
 
-    def spread_evenly(self, count: int) -> np.ndarray:
-        """Up to `count` block numbers, spread evenly over each corpus, which has its share of them. Int64."""
+    def spread_evenly(self, count: int) -> list[np.ndarray]:
+        """Up to `count` block numbers, spread evenly over each corpus, which has its share of them: int64 each."""
         shares = self._taken[:, -1] / len(self._pattern)
         counts = np.minimum(np.maximum(1, np.round(shares * min(count, len(self)))).astype(np.int64), self.corpus_sizes)
         parts = zip(self._first_of_corpus, counts, self.corpus_sizes)
-        return np.concatenate([first + np.arange(number) * size // number for first, number, size in parts])
+        return [first + np.arange(number) * size // number for first, number, size in parts]
 
     def unigram_entropy(self) -> float:
         """Entropy in nats of the split's token frequencies, specials left out: the loss of knowing only those."""
@@ -281,17 +284,15 @@ def _spread(weights: np.ndarray) -> np.ndarray:
     return np.array(pattern)
 
 
-def load_corpora(data: str | Sequence[str]) -> list[Corpus]:
+def load_corpora(data: Sequence[str]) -> list[Corpus]:
     """The corpora that the setting `data` names: directories, each with `:WEIGHT` after it or weight 1.
 
-    Args:
-        data: a list, or the same separated by commas; a directory whose own name has commas or colons is found, too.
+    A directory whose own name holds a colon is found, too.
+
     Raises:
         ConfigurationError: a weight that is not positive, or corpora with different tokenizers.
         DataError: see `load_manifest`.
     """
-    if isinstance(data, str):
-        data = [data] if Path(data).exists() else data.split(",")
     corpora = []
     for entry in data:
         directory, colon, weight = entry.rpartition(":")
@@ -370,11 +371,13 @@ def training_batches(
 
 
 def heldout_batches(blocks: Blocks, num_sequences: int, micro_batch_size: int) -> Iterator[Batch]:
-    """Up to `num_sequences` held-out blocks, the same ones every time, spread evenly over the split."""
-    indices = blocks.spread_evenly(num_sequences)
-    for start in range(0, len(indices), micro_batch_size):
-        chosen = indices[start : start + micro_batch_size]
-        yield blocks.read(chosen, chosen, start)
+    """Up to `num_sequences` held-out blocks, the same ones every time, spread evenly over the split of each corpus."""
+    first = 0
+    for corpus, indices in enumerate(blocks.spread_evenly(num_sequences)):
+        for start in range(0, len(indices), micro_batch_size):
+            chosen = indices[start : start + micro_batch_size]
+            yield dataclasses.replace(blocks.read(chosen, chosen, first), corpus=corpus)
+            first += len(chosen)
 
 
 def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

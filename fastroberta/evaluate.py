@@ -25,7 +25,10 @@ class EvaluateConfig:
     """One evaluation."""
 
     checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
-    data: str = setting(help="directory written by fastroberta.prepare, whose held-out documents are scored")
+    data: list[str] = setting(
+        help="directory written by fastroberta.prepare, whose held-out documents are scored; several: --data DIR --data "
+        "DIR:0.3, with the weights of training"
+    )
     max_seq_length: int | None = setting(
         None, "number of tokens per sequence; null: as in training, or 512 if unknown", valid="[8, inf)"
     )
@@ -52,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EvaluateConfig, description=__doc__)
     # After the arguments: importing torch takes a second that --help should not.
     from .checkpoint import STATE, read_state, verify_directory
-    from .corpus.manifest import load_manifest
     from .corpus.tokenizer import load_tokenizer, tokenizer_hash
-    from .data import heldout_batches, masking_arguments, move_ahead, open_split
+    from .data import heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
     from .errors import ConfigurationError
     from .hf import load_huggingface
     from .model import COMPUTE_DTYPES
@@ -70,18 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = getattr(config, name)
         settings[name] = trained.get(name, usual) if given is None else given
     model = load_huggingface(checkpoint)
-    manifest = load_manifest(config.data)
+    corpora = load_corpora(config.data)
+    manifest = corpora[0].manifest
     has_tokenizer = (checkpoint / "tokenizer.json").is_file() or (checkpoint / "vocab.json").is_file()
     if has_tokenizer and tokenizer_hash(load_tokenizer(checkpoint)) != manifest.tokenizer_sha256:
         raise ConfigurationError(
-            f"{config.data}: prepared with another tokenizer than {checkpoint}'s; run prepare with "
+            f"{manifest.directory}: prepared with another tokenizer than {checkpoint}'s; run prepare with "
             f"--tokenizer {checkpoint}"
         )
     assert model.config.vocab_size is not None
     if manifest.vocab_size > model.config.vocab_size:
         raise ConfigurationError(
-            f"{config.data}: a vocabulary of {manifest.vocab_size}, the model has {model.config.vocab_size}; run prepare "
-            "with the model's tokenizer"
+            f"{manifest.directory}: a vocabulary of {manifest.vocab_size}, the model has {model.config.vocab_size}; run "
+            "prepare with the model's tokenizer"
         )
     longest = model.config.max_position_embeddings - 2
     if settings["max_seq_length"] > longest:
@@ -93,15 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     precision, _ = settle_precision(config.precision, device, trained.get("precision"))
     model.compute_dtype = COMPUTE_DTYPES[precision]
     cut = {name: value for name, value in settings.items() if name != "mlm_probability"}
-    blocks = open_split(manifest, "heldout", **cut)
+    blocks = open_split(corpora, "heldout", **cut)
     batches = move_ahead(heldout_batches(blocks, config.eval_sequences, config.micro_batch_size), device)
-    scores = evaluate_model(model, batches, masking_arguments(manifest, settings["mlm_probability"]))
+    scores = evaluate_model(
+        model, batches, masking_arguments(manifest, settings["mlm_probability"]), None, len(corpora)
+    )
+    by_corpus = {str(corpus.manifest.directory): one.loss for corpus, one in zip(corpora, scores.by_corpus)}
     print(
         json.dumps(
             {
                 "eval/loss": scores.loss,
                 "eval/perplexity": scores.perplexity,
                 "eval/accuracy": scores.accuracy,
+                **{f"eval/loss/{name}": loss for name, loss in by_corpus.items()},
                 "masked_tokens": scores.num_masked,
                 **settings,
                 "precision": precision,

@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.data is None:
             if config.dry_run and not (output_dir / "data" / "manifest.json").exists():
                 output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-")))
-            config.data = str(output_dir / "data")
+            config.data = [str(output_dir / "data")]
             if processes.is_first or config.dry_run:
-                prepare_python_texts(Path(config.data))
+                prepare_python_texts(output_dir / "data")
             processes.wait_for_all()
         trainer = Trainer(config, processes)
         if config.dry_run:

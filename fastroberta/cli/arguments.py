@@ -46,9 +46,10 @@ def parse_arguments(
 ) -> Config:
     """The settings of a program from its command line (None: sys.argv), validated.
 
-    --key value and --key=value are the same, as are dashes and underscores; a boolean is set by its name alone. --config
-    names a YAML file, or a preset if the program has a default_preset, and may be repeated. The command line overrides
-    files, in any order. --help and --print_config print and exit. A ConfigurationError names the option, or file and line.
+    --key value and --key=value are the same, as are dashes and underscores; a boolean is set by its name alone, and an
+    option that takes a list may be repeated. --config names a YAML file, or a preset if the program has a default_preset,
+    and may be repeated. The command line overrides files, in any order. --help and --print_config print and exit. A
+    ConfigurationError names the option, or file and line.
     """
     settings = _list_settings(config_class)
     options = list(_split(sys.argv[1:] if argv is None else argv, settings, config_class))
@@ -129,10 +130,13 @@ def _list_settings(config_class: Any, prefix: str = "") -> dict[str, _Setting]:
 def _collect(config_class: type, settings: Mapping[str, _Setting], found: Found) -> dict[str, Any]:
     """All settings, nested: what was found, converted, else the default, or None where there is none."""
     values = {key: None if one.default is dataclasses.MISSING else one.default for key, one in settings.items()}
+    lists: dict[str, list[Any]] = {}  # given so far on the command line
     for key, value, place in found:
         if key in settings:
             try:
-                values[key] = convert(value, settings[key].type)
+                values[key] = given = convert(value, settings[key].type)
+                if place == "--" and isinstance(given, list):
+                    values[key] = lists[key] = lists.get(key, []) + given
             except FAULTS:
                 wanted = describe_type(settings[key].type)
                 raise ConfigurationError(f"{place}{key} = {show(value)}: takes {wanted}") from None

@@ -27,7 +27,8 @@ def convert(value: Any, kind: Any) -> Any:
     elif origin is Literal and value in inside:
         return value
     elif origin in (tuple, list):
-        items = yaml.safe_load(value) if isinstance(value, str) else value
+        is_one = isinstance(value, str) and origin is list and not value.lstrip().startswith("[")
+        items = [value] if is_one else yaml.safe_load(value) if isinstance(value, str) else value
         if isinstance(items, tuple | list) and (origin is list or len(items) == len(inside)):
             return origin(convert(item, inside[0]) for item in items)
     elif kind is types.NoneType and value in (None, "null"):

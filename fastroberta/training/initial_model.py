@@ -29,7 +29,8 @@ def build_model(config: TrainConfig, manifest: Manifest) -> RobertaForMaskedLM:
     given = config.model.vocab_size
     if given is not None and given < manifest.vocab_size:
         raise ConfigurationError(
-            f"model.vocab_size: {given}, but the tokenizer of {config.data} has {manifest.vocab_size} ids; leave it null"
+            f"model.vocab_size: {given}, but the tokenizer of {manifest.directory} has {manifest.vocab_size} ids; leave it "
+            "null"
         )
     config.model.vocab_size = given or manifest.vocab_size
     model = RobertaForMaskedLM(config.model, pad_token_id, config.gradient_checkpointing)
@@ -42,7 +43,7 @@ def _load_initial_model(config: TrainConfig, manifest: Manifest, directory: Path
     loaded = load_huggingface(directory)
     if tokenizer_hash(load_tokenizer(directory)) != manifest.tokenizer_sha256:
         raise ConfigurationError(
-            f"init_from: {directory} has another tokenizer than {config.data}; prepare the data with "
+            f"init_from: {directory} has another tokenizer than {manifest.directory}; prepare the data with "
             f"--tokenizer {directory}"
         )
     longest = loaded.config.max_position_embeddings - 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ..config import TrainConfig
 from ..costs import num_parameters
-from ..data import Blocks
+from ..data import Blocks, Corpus
 from ..log import MetricsWriter, Progress, format_seconds, print_line
 from ..model import RobertaForMaskedLM
 from ..parallel.processes import Processes
@@ -55,12 +56,17 @@ class RunLog:
             shown = {name: value for name, value in metrics.items() if self._is_on_gpu or name != "throughput/mfu"}
             self._progress.update(step, shown)
 
-    def write_scores(self, step: int, scores: Scores) -> None:
-        """Held-out scores after a step."""
+    def write_scores(self, step: int, scores: Scores, corpora: Sequence[Corpus]) -> None:
+        """Held-out scores after a step, over all corpora and, where there are several, of each."""
         if self._is_writing:
             metrics = {"eval/loss": scores.loss, "eval/accuracy": scores.accuracy, "eval/perplexity": scores.perplexity}
-            self._writer.write(step, metrics)
-            self._progress.print(f"step {step}: held-out loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}")
+            parts = {str(corpus.manifest.directory): one.loss for corpus, one in zip(corpora, scores.by_corpus)}
+            self._writer.write(step, metrics | {f"eval/loss/{name}": loss for name, loss in parts.items()})
+            note = ", ".join(f"{name} {loss:.4f}" for name, loss in parts.items())
+            self._progress.print(
+                f"step {step}: held-out loss {scores.loss:.4f}, accuracy {scores.accuracy:.1%}"
+                + f" ({note})" * bool(note)
+            )
 
 
 def say(processes: Processes, text: str, file: TextIO | None = None) -> None:

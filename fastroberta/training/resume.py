@@ -66,7 +66,8 @@ def load_weights(checkpoint: Path, model: RobertaForMaskedLM, run: dict[str, Any
             )
     if any(state[name] != run[name] for name in ("data", "train_tokens")):
         raise ConfigurationError(
-            f"{now['data']}: not the data that {checkpoint} was trained on; give that data, or another --output_dir"
+            f"{', '.join(run['config']['data'])}: not the data that {checkpoint} was trained on; give that data, or another "
+            "--output_dir"
         )
     path = checkpoint / "model.safetensors"
     copy_from_huggingface(read_tensors(path), dict(model.named_parameters()), model.config, str(path))

@@ -176,7 +176,7 @@ class Trainer:
     def describe(self) -> None:
         """Say what is trained on what."""
         say(self.processes, describe_model(self.config, self.processes, self.blocks, self.batches.size))
-        say(self.processes, f"{self.config.data}: {self.blocks.describe_verified()}")
+        say(self.processes, f"{', '.join(self.config.data or [])}: {self.blocks.describe_verified()}")
         if len(self.corpora) > 1:
             epochs = self.blocks.count_epochs(self.batches.num_sequences_until(self.config.max_steps))
             for (manifest, weight), size, count in zip(self.corpora, self.blocks.corpus_sizes, epochs):
@@ -275,9 +275,9 @@ class Trainer:
             processes = None if self.config.sharding == "full" else self.processes
             if processes is not None:  # FSDP2 needs all processes in every forward
                 batches = itertools.islice(batches, processes.rank, None, processes.size)
-            scores = evaluate_model(self.model, self._note_each(batches), self.masking, processes)
+            scores = evaluate_model(self.model, self._note_each(batches), self.masking, processes, len(self.corpora))
             if log is not None:
-                log.write_scores(self.step, scores)
+                log.write_scores(self.step, scores, self.corpora)
         self.eval_loss = {self.step: scores.loss}
         return scores
 

@@ -89,11 +89,13 @@ def test_file_starts_from_the_defaults_not_from_the_default_preset(tmp_path):
 def test_values_keep_their_types(tmp_path):
     text = "data: '2024'\nmicro_batch_size: 8\noptimizer:\n  learning_rate: 6e-4\n  eps: 1\nmodel:\n"
     config = parse("--config", write(tmp_path / "a.yaml", text))
-    assert config.data == "2024"
+    assert config.data == ["2024"]
     assert config.micro_batch_size == 8
     assert config.optimizer.learning_rate == 6e-4  # YAML 1.1 reads this as text
     assert isinstance(config.optimizer.eps, float)
-    assert parse("--data", "2024", "--micro-batch-size", "auto").data == "2024"
+    assert parse("--data", "2024", "--micro-batch-size", "auto").data == ["2024"]
+    assert parse("--data", "a,b", "--seed", "2", "--data=[c, 'd:0.3']").data == ["a,b", "c", "d:0.3"]
+    assert parse("--config", write(tmp_path / "b.yaml", "data: [a, b]\n"), "--data", "c").data == ["c"]
     assert parse("--data", "null").data is None
 
 

@@ -1,5 +1,7 @@
 """Training on two corpora: resumed to the bit, with the same weights only."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from tiny import prepare_text
 from fastroberta.cli.arguments import from_dict
 from fastroberta.config import TrainConfig
 from fastroberta.errors import ConfigurationError
+from fastroberta.evaluate import main as evaluate
 from fastroberta.prepare import main as prepare
 from fastroberta.training.trainer import Trainer
 
@@ -20,6 +23,21 @@ SETTINGS = {
     },
     "lr_scheduler": {"warmup_steps": 1},
 }  # fmt: skip
+
+
+def check_scores(output_dir, corpora, capsys):
+    """The held-out loss of each corpus stands beside that of both, in the run's metrics and in `evaluate`."""
+    metrics = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in metrics if "eval/loss" in line][-1]
+    alone = [f"eval/loss/{directory}" for directory in corpora]
+    assert min(logged[name] for name in alone) < logged["eval/loss"] < max(logged[name] for name in alone)
+    capsys.readouterr()
+    checkpoint = str(output_dir / "checkpoint-00000004")
+    data = ["--data", str(corpora[0]), "--data", f"{corpora[1]}:0.5", "--eval_sequences", "8"]
+    assert evaluate([checkpoint, *data]) == 0
+    scored = json.loads(capsys.readouterr().out)
+    for name in ("eval/loss", *alone):
+        assert scored[name] == pytest.approx(logged[name], abs=1e-5)
 
 
 def test_a_mixture_resumes_to_the_bit_and_keeps_its_weights(tmp_path, capsys):
@@ -35,14 +53,15 @@ def test_a_mixture_resumes_to_the_bit_and_keeps_its_weights(tmp_path, capsys):
         trainer.train()
         return load_file(tmp_path / output_dir / "checkpoint-00000004" / "model.safetensors")
 
-    mixture = f"{one},{two}:0.5"
+    mixture = [str(one), f"{two}:0.5"]
     straight = train("straight", mixture)
     assert f"{two}, weight 0.5: " in capsys.readouterr().out
     (tmp_path / "resumed").mkdir()
     (tmp_path / "straight" / "checkpoint-00000002").rename(tmp_path / "resumed" / "checkpoint-00000002")
-    with pytest.raises(ConfigurationError, match=r"data: '.*two:0\.6', but .* was trained with '.*two:0\.5'"):
-        train("resumed", f"{one},{two}:0.6")
+    with pytest.raises(ConfigurationError, match=r"data: .*two:0\.6'\], but .* was trained with .*two:0\.5'\]"):
+        train("resumed", [str(one), f"{two}:0.6"])
     resumed = train("resumed", mixture)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    other = train("other", f"{one},{two}:2")
+    check_scores(tmp_path / "straight", [one, two], capsys)
+    other = train("other", [str(one), f"{two}:2"])
     assert not all(torch.equal(straight[name], other[name]) for name in straight)
