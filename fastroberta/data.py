@@ -285,9 +285,7 @@ def _spread(weights: np.ndarray) -> np.ndarray:
 
 
 def load_corpora(data: Sequence[str]) -> list[Corpus]:
-    """The corpora that the setting `data` names: directories, each with `:WEIGHT` after it or weight 1.
-
-    A directory whose own name holds a colon is found, too.
+    """The corpora of the setting `data`: directories, each with `:WEIGHT` after it or weight 1; names may hold colons.
 
     Raises:
         ConfigurationError: a weight that is not positive, or corpora with different tokenizers.
