@@ -38,7 +38,9 @@ def test_run_turns_errors_into_exit_codes(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stop_request_notes_a_signal_and_restores_its_handler(number):
-    before = signal.signal(number, lambda *_: None)  # it is ignored where the tests run under nohup or in the background
+    before = signal.signal(
+        number, lambda *_: None
+    )  # it is ignored where the tests run under nohup or in the background
     try:
         check_stop_request(number)
     finally:
