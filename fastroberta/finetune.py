@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .cli.arguments import parse_arguments
 from .cli.program import run
@@ -21,9 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from .tasks.finetune_runs import finetune
         from .tasks.glue_suite import run_glue
+        from .tasks.hub import download_task
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"finetune needs {error.name}; pip install 'fastroberta[finetune]'") from error
 
+    if config.task is not None and config.data is None:
+        config.data = f"{config.out}-data"  # not inside: a run begins in an empty directory
+        download_task(config.task, Path(config.data))
     if config.task == "glue":
         print(run_glue(config), end="")
         return 0

@@ -22,7 +22,10 @@ class FinetuneConfig:
         ]
         | None
     ) = setting(None, "task of GLUE, SQuAD 1.1 or 2.0, or RACE, read from its own files in --data; glue: all nine")
-    data: str | None = setting(None, "directory of the task's files; for GLUE, also the directory of all its tasks")
+    data: str | None = setting(
+        None,
+        "directory of the task's files, for GLUE also that of all its tasks; null: fetched once from the Hugging Face hub",
+    )
     train: str | None = setting(None, "own training data: .csv, .tsv, .jsonl, .parquet, .conll, or SQuAD's .json")
     dev: str | None = setting(None, "own development data, by which the best epoch is chosen")
     test: str | None = setting(None, "own test data, scored once at the end")
@@ -81,8 +84,6 @@ class FinetuneConfig:
         if (self.task is None) == (self.train is None):
             raise ConfigurationError("--task or --train is required, and not both: see --help")
         if self.task is not None:
-            if self.data is None:
-                raise ConfigurationError(f"--data is required with --task {self.task}: the directory of its files")
             if given := [name for name in own if getattr(self, name) is not None]:
                 raise ConfigurationError(f"{given[0]} is for own data, and --task {self.task} has its own; drop one")
             if self.task == "glue" and (self.metric or self.class_weights or self.label_smoothing):
