@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Fine-tune a model on SST-2, turn it into an ONNX file in 8 bits, and classify with onnxruntime alone.
+#
+#   examples/finetune.sh MODEL GLUE OUT
+#
+# GLUE is the directory of GLUE's archive, or SST-2's in it. Further options of fine-tuning go into FINETUNE.
+set -euo pipefail
+model=$1
+glue=$2
+out=$3
+
+# shellcheck disable=SC2086  # FINETUNE holds several words
+python -m fastroberta.finetune "$model" --task sst-2 --data "$glue" --out "$out/sst-2" ${FINETUNE:-}
+python -m fastroberta.export "$out/sst-2/model" "$out/onnx" --format onnx --quantize int8
+python "$(dirname "$0")/classify.py" "$out/onnx" "A film that never bores." "A dull, endless evening."
