@@ -24,8 +24,12 @@ USUAL = {"max_seq_length": 512, "packing": "full-sentences", "attention_scope": 
 class EvaluateConfig:
     """One evaluation."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
-    data: str = setting(help="directory written by fastroberta.prepare, whose held-out documents are scored")
+    checkpoint: str = setting(
+        help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True, path="model"
+    )
+    data: str = setting(
+        help="directory written by fastroberta.prepare, whose held-out documents are scored", path="data"
+    )
     max_seq_length: int | None = setting(
         None, "number of tokens per sequence; null: as in training, or 512 if unknown", valid="[8, inf)"
     )

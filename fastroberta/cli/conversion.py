@@ -16,7 +16,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """`value` as the type `kind`; text is read as YAML reads it, but that 6e-4 is a number. Raises one of FAULTS."""
+    """`value` as the type `kind`; text is read as in YAML, except that 6e-4 is a number. Raises one of FAULTS.
+
+    A list may be given as YAML, as words between commas, or as its only item.
+    """
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for one in sorted(inside, key=lambda one: one is not types.NoneType):  # "null" is not text here
@@ -28,6 +31,10 @@ def convert(value: Any, kind: Any) -> Any:
         return value
     elif origin in (tuple, list):
         items = yaml.safe_load(value) if isinstance(value, str) else value
+        if isinstance(items, str):
+            items = [item.strip() for item in items.split(",")]
+        elif origin is list and isinstance(items, int | float):
+            items = [items]
         if isinstance(items, tuple | list) and (origin is list or len(items) == len(inside)):
             return origin(convert(item, inside[0]) for item in items)
     elif kind is types.NoneType and value in (None, "null"):
