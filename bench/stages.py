@@ -437,7 +437,7 @@ def compare_losses(session: Session) -> bool:
                 "--max_seq_length=128",
             ]
             command += ["--train_batch_size", "4", "--micro_batch_size", "4", "--logging_steps", "1", *options]
-            command += ["--eval_sequences", "8", "--tensorboard", "false"]
+            command += ["--eval_sequences", "8"]
             processes[name] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             for process in processes.values():

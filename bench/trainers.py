@@ -97,7 +97,7 @@ def build_config(task: Task, output_dir: str, *, compiled: bool = False) -> Trai
     return TrainConfig(
         data=[task.data], output_dir=output_dir, seed=SEED, precision=task.precision,
         max_seq_length=task.length, packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=task.sequences,
-        micro_batch_size=task.sequences, torch_compile=compiled, tensorboard=False, model=model,
+        micro_batch_size=task.sequences, torch_compile=compiled, model=model,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         lr_scheduler=LRSchedulerConfig(name="constant", warmup_steps=0),
     )  # fmt: skip

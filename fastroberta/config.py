@@ -1,7 +1,10 @@
 """Settings of training: one dataclass for each part, and for each field the phrase that --help shows.
 
-Names are Hugging Face's where it has one; fairseq's name stands in brackets. Later sources override earlier ones: the
+Names are Hugging Face's where it has one; fairseq's name follows in brackets. Later sources override earlier ones: the
 defaults here, the presets or files named by --config, the command line.
+
+The defaults suit a first run on your own text and one GPU: a model of roberta-base's size, and 10,000 steps of 256
+sequences, a third of a per cent of the paper's training. The paper's own numbers are in presets/roberta-base.yaml.
 """
 
 from __future__ import annotations
@@ -14,15 +17,26 @@ from .errors import ConfigurationError
 
 
 def setting(
-    default: Any = dataclasses.MISSING, help: str = "", *, valid: str | None = None, positional: bool = False
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    valid: str | None = None,
+    positional: bool = False,
+    path: Literal["model", "data", "output"] | None = None,
+    replaces: str | None = None,
 ) -> Any:
-    """A dataclass field with its phrase for --help; without a default, it is required.
+    """A dataclass field with its phrase for --help; without a default, it is required. A default of None admits null.
 
     Args:
-        valid: the interval that a number must lie in, as in mathematics: "[0, 1)". Every float has one, as NaN is in none.
-        positional: given on the command line without a name. A positional list[str] comes last and takes all words left.
+        valid: the interval that a number must lie in, as in mathematics: "[0, 1)". Every float has one, because NaN lies
+            in none.
+        positional: given on the command line without a name. A positional list[str] comes last and takes all remaining
+            words.
+        path: what the local path leads to, for settings that hold one; names of remote places are refused.
+        replaces: a setting of the same class that says the same thing in another unit and would take precedence. It is
+            set to null when this one is given later.
     """
-    metadata = {"help": help, "valid": valid, "positional": positional}
+    metadata = {"help": help, "valid": valid, "positional": positional, "path": path, "replaces": replaces}
     if isinstance(default, type):  # list: each instance needs its own
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -30,7 +44,7 @@ def setting(
 
 @dataclass
 class ModelConfig:
-    """The encoder. Fixed as in RoBERTa: exact GELU, one token type; special token ids are the tokenizer's."""
+    """The encoder. RoBERTa's exact GELU and single token type are fixed; special token ids come from the tokenizer."""
 
     vocab_size: int | None = setting(None, "vocabulary size; null: that of the data's tokenizer", valid="[6, inf)")
     hidden_size: int = setting(768, "width of the hidden states [encoder_embed_dim]", valid="[1, inf)")
@@ -43,8 +57,12 @@ class ModelConfig:
     attention_probs_dropout_prob: float = setting(
         0.1, "dropout probability of the attention weights [attention_dropout]", valid="[0, 1)"
     )
+    # Once TrainConfig has filled it in, an int.
     max_position_embeddings: int = setting(
-        514, "rows of the position table: length of the longest sequence, plus 2 [max_positions + 2]", valid="[3, inf)"
+        None,
+        "rows of the position table, two more than the longest sequence has tokens; null: max_seq_length + 2 "
+        "[max_positions + 2]",
+        valid="[3, inf)",
     )
     layer_norm_eps: float = setting(1e-5, "constant added to the variance in LayerNorm", valid="(0, 1)")
     initializer_range: float = setting(0.02, "standard deviation of the initial weights", valid="(0, inf)")
@@ -69,7 +87,9 @@ class OptimizerConfig:
     """How gradients update the weights."""
 
     name: Literal["adamw", "lamb"] = setting("adamw", "update rule [optimizer]")
-    learning_rate: float = setting(6e-4, "peak learning rate, reached at the end of the warm-up [lr]", valid="(0, inf)")
+    learning_rate: float = setting(
+        2.5e-4, "peak learning rate, reached at the end of the warm-up [lr]", valid="(0, inf)"
+    )
     betas: tuple[float, float] = setting(
         (0.9, 0.98), "decay rates of the running means of gradient and squared gradient [adam_betas]", valid="[0, 1)"
     )
@@ -89,8 +109,12 @@ class LRSchedulerConfig:
     name: Literal["linear", "polynomial", "cosine", "constant"] = setting(
         "linear", "shape of the decay; constant: no decay [lr_scheduler]"
     )
+    warmup_ratio: float | None = setting(
+        0.06, "fraction of all steps spent on warm-up", valid="[0, 1]", replaces="warmup_steps"
+    )
+    # Once TrainConfig.settle_steps has filled it in, an int.
     warmup_steps: int = setting(
-        24_000, "number of steps until the peak rate is reached [warmup_updates]", valid="[0, inf)"
+        None, "number of warm-up steps; null: as warmup_ratio says [warmup_updates]", valid="[0, inf)"
     )
     power: float = setting(1.0, "exponent of the polynomial decay [power]", valid="(0, inf)")
 
@@ -99,7 +123,7 @@ class LRSchedulerConfig:
         if self.power != 1 and self.name != "polynomial":
             raise ConfigurationError(
                 f"lr_scheduler.power = {self.power} belongs to the polynomial schedule: "
-                f"set lr_scheduler.name to polynomial, or leave power at 1"
+                "set lr_scheduler.name to polynomial, or leave power at 1"
             )
 
 
@@ -121,33 +145,42 @@ class TrainConfig:
 
     data: list[str] | None = setting(
         None,
-        "directory written by fastroberta.prepare; several with their weights: --data DIR --data DIR:0.3; null: the texts "
-        "inside Python [data]",
+        "directory written by fastroberta.prepare; several with their weights: --data DIR --data DIR:0.3; null: the "
+        "documentation that comes with Python [data]",
+        path="data",
     )
-    output_dir: str = setting("runs/roberta", "directory of the run, which is continued if found there [save_dir]")
-    init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes override model.*")
+    output_dir: str = setting(
+        "runs/roberta",
+        "directory to write to; a run found there is continued [save_dir]",
+        path="output",
+    )
+    init_from: str | None = setting(
+        None, "Hugging Face RoBERTa directory to start from; its sizes override model.*", path="model"
+    )
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: on a GPU if there is one")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
         "auto",
-        "precision of the matrix products; auto: what the device is fast in. Weights stay fp32, and fp16 scales the loss "
-        "[fp16, bf16]",
+        "precision of matrix products; auto: the one that the device is fastest in. Weights stay fp32, and fp16 scales "
+        "the loss [fp16, bf16]",
     )
 
     max_seq_length: int = setting(512, "number of tokens per sequence [tokens_per_sample]", valid="[8, inf)")
     packing: Literal["full-sentences", "doc-sentences", "contiguous"] = setting(
         "full-sentences",
-        "how sequences are filled: with whole sentences across documents, with whole sentences of one document, or cut "
-        "anywhere so that each is full [sample_break_mode: complete, complete_doc, none]",
+        "how sequences are filled: with whole sentences across documents, with whole sentences of one document, or with "
+        "text cut anywhere so that each is full [sample_break_mode: complete, complete_doc, none]",
     )
     attention_scope: Literal["block", "document"] = setting(
-        "block", "what a token attends to: its whole sequence (RoBERTa), or only its own document"
+        "block", "what a token attends to: its whole sequence, as in RoBERTa, or its own document only"
     )
-    masking: Literal["dynamic", "static"] = setting("dynamic", "masks: new in every epoch, or always the same")
+    masking: Literal["dynamic", "static"] = setting(
+        "dynamic", "whether masks are drawn again in every epoch, or stay the same"
+    )
     mlm_probability: float = setting(0.15, "fraction of tokens to predict [mask_prob]", valid="(0, 1)")
 
     train_batch_size: int = setting(
-        8192,
+        256,
         "number of sequences per step, over all devices [batch_size x update_freq x devices]",
         valid="[1, inf)",
     )
@@ -158,15 +191,25 @@ class TrainConfig:
     )
     sharding: Literal["none", "optimizer", "full"] = setting(
         "none",
-        "what is split among the devices: nothing, the optimizer's state, or also weights and gradients (FSDP2, for "
+        "what is split among the devices: nothing, the optimizer's state, or weights and gradients as well (FSDP2, for "
         "models that do not fit on one device) [zero_sharding]",
     )
     hang_timeout: float = setting(
         600.0,
-        "seconds without progress after which a run of several processes ends, naming the one that hangs",
+        "seconds without progress after which a run of several processes ends and names the one that hangs",
         valid="[5, inf)",
     )
-    max_steps: int = setting(500_000, "number of optimizer steps in the whole run [max_update]", valid="[1, inf)")
+    max_steps: int = setting(
+        10_000,
+        "number of optimizer steps in the whole run [max_update]",
+        valid="[1, inf)",
+        replaces="num_train_epochs",
+    )
+    num_train_epochs: float | None = setting(
+        None,
+        "number of passes over the training data, which sets max_steps; of the two, the one given last counts [max_epoch]",
+        valid="(0, inf)",
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, a third more time [checkpoint_activations]"
     )
@@ -179,7 +222,9 @@ class TrainConfig:
     save_total_limit: int = setting(
         3, "number of latest checkpoints to keep, besides the best [keep_interval_updates]", valid="[1, inf)"
     )
-    tensorboard: bool = setting(True, "also write TensorBoard files, if TensorBoard is installed [tensorboard_logdir]")
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = setting(
+        list, "where metrics go besides metrics.jsonl in output_dir [tensorboard_logdir, wandb_project]"
+    )
     dry_run: bool = setting(
         False, "print model size, memory and expected time, take two small steps, and leave no files behind"
     )
@@ -188,6 +233,26 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = dataclasses.field(default_factory=LRSchedulerConfig)
+
+    def __post_init__(self) -> None:
+        if self.model.max_position_embeddings is None:
+            self.model = dataclasses.replace(self.model, max_position_embeddings=self.max_seq_length + 2)
+        if self.num_train_epochs is None:
+            self.settle_steps(self.max_steps)
+
+    def settle_steps(self, max_steps: int) -> None:
+        """Set the number of steps, once it is known, and express the warm-up in steps.
+
+        Of what says the same in other units nothing is left: a continued run is compared by its numbers of steps.
+        """
+        schedule = self.lr_scheduler
+        warmup = round((schedule.warmup_ratio or 0.0) * max_steps)
+        self.max_steps, self.num_train_epochs = max_steps, None
+        self.lr_scheduler = dataclasses.replace(
+            schedule,
+            warmup_steps=warmup if schedule.warmup_steps is None else schedule.warmup_steps,
+            warmup_ratio=None,
+        )
 
     @property
     def smallest_batch_size(self) -> int:
@@ -237,7 +302,8 @@ class TrainConfig:
             )
         if self.sharding == "full" and self.torch_compile:
             raise ConfigurationError("sharding = full and torch_compile cannot be combined: leave one out")
-        if self.lr_scheduler.warmup_steps > self.max_steps:
+        # With epochs, the number of steps is not known before the data.
+        if self.num_train_epochs is None and self.lr_scheduler.warmup_steps > self.max_steps:
             raise ConfigurationError(
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is more than max_steps = "
                 f"{self.max_steps}: lower it too, for example --lr_scheduler.warmup_steps {self.max_steps // 10}"
@@ -246,13 +312,13 @@ class TrainConfig:
 
 @dataclass
 class ClusterConfig:
-    """The machines that a run is planned for; bandwidths are those reached, not those of data sheets."""
+    """The machines that a run is planned for. Bandwidths are those measured, which are below the datasheet's."""
 
     nodes: int = setting(1, "number of machines", valid="[1, inf)")
     gpus: int = setting(8, "number of GPUs per machine", valid="[1, inf)")
     gpu_name: str = setting("H200", "GPU, named as PyTorch names it; decides the peak FLOP/s")
     gpu_memory: float | None = setting(
-        None, "memory per GPU in GiB, a tenth of which stays free; null: that of gpu_name", valid="(0, inf)"
+        None, "memory per GPU in GiB, a tenth of which is kept free; null: that of gpu_name", valid="(0, inf)"
     )
     gpu_bandwidth: float | None = setting(
         None, "memory bandwidth of a GPU in TB/s; null: 5/6 of gpu_name's peak", valid="(0, inf)"

@@ -12,7 +12,7 @@ from .config import ModelConfig, TrainConfig
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Parameters with the head, the tied decoder counted once; roberta-base with 50265 ids has 124,697,433."""
+    """Number of parameters, head included, tied decoder counted once; roberta-base with 50265 ids has 124,697,433."""
     d, vocabulary = model.hidden_size, _vocabulary(model)
     norm = 2 * d
     embeddings = (vocabulary + model.max_position_embeddings + 1) * d + norm
@@ -48,17 +48,16 @@ def model_flops_per_step(model: ModelConfig, num_tokens: int, num_masked: int, s
 
 def _vocabulary(model: ModelConfig) -> int:
     if model.vocab_size is None:
-        raise ValueError("metrics: model.vocab_size is not set; take it from the tokenizer")
+        raise ValueError("model.vocab_size is not set; take it from the tokenizer")
     return model.vocab_size
 
 
 class GPU(NamedTuple):
-    """What the datasheet of a GPU says; a size is None where the GPU is sold with several or links of several speeds."""
+    """The datasheet of a GPU. A size is None if the GPU is sold in several sizes, or with links of several speeds."""
 
     teraflops: float  # dense bf16 products with fp32 sums, TFLOP/s; fp16 for GPUs without bf16
-    memory: float | None = (
-        None  # GiB. Datasheets say GB; a tenth stays free, so they count as GiB, but for the H200's 141
-    )
+    # GiB. Datasheets give GB; with a tenth kept free anyway they are taken as GiB, except the H200's 141.
+    memory: float | None = None
     bandwidth: float | None = None  # of the memory, TB/s
     link: float | None = None  # to the next GPU, one way, over NVLink or else PCIe, GB/s
 
@@ -106,9 +105,9 @@ def find_gpu(device_name: str) -> GPU | None:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The denominator of MFU, whatever the precision of the run: FLOP/s of dense bf16 products in the datasheet.
+    """The denominator of MFU in every precision: FLOP/s of dense bf16 products, from the datasheet.
 
-    None where `find_gpu` knows none: `precision.measure_matmul_flops` gives a denominator there.
+    None for GPUs that `find_gpu` does not know; measure with `precision.measure_matmul_flops` instead.
     """
     gpu = find_gpu(device_name)
     return None if gpu is None else gpu.teraflops * 1e12
@@ -124,24 +123,25 @@ def flops_per_step(config: TrainConfig) -> int:
 def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: int = 1) -> dict[str, int]:
     """Peak memory of a step in bytes per device, by purpose, and their "total".
 
-    For n parameters, all in fp32, and N processes (of which one alone shards nothing):
+    For n fp32 parameters and N processes (a single process shards nothing):
 
         sharding    parameters       gradients        optimizer
-        none        4 n              4 n              8 n, the moments
-        optimizer   4 n              4 n + 8 n / N    12 n / N, with the masters; the gradients of a process's pieces are
-                                                      kept as they arrive and as the update rule wants them
-        full        4 n / N + 4 g    8 n / N + 4 g    12 n / N; g is what FSDP2 holds whole at a time: embeddings, head,
-                                                      and two layers, one at work and one on its way
+        none        4 n              4 n              8 n for the moments
+        optimizer   4 n              4 n + 8 n / N    12 n / N, master weights included; a process keeps its part of the
+                                                      gradient both as received and as the update rule needs it
+        full        4 n / N + 4 g    8 n / N + 4 g    12 n / N; g is what FSDP2 gathers at a time: embeddings, head, the
+                                                      layer in use and the next one
 
-    - parameters also hold 2 n for the copy in which half precision computes, which is whole in every mode; with
-      gradient_checkpointing it is that of embeddings, head and one layer
-    - activations: for each token and layer the input, q, k, v, the attention's output, both sums before LayerNorm and
-      the LayerNorm between them (8 d numbers), and the MLP before and after GELU (2 f numbers); with
-      gradient_checkpointing the input of each layer, and one layer at a time. No matrix of attention, and logits for
-      4096 masked tokens at once at most.
+    - half precision adds 2 n to the parameters in every mode, for the copy that it computes with; with
+      gradient_checkpointing, only for embeddings, head and one layer
+    - activations: per token and layer the input, q, k, v, the output of attention, both sums before LayerNorm and the
+      output of the first LayerNorm (8 d numbers), and the MLP before and after GELU (2 f numbers); with
+      gradient_checkpointing the input of each layer, and one whole layer. Attention matrices are never stored, and logits
+      exist for at most 4096 masked tokens at once.
 
-    An estimate to choose a micro-batch by: allocator, libraries and workspaces come on top, and the last layer, which
-    computes masked rows only, is counted in full. Buffers in which weights arrive when activations are gone do not count.
+    The estimate serves to choose a micro-batch: allocator, libraries and workspaces need more on top, while the last
+    layer, which computes masked rows only, is counted in full. Buffers that receive weights after the activations are
+    freed do not count.
     """
     model = config.model
     d, f, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers

@@ -23,8 +23,10 @@ FORMATS = (".npy", ".parquet", ".jsonl")
 class EmbedConfig:
     """Vectors to compute."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
-    out: str = setting(help="file to write: .npy (float32), .parquet or .jsonl (text and vector)")
+    checkpoint: str = setting(
+        help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True, path="model"
+    )
+    out: str = setting(help="file to write: .npy (float32), .parquet or .jsonl (text and vector)", path="output")
     texts: list[str] = setting(list, "texts; without any, lines of standard input", positional=True)
     file: str | None = setting(None, "file with one text per line; - for standard input")
     pooling: Literal["mean", "first"] = setting("mean", "mean over all tokens, or the vector of the first token, <s>")

@@ -24,10 +24,13 @@ USUAL = {"max_seq_length": 512, "packing": "full-sentences", "attention_scope": 
 class EvaluateConfig:
     """One evaluation."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
+    checkpoint: str = setting(
+        help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True, path="model"
+    )
     data: list[str] = setting(
         help="directory written by fastroberta.prepare, whose held-out documents are scored; several: --data DIR --data "
-        "DIR:0.3, with the weights of training"
+        "DIR:0.3, with the weights of training",
+        path="data",
     )
     max_seq_length: int | None = setting(
         None, "number of tokens per sequence; null: as in training, or 512 if unknown", valid="[8, inf)"

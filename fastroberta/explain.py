@@ -21,10 +21,10 @@ class ExplainConfig:
     """One text to explain."""
 
     checkpoint: str = setting(
-        help="checkpoint of this trainer, or a fine-tuned Hugging Face directory", positional=True
+        help="checkpoint of this trainer, or a fine-tuned Hugging Face directory", positional=True, path="model"
     )
     text: str = setting(help="text to predict on; for a masked LM, with one mask", positional=True)
-    out: str = setting(help="directory to write; must be empty or not exist yet")
+    out: str = setting(help="directory to write; must be empty or not exist yet", path="output")
     pair: str | None = setting(None, "second text, for a classifier of pairs")
     target: str | None = setting(None, "token or label to explain; null: the one predicted")
     steps: int = setting(50, "number of steps of the integral; more make it more exact", valid="[1, inf)")

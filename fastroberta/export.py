@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .cli.arguments import parse_arguments
 from .cli.program import run
@@ -25,8 +25,10 @@ from .errors import ConfigurationError
 class ExportConfig:
     """One export."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face directory", positional=True)
-    out: str = setting(help="directory to write; must be empty or not exist yet", positional=True)
+    checkpoint: str = setting(
+        help="checkpoint of this trainer, or a Hugging Face directory", positional=True, path="model"
+    )
+    out: str = setting(help="directory to write; must be empty or not exist yet", positional=True, path="output")
     format: Literal["huggingface", "onnx"] = setting("huggingface", "for transformers, or for onnxruntime")
     quantize: Literal["none", "int8"] = setting("none", "how to store the weights of the ONNX file; none: as fp32")
     file: str | None = setting(
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, ExportConfig, description=__doc__)
     from safetensors import SafetensorError
 
-    from .checkpoint import verify_directory
+    from .checkpoint import STATE, read_state, verify_directory
     from .corpus.tokenizer import load_tokenizer
     from .errors import CheckpointError
     from .hf import load_huggingface, save_huggingface
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"out: {out} exists and is not an empty directory; give another")
+    trained = read_state(checkpoint)["config"] if (checkpoint / STATE).exists() else {}
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         if config.format == "onnx":
@@ -70,7 +73,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: {done}")
+    warn_of_untrained_positions(checkpoint, trained)
     return 0
+
+
+def warn_of_untrained_positions(checkpoint: Path, trained: dict[str, Any]) -> None:
+    """Say on stderr if the model takes longer sequences than it was trained on.
+
+    Args:
+        trained: the settings it was trained with; empty if unknown.
+    """
+    length, rows = trained.get("max_seq_length"), trained.get("model", {}).get("max_position_embeddings")
+    # A model to start from may have been trained on longer sequences.
+    if length and rows and length + 2 < rows and not trained.get("init_from"):
+        print(
+            f"{checkpoint}: takes texts of {rows - 2} tokens but was trained on sequences of {length}; the positions beyond "
+            f"are as initialized, so keep texts to {length} tokens",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

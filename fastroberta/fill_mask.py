@@ -22,7 +22,9 @@ from .config import setting
 class FillMaskConfig:
     """Masks to fill in."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
+    checkpoint: str = setting(
+        help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True, path="model"
+    )
     texts: list[str] = setting(list, "texts with masks; without any, lines of standard input", positional=True)
     file: str | None = setting(None, "file with one text per line; - for standard input")
     top_k: int = setting(5, "number of predictions for each mask", valid="[1, inf)")

@@ -61,6 +61,20 @@ class BatchSchedule:
         return range(first, first + size)
 
 
+def settle_epochs(config: TrainConfig, num_sequences: int) -> str:
+    """Replace num_train_epochs by the number of steps that so many passes over the training sequences take.
+
+    Returns:
+        a line that says so; empty if num_train_epochs is not set.
+    """
+    epochs = config.num_train_epochs
+    if epochs is None:
+        return ""
+    needed, schedule = math.ceil(epochs * num_sequences), BatchSchedule(config)
+    config.settle_steps(bisect.bisect_left(range(needed), needed, key=lambda step: schedule.samples(step).start))
+    return f"num_train_epochs = {epochs:g} of {num_sequences:,} sequences: max_steps is {config.max_steps:,}"
+
+
 def is_decayed(name: str, config: OptimizerConfig) -> bool:
     """Whether weight decay applies to the parameter of this name."""
     return config.decay == "all" or not (name.endswith("bias") or "norm" in name.lower())

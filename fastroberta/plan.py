@@ -1,4 +1,4 @@
-"""`python -m fastroberta.plan`: the memory, communication and speed of a run on a cluster, predicted without training.
+"""`python -m fastroberta.plan`: predict the memory, communication and speed of a run on a cluster, without training.
 
 Memory is `costs.estimate_memory`, bytes sent are `parallel.traffic.bytes_sent`; tests/test_plan.py compares both with
 what processes keep and send. Times come from a model; no cluster has been measured.
@@ -8,13 +8,13 @@ what processes keep and send. Times come from a model; no cluster has been measu
     a message  bytes sent / bandwidth of the slowest link, plus a latency per hop: once around the ring for a
                reduce-scatter or an all-gather, twice for an all-reduce. NCCL builds a ring for each network card of a
                node, so the cards of all its GPUs share the traffic to the next node
-    hidden     none and optimizer: the reduction, behind the backward pass of the last micro-batch; not that of the word
-               table, which is ready last, and not the gathering of updated weights
-               full: everything, behind all of the compute, but for embeddings and head, which come first and last
+    hidden     none and optimizer: the reduction, by the backward pass of the last micro-batch; neither that of the word
+               table, which is ready last, nor the gathering of updated weights
+               full: everything, by all of the compute, except for embeddings and head, which come first and last
     step       compute + update + communication that is not hidden
 
-Not modelled: reading data, evaluations and checkpoints, what communication costs a GPU's compute, trees instead of
-rings (which NCCL may choose for all-reduces over many nodes, where they are faster), and the batch ramp.
+Not modelled: reading data, evaluations, checkpoints, the compute that communication takes from a GPU, the batch ramp, and
+trees instead of rings, which NCCL may choose for all-reduces over many nodes, where they are faster.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ from .costs import (
     peak_flops,
 )
 from .errors import ConfigurationError
+from .learning_rates import advise_on_learning_rate
 from .log import format_seconds, print_line
 from .parallel.traffic import Traffic, bytes_sent, count_buckets
 
-DESCRIPTION = """Predict, without training, the memory, communication and speed of a run on a cluster. Memory and bytes are
-counted; times come from a model, which fastroberta/plan.py describes. The settings are those of the cluster, which come
-first, and those of fastroberta.train."""
+DESCRIPTION = """Predict the memory, communication and speed of a run on a cluster, without training. Memory and bytes are
+counted; times come from a model, which fastroberta/plan.py describes. The settings of the cluster come first, then those of
+fastroberta.train."""
 WITHOUT_BF16 = r"\b(T4|V100)\b"  # their tensor cores take fp16 only
-VOCABULARY = 50265  # roberta-base's, where only the data's tokenizer would know
+VOCABULARY = 50265  # roberta-base's, if not set: without data there is no tokenizer to ask
 # Latency in seconds from GPU to GPU, inside a node and between nodes, as NCCL assumes it (hwLat in its
-# src/graph/tuning.cc, for a ring and LL128, its protocol for messages of this size).
+# src/graph/tuning.cc, for a ring and LL128, the protocol it uses for messages of this size).
 NODE_HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
-UPDATE_BYTES = 44  # read and written per parameter by AdamW and LAMB, with the norm, scaling and clearing of gradients
+UPDATE_BYTES = 44  # read and written per parameter by AdamW and LAMB, norm, scaling and clearing of gradients included
 
 
 @dataclass
 class PlanConfig(TrainConfig, ClusterConfig):
-    """A training run, and the cluster that it is planned for."""
+    """A training run and the cluster that it is planned for."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         gpu = find_gpu(self.gpu_name or "")
         if gpu is None:
             return
@@ -69,6 +71,11 @@ class PlanConfig(TrainConfig, ClusterConfig):
     def check(self) -> None:
         """Refuse settings that do not fit together."""
         super().check()
+        if self.num_train_epochs is not None:
+            raise ConfigurationError(
+                f"num_train_epochs = {self.num_train_epochs:g}: a plan knows no data, and so not how many steps that is; "
+                "give max_steps, which train --dry-run prints"
+            )
         self.check_processes(self.nodes * self.gpus)
         if peak_flops(self.gpu_name) is None:
             raise ConfigurationError(
@@ -104,7 +111,7 @@ class Prediction(NamedTuple):
     compute: float
     update: float
     communication: float
-    exposed: float  # communication that the GPU waits for
+    exposed: float  # communication that is not hidden: the GPU waits for it
 
     @property
     def num_processes(self) -> int:
@@ -116,7 +123,7 @@ class Prediction(NamedTuple):
 
 
 def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
-    """The run of `config` on some of its machines, with the largest micro-batch that fits, or 1."""
+    """Predict the run on some of its machines, with the largest micro-batch that fits, or else 1."""
     size = nodes * gpus
     share = config.smallest_batch_size // size
     if config.micro_batch_size == "auto":
@@ -145,7 +152,7 @@ def time_messages(
     """Seconds of communication per step, and how many of them the GPU waits.
 
     Args:
-        compute, backward: seconds of compute per step, and in its last backward pass, which hide communication.
+        compute, backward: seconds of compute per step and of its last backward pass, which hide communication.
     """
     if nodes * gpus == 1:
         return 0.0, 0.0
@@ -183,6 +190,7 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
         f"{config.max_steps:,} steps of {config.train_batch_size:,} sequences of {config.max_seq_length}\n"
         f"assumed: {config.gpu_name} of {config.gpu_memory:g} GiB at {config.mfu:.0%} of {peak / 1e12:g} TFLOP/s, "
         f"{config.node_bandwidth:g} GB/s a GPU inside a node, {config.network_bandwidth:g} GB/s a GPU between nodes\n"
+        f"{advise_on_learning_rate(config)}\n"
     )
     alone = predict(config, 1, 1)
     rows: list[tuple[str, list[str]]] = [("", [_name(one) for one in predictions])]

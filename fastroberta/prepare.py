@@ -46,7 +46,7 @@ from .corpus.read import CHUNK_BYTES, Chunk, read_chunks, read_documents
 from .corpus.report import check_report_path, write_report
 from .corpus.resume import BOILERPLATE, describe, find_base, find_finished, resume
 from .corpus.shards import MAX_SHARD_TOKENS, SPLITS, write_atomically
-from .corpus.sources import InputFile, find_files, is_remote, real_path
+from .corpus.sources import InputFile, find_files, real_path
 from .corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
@@ -67,9 +67,11 @@ class PrepareConfig:
     """One corpus."""
 
     inputs: list[str] = setting(help="text files, folders, globs or URLs; - for standard input", positional=True)
-    out: str = setting(help="directory to write; an unfinished run found there is continued")
+    out: str = setting(help="directory to write; an unfinished run found there is continued", path="output")
     append: bool = setting(False, "add new files to the finished corpus in --out, with the options that made it")
-    tokenizer: str | None = setting(None, "directory that holds tokenizer.json, or vocab.json and merges.txt")
+    tokenizer: str | None = setting(
+        None, "directory that holds tokenizer.json, or vocab.json and merges.txt", path="model"
+    )
     train_tokenizer: int | None = setting(
         None,
         "vocabulary size of a tokenizer to train on the text, instead of --tokenizer",
@@ -144,8 +146,6 @@ class PrepareConfig:
                 "boilerplate: lines are counted over a whole corpus, so that it goes without --append; prepare all of the "
                 "text again with another --out"
             )
-        if is_remote(self.out):
-            raise ConfigurationError(f"out = {self.out}: must be a directory on a disk; upload it when it is finished")
         if self.report:
             check_report_path(self.report)
         if self.cluster is not None:

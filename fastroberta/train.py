@@ -1,7 +1,9 @@
 """`python -m fastroberta.train`: pretrain RoBERTa from prepared text to a checkpoint that transformers loads.
 
-Without arguments a small model learns from the documentation that comes with Python, in minutes on a CPU. With
-`--config roberta-base --data DIR` the paper's recipe runs on a directory written by `python -m fastroberta.prepare`.
+Without arguments, a small model learns from the documentation that comes with Python, in minutes on a CPU. With `--config
+roberta-base --data DIR`, the paper's recipe runs on a directory written by `python -m fastroberta.prepare`. A YAML file of
+your own starts from defaults for a first run on one GPU: roberta-base's size, 10,000 steps of 256 sequences, learning rate
+2.5e-4, 6% warm-up.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from .cli.arguments import parse_arguments
 from .cli.directories import check_directory, own_directory
 from .cli.program import run
 from .config import TrainConfig
+from .log import check_trackers
 from .plan import main as plan
 
 QUICKSTART_VOCABULARY = 512
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--plan" in argv:
         return plan([word for word in argv if word != "--plan"])  # with settings of its own
     config = parse_arguments(argv, TrainConfig, description=__doc__ or "", default_preset="quickstart")
+    check_trackers(config.report_to)
 
     # After the settings: importing torch takes a second that --help and a mistyped option should not.
     from .parallel.processes import join_processes, keep_freed_memory

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors"],
     ["config"],
-    ["cli", "costs", "log", "gpu_monitor"],
+    ["cli", "costs", "learning_rates", "log", "gpu_monitor"],
     ["corpus"],
     ["data", "model", "optim", "checkpoint"],
     ["parallel", "hf", "precision"],

@@ -18,10 +18,11 @@ from fastroberta.costs import (
 )
 from fastroberta.precision import measure_matmul_flops
 
-BASE = ModelConfig(vocab_size=50265)
+BASE = ModelConfig(vocab_size=50265, max_position_embeddings=514)
 LARGE = ModelConfig(
-    vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
-)
+    vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+    max_position_embeddings=514,
+)  # fmt: skip
 
 
 # Operations and sizes.
@@ -120,7 +121,7 @@ def test_memory_estimate_of_several_processes(sharding, replicated, divided):
 
 
 def test_flops_of_a_step():
-    config = TrainConfig(model=BASE)  # 8192 sequences of 512 tokens
+    config = TrainConfig(model=BASE, train_batch_size=8192)  # sequences of 512 tokens
     assert flops_per_step(config) == pytest.approx(8192 * 512 * 601.5e6, rel=0.01)
 
 

@@ -9,7 +9,7 @@ from tiny import make_model, set_gradients
 from fastroberta.cli.arguments import from_dict
 from fastroberta.config import OptimizerConfig, TrainConfig
 from fastroberta.errors import ConfigurationError
-from fastroberta.optim import BatchSchedule, LossScaler, build_optimizer, is_decayed, learning_rate
+from fastroberta.optim import BatchSchedule, LossScaler, build_optimizer, is_decayed, learning_rate, settle_epochs
 
 
 def make_config(name, power=1.0):
@@ -91,6 +91,21 @@ def test_batch_ramp_grows_with_the_tokens_seen(tokens):
         assert len(samples) == expected or (tokens == 1 and step == 0)
         sizes.append(len(samples))
     assert sizes[0] == 16 and sizes[-1] == 64
+
+
+@pytest.mark.parametrize("ramp", [{}, {"start": 8, "tokens": 2000}])
+@pytest.mark.parametrize("epochs", [0.01, 1, 2.5])
+def test_epochs_are_the_steps_that_see_every_sequence(epochs, ramp):
+    settings = {
+        "train_batch_size": 32, "max_seq_length": 16, "num_train_epochs": epochs, "batch_ramp": ramp,
+        "lr_scheduler": {"warmup_ratio": 0.25},
+    }  # fmt: skip
+    config = from_dict(TrainConfig, settings)
+    assert settle_epochs(config, 1001).startswith(f"num_train_epochs = {epochs} of 1,001 sequences: max_steps is ")
+    schedule = BatchSchedule(config)
+    assert schedule.samples(config.max_steps).start >= epochs * 1001 > schedule.samples(config.max_steps - 1).start
+    assert config.lr_scheduler.warmup_steps == round(config.max_steps / 4)
+    assert settle_epochs(config, 1001) == ""
 
 
 def test_half_a_ramp_is_refused():

@@ -31,7 +31,7 @@ from fastroberta.parallel.sharded import ShardedOptimizer, lay_out
 from fastroberta.plan import PlanConfig, bytes_sent, count_buckets, main, predict, time_messages
 from fastroberta.train import main as train
 
-BASE = ModelConfig(vocab_size=50265)
+BASE = ModelConfig(vocab_size=50265, max_position_embeddings=514)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Small, and yet a megabyte a message: sums of single numbers, rounding to equal parts and barriers disappear beside it.
 TINY = ModelConfig(
@@ -169,7 +169,7 @@ def test_bytes_a_parameter():
 def test_buckets_are_those_of_the_trainer(layers, width):
     model = ModelConfig(
         vocab_size=50265, num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width,
-        num_attention_heads=width // 64,
+        num_attention_heads=width // 64, max_position_embeddings=514,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in RobertaForMaskedLM(model).named_parameters()}
@@ -263,12 +263,28 @@ def test_program_prints_a_table(capsys):
     assert train(["--plan", "--nodes", "16", "--sharding=optimizer"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("124,697,433 parameters, bf16, sharding optimizer; 500,000 steps of 8,192 sequences")
-    assert [cell.strip() for cell in lines[3].split("   ")[-3:]] == ["1 GPU", "1 node of 8", "16 nodes of 8"]
-    rows = {line[:30].strip(): line[30:].split() for line in reversed(lines[4:])}  # of equal names the first
+    assert [cell.strip() for cell in lines[5].split("   ")[-3:]] == ["1 GPU", "1 node of 8", "16 nodes of 8"]
+    rows = {line[:30].strip(): line[30:].split() for line in reversed(lines[6:])}  # of equal names the first
     assert rows["sent by a GPU a step, GB"] == ["0.000", "0.655", "0.742"]
     assert rows["scaling"][0] == "100.0%"
     parts = [float(rows[name][2]) for name in ("parameters", "gradients", "optimizer", "activations")]
     assert float(rows["memory a GPU, GiB"][2]) == pytest.approx(sum(parts), abs=0.021)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "scaled"),
+    [
+        (2048, 512, "as in the paper"),
+        (8192, 128, "as in the paper"),  # as many tokens
+        (1024, 512, "4.9e-04 by the square-root rule, 3.5e-04 by the linear rule, from 2K; "),
+        (32768, 512, "2.0e-03 by the square-root rule, 4.0e-03 by the linear rule, from 8K; "),
+    ],
+)
+def test_learning_rate_of_a_batch(batch, length, scaled, capsys):
+    assert main(["--train_batch_size", str(batch), "--max_seq_length", str(length)]) == 0
+    pairs, this = capsys.readouterr().out.splitlines()[2:4]
+    assert pairs.startswith("learning rate 0.0006; ") and "0.0001 at 256, 0.0007 at 2K, 0.001 at 8K" in pairs
+    assert this.startswith(f"  {batch:,} sequences of {length}: {scaled}")
 
 
 def test_docs_show_what_the_program_prints(capsys):
@@ -310,6 +326,7 @@ def test_memory_of_each_size_is_by_its_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--num_train_epochs", "3"], "num_train_epochs = 3: a plan knows no data"),
         (["--nodes", "3"], "train_batch_size = 8192 must be a multiple of the 24 processes, which share it"),
         (["--nodes", "2", "--micro_batch_size", "1024"], "micro_batch_size = 1024 on 16 processes must divide"),
         (["--batch_ramp.start", "4", "--batch_ramp.tokens", "9"], "batch_ramp.start = 4 must be a multiple of the 8"),

@@ -21,6 +21,7 @@ import yaml
 from ..config import TrainConfig
 from ..errors import ConfigurationError
 from .conversion import BOOLEANS, FAULTS, convert, describe_type, lies_in, show
+from .directories import check_local
 from .foreign_names import HINTS
 from .yaml_settings import PRESETS, find_file, read_settings
 
@@ -38,6 +39,8 @@ class _Setting(NamedTuple):
     help: str
     valid: str | None
     positional: bool
+    path: str | None
+    replaces: str | None
     section: str  # docstring of its dataclass, if nested
 
 
@@ -48,8 +51,8 @@ def parse_arguments(
 
     --key value and --key=value are the same, as are dashes and underscores; a boolean is set by its name alone, and an
     option that takes a list may be repeated. --config names a YAML file, or a preset if the program has a default_preset,
-    and may be repeated. The command line overrides files, in any order. --help and --print_config print and exit. A
-    ConfigurationError names the option, or file and line.
+    and may be repeated. The command line overrides files, wherever --config stands. --help and --print_config print and
+    exit. A ConfigurationError names the option, or file and line.
     """
     settings = _list_settings(config_class)
     options = list(_split(sys.argv[1:] if argv is None else argv, settings, config_class))
@@ -58,12 +61,17 @@ def parse_arguments(
     found += [one for one in options if one[0] not in COMMON]
     values = _collect(config_class, settings, found)
     if actions := {key for key, _, _ in options} & {"help", "print_config"}:
-        help_text = _format_help(values, settings, description, files if default_preset else [])
+        help_text = _format_help(values, settings, description, files, default_preset)
         print(help_text if "help" in actions else yaml.safe_dump(values, sort_keys=False), end="")
         sys.exit(0)
     config = _build(config_class, values)
     try:
         validate(config)
+        for key, one in settings.items():
+            value = functools.reduce(getattr, key.split("."), config)
+            if one.path and value:
+                for item in value if isinstance(value, list) else [value]:
+                    check_local(key, str(item), one.path)
     except ConfigurationError as error:  # begins with the key
         place = {key: place for key, _, place in found}.get(str(error).split(" ")[0], "")
         raise ConfigurationError(f"{place}{error}") from None
@@ -71,7 +79,7 @@ def parse_arguments(
 
 
 def validate(config: Any) -> None:
-    """Check each value, then call check() of the parts and of the whole, for what concerns several settings.
+    """Check each value by itself, then values together, by the check() of each section and of the whole.
 
     Raises:
         ConfigurationError: naming the setting whose value is missing, empty or out of range.
@@ -122,13 +130,14 @@ def _list_settings(config_class: Any, prefix: str = "") -> dict[str, _Setting]:
             settings |= _list_settings(kind, f"{prefix}{field.name}.")
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            kind = kind | None if default is None else kind
             section = config_class.__doc__ if prefix else ""
             settings[prefix + field.name] = _Setting(kind, default, **field.metadata, section=section)
     return settings
 
 
 def _collect(config_class: type, settings: Mapping[str, _Setting], found: Found) -> dict[str, Any]:
-    """All settings, nested: what was found, converted, else the default, or None where there is none."""
+    """All settings, nested: the last value found, converted, or else the default, or None where there is none."""
     values = {key: None if one.default is dataclasses.MISSING else one.default for key, one in settings.items()}
     lists: dict[str, list[Any]] = {}  # given so far on the command line
     for key, value, place in found:
@@ -140,6 +149,8 @@ def _collect(config_class: type, settings: Mapping[str, _Setting], found: Found)
             except FAULTS:
                 wanted = describe_type(settings[key].type)
                 raise ConfigurationError(f"{place}{key} = {show(value)}: takes {wanted}") from None
+            if settings[key].replaces and values[key] is not None:
+                values[".".join([*key.split(".")[:-1], str(settings[key].replaces)])] = None
         elif value is not None or not any(other.startswith(key + ".") for other in settings):  # "model:" alone is none
             raise _unknown(key, settings, config_class, place)
     nested: dict[str, Any] = {}
@@ -208,28 +219,38 @@ def _unknown(key: str, settings: Mapping[str, _Setting], config_class: type, pla
 
 
 def _format_help(
-    values: Mapping[str, Any], settings: Mapping[str, _Setting], description: str, files: Sequence[str]
+    values: Mapping[str, Any],
+    settings: Mapping[str, _Setting],
+    description: str,
+    files: Sequence[str],
+    default_preset: str | None,
 ) -> str:
-    """The text of --help; files are those that its defaults come from, if the program has presets."""
+    """The text of --help: each default, and the value that the files give where it is another."""
     spec = sys.modules["__main__"].__spec__  # None where the program is a file, not a module
     words = [key.upper() + "..." * (one.type == list[str]) for key, one in settings.items() if one.positional]
-    config = "PRESET|FILE" if files else "FILE"
-    source = " and ".join(f"the preset {name}" if name in PRESETS else name for name in files)
+    config = "PRESET|FILE" if default_preset else "FILE"
+    source = " and ".join(files)
     parser = argparse.ArgumentParser(
         prog=f"python -m {spec.name}" if spec else None,
         usage=" ".join(["%(prog)s", *words, f"[--config {config}]", "[--SETTING VALUE]..."]),
         description="\n\n".join(textwrap.fill(part, 80) for part in description.split("\n\n")),
-        epilog=f"Defaults shown are those of {source}. What a YAML file leaves out is as in roberta-base."
-        * bool(files),
+        epilog=textwrap.fill(
+            "A YAML file replaces the defaults that it names, and no others. Without --config, the preset "
+            f"{default_preset} is such a file. Where {source} differs from a default, its value stands beside it.",
+            80,
+        )
+        * bool(default_preset),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML for --config and exit")
-    presets = f"preset ({', '.join(PRESETS)}) or " if files else ""
+    presets = f"preset ({', '.join(PRESETS)}) or " if default_preset else ""
     parser.add_argument("--config", metavar=config, help=f"{presets}YAML file of settings; may be repeated")
     groups: dict[str, Any] = {"": parser}
     for key, one in settings.items():
         value = functools.reduce(operator.getitem, key.split("."), values)
-        note = "required" if value is None and one.default is dataclasses.MISSING else f"default: {show(value)}"
+        note = "required" if one.default is dataclasses.MISSING else f"default: {show(one.default)}"
+        if value != one.default and note != "required":
+            note += f"; {source}: {show(value)}"
         text = f"{one.help} ({describe_type(one.type)}; {note})".replace("%", "%%")
         if one.section not in groups:
             groups[one.section] = parser.add_argument_group(key.rpartition(".")[0], one.section)

@@ -16,7 +16,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """`value` as the type `kind`; text is read as YAML reads it, but that 6e-4 is a number. Raises one of FAULTS."""
+    """`value` as the type `kind`; text is read as in YAML, except that 6e-4 is a number. Raises one of FAULTS.
+
+    A list may be given as YAML, as words between commas, or as its only item.
+    """
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for one in sorted(inside, key=lambda one: one is not types.NoneType):  # "null" is not text here
@@ -27,8 +30,14 @@ def convert(value: Any, kind: Any) -> Any:
     elif origin is Literal and value in inside:
         return value
     elif origin in (tuple, list):
-        is_one = isinstance(value, str) and origin is list and not value.lstrip().startswith("[")
-        items = [value] if is_one else yaml.safe_load(value) if isinstance(value, str) else value
+        items = value
+        if isinstance(value, str):
+            if value.lstrip().startswith("["):
+                items = yaml.safe_load(value)
+            else:  # a name may hold commas
+                items = [value] if inside[0] is str else [item.strip() for item in value.split(",")]
+        elif origin is list and isinstance(items, int | float):
+            items = [items]
         if isinstance(items, tuple | list) and (origin is list or len(items) == len(inside)):
             return origin(convert(item, inside[0]) for item in items)
     elif kind is types.NoneType and value in (None, "null"):

@@ -1,26 +1,50 @@
-"""The directory that a program writes to: created if missing, and locked against a second run."""
+"""Paths that users give: where a program reads and writes, and the lock on the directory it writes to."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ConfigurationError
 
+_HUB_NAME = re.compile(r"(?:([\w-][\w.-]*)/)?([\w-][\w.-]*)/?")
+
+
+def check_local(key: str, value: str, kind: str) -> None:
+    """Refuse what names a place that only other libraries know: a URL, or a model of the Hugging Face Hub.
+
+    A local path that does not exist is left to the program, which knows what should be there.
+
+    Args:
+        kind: "model" or "data", which are read, or "output".
+    Raises:
+        ConfigurationError: beginning with the key of the setting.
+    """
+    if "://" in value:
+        advice = "upload the result afterwards" if kind == "output" else "copy it to this machine first"
+        raise ConfigurationError(f"{key} = {value}: only a local path works here; {advice}")
+    name = _HUB_NAME.fullmatch(value)
+    if kind == "model" and name and not Path(value).exists() and not Path(name[1] or value).exists():
+        raise ConfigurationError(
+            f"{key} = {value}: no such directory, and models are not downloaded here; for one of the Hugging Face Hub, run "
+            f"`hf download {value.rstrip('/')} --local-dir {name[2]}` and give {name[2]}"
+        )
+
 
 @contextlib.contextmanager
 def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
-    """Create `directory` and keep a second run out of it. The lock ends with the process, even if that is killed.
+    """Create `directory` and keep other runs out of it. The lock ends with the process, even with one that is killed.
 
     Args:
-        lock: path of the lock file in the directory; it names the process that holds it.
-        option: how the user named the directory.
+        lock: path of the lock file below the directory; the file names the process that holds it.
+        option: by which the user gave the directory.
     Raises:
-        ConfigurationError: it cannot be created or written to, or another run holds the lock.
+        ConfigurationError: the directory cannot be created or written to, or another run holds the lock.
     """
     path = directory / lock
     check_directory(directory, option)
@@ -28,9 +52,7 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise ConfigurationError(
-            f"{option} {directory}: cannot be written to ({error}); give another directory"
-        ) from error
+        raise _cannot_write(directory, option, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,11 +62,17 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
                 f"{directory}: another run writes there ({file.read().strip()}); wait for it, or give another {option}"
             ) from error
         except OSError:
-            pass  # the file system has no locks: better to run without than not at all
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+            pass  # the file system has no locks: a run without one is better than none
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise _cannot_write(directory, option, error) from error
         yield
+
+
+def _cannot_write(directory: Path, option: str, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"{option} {directory}: cannot be written to ({error}); make room, or give another")
 
 
 def check_directory(directory: Path, option: str) -> None:

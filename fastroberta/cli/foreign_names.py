@@ -1,6 +1,6 @@
-"""Names that users try in training: fairseq's, transformers' and the planner's. What each is here, and how it converts.
+"""Names that users bring to training from fairseq, transformers and our own planner: what each is called here.
 
-Each text completes "NAME ...". They are looked up by the last part of a name, and only if it is not one of ours.
+Each text completes "NAME ...". A name is looked up by its last part, and only if we have no setting of that name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from ..config import ClusterConfig
 _STEP = "has no counterpart: it follows from micro_batch_size and train_batch_size, the sequences of a whole step, "
 _PREPARE = "has no counterpart: prepare the text with python -m fastroberta.prepare, and give its directory as data"
 _RESUME = "is not needed: a run found in output_dir continues by itself"
+_TENSORBOARD = "is report_to: tensorboard here; the files go to output_dir"
 _EXPORT = "has no counterpart: write the model with python -m fastroberta.export, then upload that directory"
 
 FAIRSEQ_NAMES = {
@@ -34,7 +35,7 @@ FAIRSEQ_NAMES = {
     "lr": "is optimizer.learning_rate here, one number instead of a list",
     "mask_prob": "is mlm_probability here",
     "mask_whole_words": "has no counterpart: RoBERTa masks single tokens",
-    "max_epoch": "has no counterpart: set max_steps = epochs x training sequences / train_batch_size",
+    "max_epoch": "is num_train_epochs here",
     "max_positions": "is model.max_position_embeddings here, two more than fairseq's number",
     "max_sentences": "is micro_batch_size here; train_batch_size = max_sentences x update_freq x number of devices",
     "max_source_positions": "is model.max_position_embeddings here, two more than fairseq's number",
@@ -52,15 +53,16 @@ FAIRSEQ_NAMES = {
     "save_interval_updates": "is save_steps here",
     "shorten_method": "has no counterpart: a sentence longer than max_seq_length is split, and nothing is lost",
     "skip_invalid_size_inputs_valid_test": "has no counterpart: a long sentence is split, and nothing is skipped",
-    "tensorboard_logdir": "is tensorboard: true here; the files go to output_dir",
+    "tensorboard_logdir": _TENSORBOARD,
     "tokens_per_sample": "is max_seq_length here",
     "total_num_update": "is max_steps here: the decay ends with the run",
     "update_freq": _STEP + "which is batch_size x update_freq x number of devices",
     "validate_interval_updates": "is eval_steps here",
+    "wandb_project": "is report_to: wandb here; the project is fastroberta, or as the environment says",
     "warmup_updates": "is lr_scheduler.warmup_steps here",
 }
 
-# Those whose last part is the same here (weight_decay, warmup_steps, max_grad_norm) need no hint: the nearest name is right.
+# Names that end as ours do (weight_decay, warmup_ratio, max_grad_norm) need no hint: the nearest name is the right one.
 HUGGING_FACE_NAMES = {
     "adam_beta1": "is the first number of optimizer.betas here, a list: [0.9, 0.98]",
     "adam_beta2": "is the second number of optimizer.betas here, a list: [0.9, 0.98]",
@@ -85,29 +87,29 @@ HUGGING_FACE_NAMES = {
     "hub_model_id": _EXPORT,
     "line_by_line": "is packing here: doc-sentences never puts two documents into one sequence",
     "load_best_model_at_end": "is not needed: the best checkpoint is always kept",
-    "logging_dir": "is tensorboard: true here; the files go to output_dir",
+    "logging_dir": _TENSORBOARD,
     "logging_strategy": "is not needed: metrics are logged every logging_steps",
     "lr_scheduler_type": "is lr_scheduler.name here: linear, polynomial, cosine or constant",
     "model_name_or_path": "is init_from here, a local Hugging Face directory; for an untrained model use --config with "
     "a preset",
     "no_cuda": "is device: cpu here",
-    "num_train_epochs": "has no counterpart: set max_steps = num_train_epochs x training sequences / train_batch_size; "
-    "--dry_run prints the number of training sequences",
     "optim": "is optimizer.name here: adamw or lamb",
     "overwrite_output_dir": _RESUME + "; to start afresh, give another output_dir",
     "per_device_eval_batch_size": "is micro_batch_size here, for training and evaluation",
     "per_device_train_batch_size": "is micro_batch_size here; train_batch_size = per_device_train_batch_size x "
     "gradient_accumulation_steps x number of devices",
     "push_to_hub": _EXPORT,
-    "report_to": "is tensorboard here, true or false; metrics are also written to output_dir as JSON lines",
     "resume_from_checkpoint": _RESUME + "; to start a new run from a model, give init_from",
+    "run_name": "is the last part of output_dir here",
     "save_strategy": "is not needed: checkpoints are written every save_steps",
     "tokenizer_name": "is tokenizer in python -m fastroberta.prepare; training takes the tokenizer of its data",
     "train_file": _PREPARE,
     "use_cpu": "is device: cpu here",
     "validation_file": "has no counterpart: python -m fastroberta.prepare holds documents out, by heldout_fraction",
-    "warmup_ratio": "is lr_scheduler.warmup_steps = warmup_ratio x max_steps here",
 }
 
+FORMER_NAMES = {"tensorboard": _TENSORBOARD}
+
 _PLAN = "belongs to python -m fastroberta.plan, which predicts a run and does not train"
-HINTS = FAIRSEQ_NAMES | HUGGING_FACE_NAMES | dict.fromkeys(["plan", *ClusterConfig.__dataclass_fields__], _PLAN)
+HINTS = FAIRSEQ_NAMES | HUGGING_FACE_NAMES | FORMER_NAMES
+HINTS |= dict.fromkeys(["plan", *ClusterConfig.__dataclass_fields__], _PLAN)

@@ -1,4 +1,4 @@
-"""How a program ends: with an exit code, one line on stderr if something went wrong, and after a signal in good order."""
+"""How a program ends: with an exit code, with one line on stderr after an error, and in good order after a signal."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ def run(program: Callable[[], int | None]) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     before = signal.getsignal(signal.SIGTERM)
-    if (
-        "RANK" not in os.environ
-    ):  # a process of torchrun's may wait inside a library, where only the signal itself ends it
+    # A process started by torchrun may wait inside a library, where only the signal's default action ends it.
+    if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, _stop_early)
     try:
         return program() or 0
     except FastRobertaError as error:
         is_stopped = isinstance(error, Stopped)
         if rank and not is_stopped:
-            time.sleep(2)  # torchrun ends this process if the first one has reported the error and exited
+            time.sleep(2)  # if the first process reports the error and exits, torchrun ends this one
         if not (rank and is_stopped):
             start = f"rank {rank}: " if rank else "" if is_stopped else "error: "
             print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
@@ -42,15 +41,15 @@ def run(program: Callable[[], int | None]) -> int:
 
 
 def _stop_early(number: int, _: Any) -> None:
-    """SIGTERM while no StopRequest is there to note it: nothing can be lost yet, so stop at once, as SIGINT does."""
+    """SIGTERM outside of a StopRequest: nothing can be lost, so stop at once, as after SIGINT."""
     raise Stopped(f"{signal.Signals(number).name} before the work began, or after; the same command starts again")
 
 
 class StopRequest:
-    """Within its `with` block, notes SIGINT, SIGTERM and SIGHUP, so that the work in hand is finished first.
+    """Records SIGINT, SIGTERM and SIGHUP within its `with` block, so that the work in hand is finished first.
 
     A second SIGINT interrupts at once. A second SIGTERM does not, because schedulers send it to every process and torchrun
-    passes it on again. Signals that are ignored (SIGHUP under nohup) stay so; outside the main thread none is noted.
+    passes it on again. Ignored signals (SIGHUP under nohup) stay ignored; outside the main thread nothing is recorded.
     """
 
     number: int | None = None  # of the latest signal

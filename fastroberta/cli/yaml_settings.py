@@ -1,4 +1,4 @@
-"""Settings in YAML files, each with its file and line, so that a message can say where a fault is."""
+"""Settings from YAML files, each with its file and line, so that an error message can name them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """RoBERTa's byte-level BPE: load, train, identify and save a `tokenizers.Tokenizer`.
 
-A tokenizer states its own special ids; they are found by name (RoBERTa's `<s>`, or BERT's `[CLS]`), never assumed.
+Special tokens are found by name (RoBERTa's `<s>` or BERT's `[CLS]`); their ids are never assumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from ..errors import ConfigurationError
 
-# The part a token plays -> the names it may have; the first is RoBERTa's, and the one that training gives.
+# Role -> names that a token of that role may have. The first is RoBERTa's, which a tokenizer trained here uses.
 SPECIAL_TOKENS = {
     "bos": ("<s>", "[CLS]"),
     "pad": ("<pad>", "[PAD]"),
@@ -27,13 +27,13 @@ SPECIAL_TOKENS = {
 }
 ROBERTA_TOKENS = [names[0] for names in SPECIAL_TOKENS.values()]
 SMALLEST_VOCABULARY = 256 + len(ROBERTA_TOKENS)  # every byte and every special token
-LARGEST_VOCABULARY = 1_000_000  # to train: several times any in use; the trainer reserves memory for all of it
-_TRAINING_CHARACTERS = 1 << 16  # of a text that the trainer gets at once, about
+LARGEST_VOCABULARY = 1_000_000  # several times any in use; training reserves memory for the whole vocabulary
+_TRAINING_CHARACTERS = 1 << 16  # approximate length of the pieces in which a text reaches the trainer
 _CUT = re.compile(r"[ \n](?=\S)")
 
 
 class SpecialTokenIds(NamedTuple):
-    """Ids of the five special tokens: begin of a sequence, padding, end of a document, unknown, mask."""
+    """Ids of the five special tokens: start of a sequence, padding, end of a document, unknown, mask."""
 
     bos: int
     pad: int
@@ -54,11 +54,11 @@ def special_token_ids(tokenizer: Tokenizer) -> SpecialTokenIds:
 def special_token_names(tokenizer: Tokenizer) -> list[str]:
     """The names of a tokenizer's special tokens, in the order of `SpecialTokenIds`."""
     found = []
-    for part, names in SPECIAL_TOKENS.items():
+    for role, names in SPECIAL_TOKENS.items():
         name = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
         if name is None:
             raise ConfigurationError(
-                f"tokenizer: no {part} token, looked for {' and '.join(names)}; add it to the vocabulary, or train a "
+                f"tokenizer: no {role} token, looked for {' and '.join(names)}; add it to the vocabulary, or train a "
                 "tokenizer with prepare --train-tokenizer"
             )
         found.append(name)
@@ -71,7 +71,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def is_roberta_bpe(tokenizer: Tokenizer) -> bool:
-    """Whether it splits and merges exactly as RoBERTa's does, whatever its vocabulary."""
+    """Whether a tokenizer splits and merges text as RoBERTa's does, with any vocabulary."""
     content = json.loads(tokenizer.to_str())
     split, model = content["pre_tokenizer"] or {}, content["model"]
     return (
@@ -88,10 +88,10 @@ def is_roberta_bpe(tokenizer: Tokenizer) -> bool:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in a directory: its tokenizer.json, or else RoBERTa's from vocab.json and merges.txt.
+    """The tokenizer in a directory: that of its tokenizer.json, or else RoBERTa's with its vocab.json and merges.txt.
 
     Raises:
-        ConfigurationError: no such files, unreadable ones, or no special tokens.
+        ConfigurationError: a file is missing or unreadable, or a special token is missing.
     """
     directory = Path(directory)
     whole, vocabulary, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
@@ -105,7 +105,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
             tokenizer = Tokenizer.from_file(str(whole))
         else:
             model = models.BPE.from_file(str(vocabulary), str(merges))
-    except Exception as error:  # what the tokenizers library raises for every fault of a file
+    except Exception as error:  # tokenizers raises nothing more specific
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{directory}: not a tokenizer that can be read ({reason}); copy it again") from error
     if not whole.is_file():
@@ -117,22 +117,22 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn RoBERTa's kind of byte-level BPE; the same texts give the same tokenizer.
+    """Learn a byte-level BPE like RoBERTa's; the same texts give the same tokenizer.
 
-    Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the 256 bytes, the merges, `<mask>` last. A text with little to merge
-    gives a smaller vocabulary than asked for. Pairs seen once are not merged.
+    Ids: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, the 256 bytes, the merges, `<mask>` last. Pairs that occur once are not
+    merged, so that a short text gives a smaller vocabulary than asked for.
 
     Args:
         texts: documents as they will be encoded, line breaks and indentation included.
     Raises:
-        ConfigurationError: vocab_size leaves no room for the bytes and the special tokens, or is beyond all use.
+        ConfigurationError: vocab_size is below SMALLEST_VOCABULARY or above LARGEST_VOCABULARY.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigurationError(
-            f"vocabulary of {vocab_size}: 256 bytes and {len(ROBERTA_TOKENS)} special tokens do not fit; "
+            f"vocabulary of {vocab_size}: too small for 256 bytes and {len(ROBERTA_TOKENS)} special tokens; "
             f"{SMALLEST_VOCABULARY} is the least"
         )
-    if vocab_size > LARGEST_VOCABULARY:  # the trainer would end the process where the memory is too little
+    if vocab_size > LARGEST_VOCABULARY:  # the trainer aborts the process when memory runs out
         raise ConfigurationError(f"vocabulary of {vocab_size}: {LARGEST_VOCABULARY} is the most; RoBERTa has 50265")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -150,9 +150,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _split_text(text: str) -> Iterator[str]:
-    """Cut a long text without changing its pre-tokens; the trainer holds 256 texts at a time, whatever their length.
+    """Cut a long text where no pre-token changes, because the trainer holds 256 texts at a time, of any length.
 
-    Before a word, the last character of a run of white space always begins a pre-token.
+    A cut before the last white space in front of a word is safe: that character always begins a pre-token.
     """
     start = 0
     while len(text) - start > _TRAINING_CHARACTERS and (cut := _CUT.search(text, start + _TRAINING_CHARACTERS)):
@@ -162,7 +162,7 @@ def _split_text(text: str) -> Iterator[str]:
 
 
 def _assemble(model: models.BPE) -> Tokenizer:
-    """Everything of RoBERTa's tokenizer around its merges."""
+    """RoBERTa's tokenizer around a model: pre-tokens, special tokens, post-processing."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -177,9 +177,9 @@ def _assemble(model: models.BPE) -> Tokenizer:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """SHA-256, in hexadecimal digits, of all that decides the ids of a text, and of nothing else.
+    """SHA-256, in hexadecimal digits, of exactly what decides the ids of a text.
 
-    tokenizer.json and the vocab.json and merges.txt of the same tokenizer hash alike.
+    The tokenizer.json of a tokenizer has the same hash as its vocab.json and merges.txt.
     """
     content = json.loads(tokenizer.to_str())
     model = content["model"]
@@ -200,11 +200,13 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 def save_tokenizer(
     tokenizer: Tokenizer, directory: str | os.PathLike[str], *, model_max_length: int = 512
 ) -> list[str]:
-    """Write the files from which transformers' AutoTokenizer makes the same tokenizer; return their names.
+    """Write the files from which transformers' AutoTokenizer loads the same tokenizer; return their names.
 
     Args:
-        directory: where; made if need be.
+        directory: created if missing.
         model_max_length: tokens of the longest sequence, `<s>` and `</s>` included.
+    Raises:
+        OSError: a file cannot be written.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -220,10 +222,14 @@ def save_tokenizer(
     }
     if is_roberta:
         settings.update({"add_prefix_space": False, "trim_offsets": True, "errors": "replace"})
-    written = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
-    for name, content in zip(written[1:], (settings, {**roles, "mask_token": mask_token})):
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if isinstance(tokenizer.model, models.BPE):
-        written += [Path(path).name for path in tokenizer.model.save(str(directory))]
-    return written
+    files = {"tokenizer.json": tokenizer.to_str()}
+    for name, content in (("tokenizer_config", settings), ("special_tokens_map", {**roles, "mask_token": mask_token})):
+        files[f"{name}.json"] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    if not isinstance(tokenizer.model, models.BPE):
+        return list(files)
+    try:
+        return [*files, *(Path(path).name for path in tokenizer.model.save(str(directory)))]
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise OSError(f"{directory}: vocab.json or merges.txt: {error}") from error

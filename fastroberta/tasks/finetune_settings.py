@@ -14,8 +14,12 @@ from .task import METRICS
 class FinetuneConfig:
     """One task, and how to train for it."""
 
-    checkpoint: str = setting(help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True)
-    out: str = setting(help="directory for the result; the same command continues an interrupted run there")
+    checkpoint: str = setting(
+        help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True, path="model"
+    )
+    out: str = setting(
+        help="directory for the result; the same command continues an interrupted run there", path="output"
+    )
     task: (
         Literal[
             "cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli", "squad", "squad2", "race", "glue"

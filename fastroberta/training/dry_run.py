@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would be, and two small steps of it to measure by."""
+"""`--dry-run`: describe a run, and measure two small steps of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ..config import BatchRampConfig
 from ..costs import estimate_memory
+from ..learning_rates import advise_on_learning_rate
 from ..log import format_seconds
 from .micro_batches import MicroBatches
 from .report import say
@@ -16,13 +17,15 @@ from .trainer import Trainer
 
 
 def rehearse(trainer: Trainer) -> None:
-    """Say what the run would be, and do two small steps of it. Nothing is written."""
+    """Describe the run and take two small steps of it. Nothing is written."""
     trainer.describe()
     config, processes, whole = trainer.config, trainer.processes, trainer.batches
     for name, size in estimate_memory(config, whole.size, processes.size).items():
         say(processes, f"  memory, {name}: {size / 2**20:,.0f} MiB (estimate)")
-    # One micro-batch is enough to measure by; a step of thousands of sequences could take hours on a CPU.
+    say(processes, advise_on_learning_rate(config))
+    # One micro-batch is enough to measure; a step of thousands of sequences could take hours on a CPU.
     samples = processes.size * whole.size
+    say(processes, f"measuring two steps of {samples:,} sequences in {config.precision} on {processes.device} ...")
     small = dataclasses.replace(config, train_batch_size=samples, batch_ramp=BatchRampConfig(), max_steps=2)
     trainer.batches = MicroBatches(small, trainer.blocks, processes)
     trainer.step = 0  # also where the run is finished

@@ -1,4 +1,4 @@
-"""What a person reads of a run: its description, its progress, and in the end how it went."""
+"""What people read about a run: its description, its progress, its result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TextIO
 import torch
 from tokenizers import Tokenizer
 
+from ..cli.arguments import to_dict
 from ..config import TrainConfig
 from ..costs import num_parameters
 from ..data import Blocks, Corpus
@@ -17,13 +18,12 @@ from ..log import MetricsWriter, Progress, format_seconds, print_line
 from ..model import RobertaForMaskedLM
 from ..parallel.processes import Processes
 from .meter import Meter
+from .run_settings import write_run_settings
 from .score import Scores
 
 
 class RunLog:
-    """A run's metrics: the first process writes them down and shows them, all of them measure.
-
-    Use as a context manager.
+    """The metrics of a run. All processes measure; the first one writes and shows. Use as a context manager.
 
     Args:
         step: after which the run begins or continues.
@@ -39,7 +39,13 @@ class RunLog:
         if self._is_writing:
             config = self._config
             Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            writer = MetricsWriter(config.output_dir, resumed_step=self._step or None, tensorboard=config.tensorboard)
+            write_run_settings(config, self._step)
+            writer = MetricsWriter(
+                config.output_dir,
+                resumed_step=self._step or None,
+                report_to=config.report_to,
+                settings=to_dict(config),
+            )
             self._writer = self._stack.enter_context(writer)
             self._progress = self._stack.enter_context(Progress(config.max_steps, self._step))
         return self
@@ -48,16 +54,18 @@ class RunLog:
         self._stack.close()
 
     def write_training(self, step: int) -> None:
-        """The training metrics since they were last written."""
+        """Write and show the training metrics since the last time."""
         metrics = self.meter.read(step)
         if self._is_writing:
             self._writer.write(step, metrics)
-            # The peak of a CPU is measured, and on a busy machine too low: MFU could exceed 100%.
+            # The peak of a CPU is measured, and comes out too low on a busy machine: MFU could exceed 100%.
             shown = {name: value for name, value in metrics.items() if self._is_on_gpu or name != "throughput/mfu"}
+            if self.meter.warmed_up is not None:
+                self._progress.leave_out(self._step + 1, self.meter.warmed_up)
             self._progress.update(step, shown)
 
     def write_scores(self, step: int, scores: Scores, corpora: Sequence[Corpus]) -> None:
-        """Held-out scores after a step, over all corpora and, where there are several, of each."""
+        """Write and show held-out scores, over all corpora and, if there are several, of each."""
         if self._is_writing:
             metrics = {"eval/loss": scores.loss, "eval/accuracy": scores.accuracy, "eval/perplexity": scores.perplexity}
             parts = {str(corpus.manifest.directory): one.loss for corpus, one in zip(corpora, scores.by_corpus)}
@@ -70,13 +78,13 @@ class RunLog:
 
 
 def say(processes: Processes, text: str, file: TextIO | None = None) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, in the first process only."""
     if processes.is_first:
         print_line(text, file)
 
 
 def describe_model(config: TrainConfig, processes: Processes, blocks: Blocks, micro_batch_size: int) -> str:
-    """The run in a line."""
+    """One line on the model, its data and its steps."""
     return (
         f"{num_parameters(config.model):,} parameters, vocabulary {config.model.vocab_size:,}, {config.precision} on "
         f"{processes.device}; {blocks.num_tokens:,} tokens in {len(blocks):,} sequences of "
@@ -88,7 +96,7 @@ def describe_model(config: TrainConfig, processes: Processes, blocks: Blocks, mi
 def describe_result(
     seconds: float, before: Scores | None, after: Scores, entropy: float, sentences: list[str], checkpoint: Path
 ) -> str:
-    """How a run went: scores before and after it, and sentences that the model has filled in."""
+    """The result of a run: scores before and after it, and sentences with a token filled in."""
     lines = [f"\ntrained in {format_seconds(seconds)}; held-out unigram entropy {entropy:.3f} nats"]
     for name, scores in (("before:", before), ("after:", after)):
         if scores is not None:
@@ -102,7 +110,7 @@ def describe_result(
 def fill_in(
     model: RobertaForMaskedLM, heldout: Blocks, tokenizer: Tokenizer, special_ids: dict[str, int], count: int
 ) -> list[str]:
-    """Held-out sentences with one token masked: what the model puts there, and what was there."""
+    """Held-out sentences with one token masked: what the model predicts, and what was written."""
     model.eval()
     lines = []
     found = heldout.sentences(8 * count, at_least=12, at_most=min(48, heldout.block_size - 2))

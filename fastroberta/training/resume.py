@@ -17,7 +17,7 @@ from ..model import RobertaForMaskedLM
 # beyond the rounding of sums taken in another order.
 MAY_CHANGE = (
     "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "logging_steps", "eval_steps",
-    "eval_sequences", "save_steps", "save_total_limit", "tensorboard", "dry_run", "data", "output_dir", "init_from",
+    "eval_sequences", "save_steps", "save_total_limit", "report_to", "dry_run", "data", "output_dir", "init_from",
     "sharding", "hang_timeout",
 )  # fmt: skip
 

@@ -38,7 +38,7 @@ from ..data import Batch, heldout_batches, load_corpora, masking_arguments, move
 from ..errors import DeviceMemoryError, Stopped
 from ..hf import save_huggingface
 from ..model import COMPUTE_DTYPES, AttentionScope
-from ..optim import LossScaler, learning_rate
+from ..optim import LossScaler, learning_rate, settle_epochs
 from ..parallel.distribute import DistributedOptimizer, distribute
 from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.votes import StopVotes
@@ -52,6 +52,7 @@ from .resume import describe_run, flatten, load_weights
 from .score import Scores, evaluate_model
 
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
+STOP_SECONDS = 20  # from noticing a signal to the end, of the 30 that most schedulers grant
 
 
 class StepSums(NamedTuple):
@@ -91,6 +92,8 @@ class Trainer:
             for split in ("train", "heldout")
         )
 
+        self.epochs_note = settle_epochs(config, len(self.blocks))
+
         checkpoints = list_checkpoints(self.output_dir)
         before = read_state(checkpoints[-1])["config"].get("precision") if checkpoints else None
         # The first process decides: the others may have measured on a busier CPU.
@@ -101,6 +104,7 @@ class Trainer:
         validate(config)  # again, now that the sizes of the data and of the initial model are known
         self.step = 0
         self.eval_loss: dict[int, float] = {}  # of the last step that was scored
+        self.score_seconds = float("inf")  # of that; unknown before
         if self.processes.is_first and not config.dry_run:
             remove_partial_checkpoints(self.output_dir)
         if checkpoints:
@@ -147,12 +151,15 @@ class Trainer:
                 if self._is_due(config.logging_steps):
                     self._check_replicas()
                     log.write_training(self.step)
-                if self._is_due(config.eval_steps):
+                is_stopping = self.votes.agreed() and self.step < last_step
+                if self._is_due(config.eval_steps) and not is_stopping:  # the checkpoint comes first
                     after = self.score(log)
-                is_stopping = self.votes.agreed()
+                    is_stopping = self.votes.agreed() and self.step < last_step
+                noticed = time.monotonic()
                 if self._is_due(config.save_steps) or is_stopping:
                     checkpoint = self.save(log)
-                if is_stopping and self.step < last_step:
+                if is_stopping:
+                    self._score_in_time(log, noticed)
                     cause = self.stop.name or "a signal"  # that another process got
                     raise Stopped(f"{cause} at step {self.step}; {checkpoint} is saved, the same command continues")
         seconds = time.monotonic() - started
@@ -184,6 +191,8 @@ class Trainer:
                     self.processes,
                     f"  {manifest.directory}, weight {weight:g}: {size:,} sequences, {count:.2f} epochs in all",
                 )
+        if self.epochs_note:
+            say(self.processes, self.epochs_note)
         if self.precision_reason != "as asked":
             say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
         if self.step:
@@ -269,6 +278,7 @@ class Trainer:
 
     def score(self, log: RunLog | None = None) -> Scores:
         """Held-out scores at this step; written to the log, if there is one."""
+        began = time.monotonic()
         with log.meter.pause() if log else contextlib.nullcontext():
             size = max(1, min(64, self.batches.size))
             batches = heldout_batches(self.heldout, self.config.eval_sequences, size)
@@ -279,7 +289,14 @@ class Trainer:
             if log is not None:
                 log.write_scores(self.step, scores, self.corpora)
         self.eval_loss = {self.step: scores.loss}
+        self.score_seconds = time.monotonic() - began
         return scores
+
+    def _score_in_time(self, log: RunLog, noticed: float) -> None:
+        """Score the last step before a stop, if that should end within STOP_SECONDS of noticing the signal."""
+        expected = time.monotonic() - noticed + self.score_seconds
+        if self.step not in self.eval_loss and max(self.processes.collect(expected)) <= STOP_SECONDS:
+            self.score(log)
 
     def _note_each(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in move_ahead(batches, self.device):

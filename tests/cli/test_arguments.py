@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 
 import pytest
 import yaml
 
 from fastroberta.cli.arguments import from_dict, parse_arguments, to_dict, validate
-from fastroberta.cli.foreign_names import FAIRSEQ_NAMES, HUGGING_FACE_NAMES
+from fastroberta.cli.foreign_names import FAIRSEQ_NAMES, FORMER_NAMES, HUGGING_FACE_NAMES
+from fastroberta.cli.program import run
 from fastroberta.cli.yaml_settings import PRESETS
 from fastroberta.config import ClusterConfig, LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig, setting
 from fastroberta.costs import num_parameters
@@ -68,11 +71,18 @@ def test_dotted_override(argv):
 
 
 def test_dashes_flags_and_lists():
-    config = parse("--dry-run", "--tensorboard", "false", "--max-steps", "1_000", "--optimizer.betas", "[0.8, 0.9]")
+    config = parse("--dry-run", "--torch-compile", "false", "--max-steps", "1_000", "--optimizer.betas", "[0.8, 0.9]")
     assert config.dry_run is True
-    assert config.tensorboard is False
+    assert config.torch_compile is False
     assert config.max_steps == 1000
     assert config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("text", ["trackio", "[trackio]", "trackio, wandb", "[trackio, wandb]", "[]"])
+def test_a_list_may_be_words(text):
+    expected = [name for name in ("trackio", "wandb") if name in text]
+    assert parse("--report_to", text).report_to == expected
+    assert refuse("--report_to", "none").startswith("--report_to = none: takes a list as [a, b], each tensorboard,")
 
 
 def test_command_line_overrides_files_and_later_files_earlier_ones(tmp_path):
@@ -83,7 +93,10 @@ def test_command_line_overrides_files_and_later_files_earlier_ones(tmp_path):
 
 
 def test_file_starts_from_the_defaults_not_from_the_default_preset(tmp_path):
-    assert parse("--config", write(tmp_path / "a.yaml", "seed: 2\n")).model == ModelConfig()
+    config = parse("--config", write(tmp_path / "a.yaml", "seed: 2\n"))
+    assert config == TrainConfig(seed=2)
+    assert config.model == ModelConfig(max_position_embeddings=514)
+    assert (config.max_steps, config.lr_scheduler.warmup_steps) == (10_000, 600)
 
 
 def test_values_keep_their_types(tmp_path):
@@ -99,12 +112,49 @@ def test_values_keep_their_types(tmp_path):
     assert parse("--data", "null").data is None
 
 
-def test_print_config_reads_back(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "given",
+    [[], ["--num_train_epochs", "3"], ["--lr_scheduler.warmup_ratio", "0.1"], ["--report_to", "trackio"]],
+    ids=lambda given: "".join(given) or "preset",
+)
+def test_print_config_reads_back(tmp_path, capsys, given):
+    given = ["--config", "roberta-large", "--seed", "7", *given]
     with pytest.raises(SystemExit) as caught:
-        parse("--config", "roberta-large", "--seed", "7", "--print_config")
+        parse(*given, "--print_config")
     assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert parse("--config", write(tmp_path / "a.yaml", printed)) == parse("--config", "roberta-large", "--seed", "7")
+    assert parse("--config", write(tmp_path / "a.yaml", capsys.readouterr().out)) == parse(*given)
+
+
+def test_what_says_the_same_in_another_unit_is_replaced_by_what_comes_later(tmp_path):
+    """roberta-base has 24,000 warm-up steps of 500,000."""
+
+    def read_steps(*argv):
+        config = parse("--config", "roberta-base", *argv)
+        return config.max_steps, config.num_train_epochs, config.lr_scheduler.warmup_steps
+
+    epochs = write(tmp_path / "a.yaml", "num_train_epochs: 3\nlr_scheduler:\n  warmup_ratio: 0.1\n")
+    assert read_steps() == (500_000, None, 24_000)
+    assert read_steps("--lr_scheduler.warmup_ratio", "0.1") == (500_000, None, 50_000)
+    assert read_steps("--config", epochs, "--max_steps", "2000") == (2000, None, 200)
+    assert read_steps("--config", epochs, "--max_steps", "2000", "--lr_scheduler.warmup_steps=5") == (2000, None, 5)
+    config = parse("--config", epochs)
+    assert (config.num_train_epochs, config.lr_scheduler.warmup_steps) == (3, None)  # the data decide
+    config.settle_steps(700)
+    assert (config.max_steps, config.num_train_epochs, config.lr_scheduler.warmup_steps) == (700, None, 70)
+
+
+def test_position_table_follows_the_length_unless_set():
+    assert parse("--max_seq_length", "128").model.max_position_embeddings == 130
+    config = parse("--max_seq_length", "128", "--model.max_position_embeddings", "514")
+    assert config.model.max_position_embeddings == 514
+    assert parse("--model.max_position_embeddings", "null").model.max_position_embeddings == 66
+
+
+def test_readme_shows_a_whole_file(tmp_path):
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    config = parse("--config", write(tmp_path / "a.yaml", text))
+    assert config.num_train_epochs and config.data and config.output_dir.startswith("runs/")
 
 
 def test_help_shows_every_field_and_its_sentence(capsys):
@@ -121,8 +171,13 @@ def test_help_shows_every_field_and_its_sentence(capsys):
                 assert f"{field.name} " in shown
                 # Wrapped lines break at hyphens.
                 assert field.metadata["help"].replace(" ", "") in shown.replace(" ", ""), field.name
-    assert "default: 1024" in shown
-    assert "Defaults shown are those of the preset roberta-large." in shown
+    assert "(a whole number; default: 768; roberta-large: 1024)" in shown
+    assert "Where roberta-large differs from a default, its value stands beside it." in shown
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(a whole number; default: 10000; quickstart: 2800)" in shown
+    assert "Without --config, the preset quickstart is such a file." in shown
 
 
 def test_positional_arguments_before_between_and_after_options():
@@ -154,7 +209,8 @@ def test_presets_hold_the_numbers_of_the_papers_table_9():
         optimizer = OptimizerConfig(learning_rate=learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
         assert config.optimizer == optimizer
         assert (optimizer.decay, optimizer.max_grad_norm) == ("all", 0)
-        assert config.lr_scheduler == LRSchedulerConfig("linear", warmup_steps)
+        assert config.lr_scheduler == LRSchedulerConfig("linear", None, warmup_steps)
+        assert config.model.max_position_embeddings == 514
         assert (config.max_steps, config.train_batch_size, config.max_seq_length) == (500_000, 8192, 512)
         assert (config.model.hidden_dropout_prob, config.model.attention_probs_dropout_prob) == (0.1, 0.1)
 
@@ -169,10 +225,8 @@ def test_presets_have_the_published_number_of_parameters(name, parameters):
     assert num_parameters(model) == parameters
 
 
-def test_the_defaults_are_roberta_base():
-    config = parse("--config", "roberta-base")
-    config.output_dir = TrainConfig().output_dir
-    assert config == TrainConfig()
+def test_the_default_model_is_roberta_base():
+    assert parse("--config", "roberta-base").model == TrainConfig().model
 
 
 # What is refused.
@@ -210,7 +264,9 @@ def test_abbreviations_are_refused():
         ("sample_break_mode", "complete_doc -> doc-sentences"),
         ("max_positions", "two more"),
         ("fp16", "precision: fp16"),
-        ("num_train_epochs", "set max_steps = num_train_epochs x training sequences / train_batch_size"),
+        ("max_epoch", "is num_train_epochs here"),
+        ("tensorboard", "is report_to: tensorboard here"),
+        ("warmup_ratio", "the nearest is --lr_scheduler.warmup_ratio"),
         ("weight_decay", "the nearest is --optimizer.weight_decay"),
     ],
 )
@@ -223,7 +279,7 @@ def test_foreign_names_in_a_file_are_told_with_their_line(tmp_path):
     assert refuse("--config", path).startswith(f"{path}:3: optimization.clip_norm is optimizer.max_grad_norm here")
 
 
-@pytest.mark.parametrize("names", [FAIRSEQ_NAMES, HUGGING_FACE_NAMES])
+@pytest.mark.parametrize("names", [FAIRSEQ_NAMES, HUGGING_FACE_NAMES, FORMER_NAMES])
 def test_hints_name_only_what_we_have(names):
     ours = {
         field.name for part in (TrainConfig, ModelConfig, OptimizerConfig, LRSchedulerConfig) for field in fields(part)
@@ -330,7 +386,7 @@ def test_bad_command_line(argv, message):
 
 
 def test_too_long_sequences_and_warmups_say_what_to_change():
-    message = refuse("--config", "roberta-base", "--max_seq_length", "513")
+    message = refuse("--config", "roberta-base", "--max_seq_length", "513", "--model.max_position_embeddings", "514")
     assert "at least 515" in message
     assert "lower max_seq_length to 512" in message
     assert "--lr_scheduler.warmup_steps 2" in refuse("--config", "roberta-base", "--max_steps", "20")
@@ -339,6 +395,48 @@ def test_too_long_sequences_and_warmups_say_what_to_change():
 def test_ends_of_an_interval():
     assert parse_arguments(["a", "--out", "d", "--share", "1"], CopyConfig, description="").share == 1
     assert parse("--seed", "0").seed == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--init_from", "roberta-base"], "`hf download roberta-base --local-dir roberta-base` and give roberta-base"),
+        (["--init_from", "FacebookAI/xlm-r/"], "`hf download FacebookAI/xlm-r --local-dir xlm-r` and give xlm-r"),
+        (["--init_from", "s3://bucket/model"], "only a local path works here; copy it to this machine first"),
+        (["--data", "data/a,hf://datasets/b:0.3"], "only a local path works here; copy it to this machine first"),
+        (["--output_dir", "gs://bucket/run"], "only a local path works here; upload the result afterwards"),
+    ],
+)
+def test_what_is_not_on_this_machine_is_told_so(tmp_path, argv, message):
+    assert refuse(*argv).startswith(f"{argv[0]} = {argv[1]}: ") and message in refuse(*argv)
+    path = write(tmp_path / "a.yaml", f"{argv[0][2:]}: {argv[1]}\n")
+    assert refuse("--config", path).startswith(f"{path}:1: {argv[0][2:]} = {argv[1]}: ")
+
+
+def test_a_missing_local_path_is_left_to_the_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/model", "./roberta-base", "a/b/c", str(tmp_path / "model")):
+        assert parse("--init_from", path).init_from == path
+    (tmp_path / "roberta-base").mkdir()
+    assert parse("--init_from", "roberta-base").init_from == "roberta-base"
+
+
+@pytest.mark.parametrize(
+    "program", ["evaluate", "export", "fill_mask", "embed", "explain", "finetune", "prepare --tokenizer"]
+)
+def test_every_program_knows_what_is_not_local(program, tmp_path, capsys):
+    """By its main, which imports what it works with only after its settings."""
+    name, *option = program.split()
+    more = {
+        "evaluate": ["--data", "x"], "export": ["out"], "fill_mask": ["<mask>"], "embed": ["--out", "x.npy"],
+        "explain": ["text", "--out", "x"], "finetune": ["--task", "rte", "--data", "x", "--out", "x"],
+        "prepare": ["x.txt", "--out", "x"],
+    }[name]  # fmt: skip
+    main = importlib.import_module(f"fastroberta.{name}").main
+    for path, message in (("s3://bucket/roberta", "only a local path"), ("FacebookAI/roberta-base", "hf download")):
+        assert run(lambda: main([*option, path, *more])) == 2  # noqa: B023
+        assert message in capsys.readouterr().err
 
 
 def test_required_and_leftover_arguments():

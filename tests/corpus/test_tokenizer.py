@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fastroberta.corpus.tokenizer
+from fastroberta.cli.program import run
 from fastroberta.corpus.tokenizer import (
     LARGEST_VOCABULARY,
     SMALLEST_VOCABULARY,
@@ -26,6 +28,7 @@ from fastroberta.corpus.tokenizer import (
     vocabulary_size,
 )
 from fastroberta.errors import ConfigurationError
+from fastroberta.prepare import main as prepare
 
 TOPICS = [topics[name] for name in sorted(topics)][:40]  # of the language reference, 500 kB
 # Space of every kind, contractions, numerals that are no digits, letters of many scripts, specials written out.
@@ -122,6 +125,28 @@ def test_transformers_gives_the_same_ids(trained, tmp_path, from_vocab_and_merge
         assert theirs(text)["input_ids"] == trained.encode(text).ids, text
     assert theirs("a", "b")["input_ids"] == trained.encode("a", "b").ids
     assert tokenizer_hash(theirs.backend_tokenizer) == tokenizer_hash(trained)
+
+
+@pytest.mark.parametrize("most, code, where", [(0, 2, "--out "), (5_000, 3, "out: ")])
+def test_a_full_disk_is_one_line(tmp_path, capsys, most, code, where):
+    """Files that may not grow stand for a disk without room; tokenizer.json would have 20 kB."""
+    (tmp_path / "text.txt").write_text("\n\n".join(TOPICS[:6]))
+    arguments = [str(tmp_path / "text.txt"), f"--out={tmp_path / 'out'}", "--train-tokenizer=400", "--workers=1"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        assert run(lambda: prepare(arguments)) == code
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and where in message and "File too large" in message
+    assert run(lambda: prepare(arguments)) == 0
+
+
+def test_what_the_tokenizers_library_cannot_write_is_an_os_error(trained, tmp_path):
+    (tmp_path / "vocab.json").mkdir()
+    with pytest.raises(OSError, match=r"vocab.json or merges.txt: "):
+        save_tokenizer(trained, tmp_path)
 
 
 def test_the_hash_is_the_tokenizer_not_its_files(trained, tmp_path):

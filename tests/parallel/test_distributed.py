@@ -31,7 +31,7 @@ STEPS = 20
 SETTINGS = {
     "precision": "fp32", "max_seq_length": 32, "packing": "contiguous", "train_batch_size": 16, "micro_batch_size": 2,
     "max_steps": STEPS, "logging_steps": 5, "eval_steps": 10, "eval_sequences": 16, "save_steps": 10,
-    "tensorboard": False, "device": "cpu",
+    "device": "cpu",
     "model": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 64,
         "max_position_embeddings": 34, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,

@@ -69,7 +69,7 @@ def train(directory):
     settings = {
         "config": "quickstart", "data": directory, "output_dir": directory / "run", "max_steps": STEPS,
         "lr_scheduler.warmup_steps": 10, "logging_steps": 1, "eval_steps": STEPS, "save_steps": STEPS,
-        "device": "cpu", "precision": "fp32", "tensorboard": "false",
+        "device": "cpu", "precision": "fp32",
     }  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

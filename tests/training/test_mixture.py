@@ -16,7 +16,7 @@ from fastroberta.training.trainer import Trainer
 
 SETTINGS = {
     "precision": "fp32", "max_seq_length": 32, "train_batch_size": 8, "logging_steps": 1, "eval_steps": 4,
-    "eval_sequences": 8, "save_steps": 2, "max_steps": 4, "tensorboard": False, "device": "cpu",
+    "eval_sequences": 8, "save_steps": 2, "max_steps": 4, "device": "cpu",
     "model": {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 32,
         "max_position_embeddings": 34,

@@ -32,7 +32,7 @@ from fastroberta.training.trainer import Trainer
 
 SETTINGS = {
     "precision": "fp32", "max_seq_length": 32, "packing": "contiguous", "train_batch_size": 8, "micro_batch_size": 4,
-    "max_steps": 12, "logging_steps": 2, "eval_steps": 6, "eval_sequences": 16, "save_steps": 6, "tensorboard": False,
+    "max_steps": 12, "logging_steps": 2, "eval_steps": 6, "eval_sequences": 16, "save_steps": 6,
     "device": "cpu",
     "model": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 64,
