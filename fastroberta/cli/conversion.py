@@ -56,9 +56,10 @@ def describe_type(kind: Any) -> str:
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     if kind in WORDS:
         return WORDS[kind]
-    if origin in (tuple, list):
-        size = f" of {len(inside)}" if origin is tuple else ""
-        return f"a list{size} as [a, b], each {describe_type(inside[0])}"
+    if origin is tuple:
+        return f"a list of {len(inside)} as [a, b], each {describe_type(inside[0])}"
+    if origin is list:
+        return f"{describe_type(inside[0])}, or a list as [a, b]"
     *first, last = map(str if origin is Literal else describe_type, inside)
     return f"{', '.join(first)} or {last}" if first else last
 
