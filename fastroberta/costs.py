@@ -6,6 +6,7 @@ n tokens, m masked tokens, L layers, width d, MLP width f, vocabulary V, s token
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from .config import ModelConfig, TrainConfig
@@ -114,11 +115,24 @@ def peak_flops(device_name: str) -> float | None:
     return None if gpu is None else gpu.teraflops * 1e12
 
 
+def training_flops(config: TrainConfig, num_tokens: int, num_masked: int, sum_of_squared_lengths: int) -> int:
+    """`model_flops_per_step` of a run's model and, with `distill_from`, of its teacher's forward, which is a third."""
+    sizes = num_tokens, num_masked, sum_of_squared_lengths
+    teacher = _teacher(config)
+    return model_flops_per_step(config.model, *sizes) + (model_flops_per_step(teacher, *sizes) // 3 if teacher else 0)
+
+
+def _teacher(config: TrainConfig) -> ModelConfig | None:
+    if config.distill_from is None:
+        return None
+    return replace(config.model, num_hidden_layers=config.distillation.teacher_layers)
+
+
 def flops_per_step(config: TrainConfig) -> int:
-    """`model_flops_per_step` of the whole batch, with full sequences and attention over each whole sequence."""
+    """`training_flops` of the whole batch, with full sequences and attention over each whole sequence."""
     tokens = config.train_batch_size * config.max_seq_length
     masked = config.train_batch_size * _masked_per_sequence(config)
-    return model_flops_per_step(config.model, tokens, masked, tokens * config.max_seq_length)
+    return training_flops(config, tokens, masked, tokens * config.max_seq_length)
 
 
 def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: int = 1) -> dict[str, int]:
@@ -139,6 +153,9 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
       the LayerNorm between them (8 d numbers), and the MLP before and after GELU (2 f numbers); with
       gradient_checkpointing the input of each layer, and one layer at a time. No matrix of attention, and logits for
       4096 masked tokens at once at most.
+    - with distill_from, the teacher: its tables in fp32, its layers and its decoder in the precision of the run, and for
+      the soft targets 512 logits in fp32 five times and the gradient of the decoder. Its activations are gone before the
+      student's exist.
 
     An estimate to choose a micro-batch by: allocator, libraries and workspaces come on top, and the last layer, which
     computes masked rows only, is counted in full. Buffers in which weights arrive when activations are gone do not count.
@@ -167,6 +184,11 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
     parts = {
         "parameters": parameters, "gradients": gradients, "optimizer": optimizer, "activations": kept + head
     }  # fmt: skip
+    if (teacher := _teacher(config)) is not None:
+        vocabulary = _vocabulary(model)
+        decoder = 2 * d * vocabulary if width == 2 else 0
+        soft_targets = 5 * 4 * min(masked, 512) * vocabulary + 4 * d * vocabulary
+        parts["teacher"] = 4 * outside + width * teacher.num_hidden_layers * layer_count + decoder + soft_targets
     return parts | {"total": sum(parts.values())}
 
 

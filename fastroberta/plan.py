@@ -22,7 +22,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from .cli.arguments import parse_arguments
@@ -87,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.model.vocab_size = VOCABULARY
     if config.precision == "auto":
         config.precision = "fp16" if re.search(WITHOUT_BF16, config.gpu_name) else "bf16"
+    if config.distill_from is not None:
+        from .hf import read_config  # imports torch
+
+        config.distillation.teacher_layers = read_config(Path(config.distill_from))[0].num_hidden_layers
     sizes = dict.fromkeys([(1, 1), (1, config.gpus), (config.nodes, config.gpus)])
     describe(config, [predict(config, nodes, gpus) for nodes, gpus in sizes])
     return 0
@@ -128,10 +133,12 @@ def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
     peak = peak_flops(config.gpu_name)
     assert peak is not None and config.gpu_bandwidth is not None  # by check
     recomputed = config.gradient_checkpointing
-    compute = flops_per_step(config) / (size * config.mfu * peak) * (4 / 3 if recomputed else 1)
+    rate = size * config.mfu * peak
+    own = flops_per_step(replace(config, distill_from=None)) / rate  # forward and backward; a teacher runs before them
+    compute = own * (4 / 3 if recomputed else 1) + (flops_per_step(config) / rate - own)
     updated = num_parameters(config.model) / (1 if config.sharding == "none" else size)
     sent = bytes_sent(config, size, num_micro_batches)
-    backward = compute / num_micro_batches * (3 / 4 if recomputed else 2 / 3)
+    backward = own / num_micro_batches * (1 if recomputed else 2 / 3)
     communication, exposed = time_messages(config, nodes, gpus, sent, num_micro_batches, compute, backward)
     return Prediction(
         nodes, gpus, micro_batch_size, num_micro_batches, estimate_memory(config, micro_batch_size, size), sent,
@@ -193,7 +200,7 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
     add("sequences at once", "{:,}", lambda one: one.micro_batch_size)
     add("micro-batches a step", "{:,}", lambda one: one.num_micro_batches)
     add("memory a GPU, GiB", "{:.2f}", lambda one: one.memory["total"] / 2**30)
-    for part in ("parameters", "gradients", "optimizer", "activations"):
+    for part in (name for name in predictions[0].memory if name != "total"):
         add(f"  {part}", "{:.2f}", lambda one, part=part: one.memory[part] / 2**30)  # type: ignore[misc]
     add("sent by a GPU a step, GB", "{:.3f}", lambda one: sum(one.sent) / 1e9)
     add("  gradients", "{:.3f}", lambda one: one.sent.reduced / 1e9)

@@ -43,6 +43,7 @@ from ..parallel.distribute import DistributedOptimizer, distribute
 from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.votes import StopVotes
 from ..precision import settle_precision
+from .distillation import describe_teacher, prepare_distillation
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
@@ -98,6 +99,7 @@ class Trainer:
         config.precision, self.precision_reason = chosen
         self.model = build_model(config, self.manifest).train()
         self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
+        self.distillation = prepare_distillation(self.model, config, self.manifest, self.device)
         validate(config)  # again, now that the sizes of the data and of the initial model are known
         self.step = 0
         self.eval_loss: dict[int, float] = {}  # of the last step that was scored
@@ -107,9 +109,9 @@ class Trainer:
             self.step = load_weights(checkpoints[-1], self.model, self._describe_run(), len(self.corpora) > 1)
         self._check_processes()
         self.optimizer: DistributedOptimizer = distribute(self.model, config, self.processes)
-        self.loss: Callable[..., LinearCrossEntropyOutput] = self.model.loss
+        self.loss: Callable[..., LinearCrossEntropyOutput] = (self.distillation or self.model).loss
         if config.torch_compile:
-            self.loss = torch.compile(self.model.loss)
+            self.loss = torch.compile(self.loss)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
         if checkpoints:
             self._load_optimizer(checkpoints[-1])
@@ -184,6 +186,8 @@ class Trainer:
                     self.processes,
                     f"  {manifest.directory}, weight {weight:g}: {size:,} sequences, {count:.2f} epochs in all",
                 )
+        if self.distillation is not None:
+            say(self.processes, describe_teacher(self.config))
         if self.precision_reason != "as asked":
             say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
         if self.step:
@@ -306,9 +310,8 @@ class Trainer:
         return get_path(self.output_dir, self.step)
 
     def _describe_run(self) -> dict[str, Any]:
-        return describe_run(
-            self.step, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config
-        )
+        run = describe_run(self.step, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config)
+        return run if self.distillation is None else {**run, "teacher": self.distillation.sha256}
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         tensors = load_optimizer_tensors(checkpoint)

@@ -106,7 +106,17 @@ def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tm
     # A run that a single process began, and a batch that grows.
     changes["continued"] = {"sharding": "optimizer", "optimizer": optimizers["lamb"]}
     changes["ramp"] = {"batch_ramp": {"start": 8, "tokens": 2000}, "micro_batch_size": 1}
-    singles = {name: {"optimizer": optimizer} for name, optimizer in optimizers.items()} | {"ramp": changes["ramp"]}
+    tokenizer = load_tokenizer(data)
+    teacher = RobertaForMaskedLM(
+        ModelConfig(vocab_size=tokenizer.get_vocab_size(), **{**SETTINGS["model"], "num_hidden_layers": 4})
+    )
+    teacher.init_weights(7)
+    save_huggingface(teacher, tokenizer, tmp_path / "teacher")
+    distilled = {"distill_from": str(tmp_path / "teacher")}
+    changes["optimizer-distilled"] = {"sharding": "optimizer", **distilled}
+    changes["full-adamw-offload"] = {"sharding": "full", "cpu_offload": True, "optimizer": optimizers["adamw"]}
+    singles = {name: {"optimizer": optimizer} for name, optimizer in optimizers.items()}
+    singles |= {"ramp": changes["ramp"], "distilled": distilled}
     for name, those in singles.items():
         Trainer(from_dict(TrainConfig, make_settings(data, tmp_path / name, **those))).train()
     shutil.copytree(tmp_path / "lamb", tmp_path / "continued", ignore=shutil.ignore_patterns(f"*{STEPS:08d}"))
