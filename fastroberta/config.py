@@ -210,6 +210,12 @@ class TrainConfig:
         3, "number of latest checkpoints to keep, besides the best [keep_interval_updates]", valid="[1, inf)"
     )
     tensorboard: bool = setting(True, "also write TensorBoard files, if TensorBoard is installed [tensorboard_logdir]")
+    profile: int = setting(
+        0,
+        "number of steps to profile once the first three are done; writes a Chrome trace and a table of the ten dearest "
+        "operations to output_dir/profile",
+        valid="[0, inf)",
+    )
     dry_run: bool = setting(
         False, "print model size, memory and expected time, take two small steps, and leave no files behind"
     )

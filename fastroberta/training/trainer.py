@@ -48,6 +48,7 @@ from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
 from .picture import draw_losses, draw_sparkline, read_losses
+from .profile import profile_steps
 from .report import RunLog, describe_model, describe_result, fill_in, say
 from .resume import describe_run, flatten, load_weights
 from .score import Scores, evaluate_model
@@ -142,9 +143,13 @@ class Trainer:
             stack.enter_context(self.stop)
             stack.enter_context(self.processes.explain_failures())
             log = stack.enter_context(RunLog(config, self.processes, self.make_meter(), self.step))
+            count = config.profile if self.processes.is_first else 0
+            profile = profile_steps(count, last_step - self.step, self.output_dir / "profile", self.device)
+            note_step = stack.enter_context(profile)
             before = self.score(log) if self.step == 0 else None
             while self.step < last_step:
                 self.train_step(log.meter)
+                note_step()
                 self.step += 1
                 if self._is_due(config.logging_steps):
                     self._check_replicas()
