@@ -191,6 +191,10 @@ class TrainConfig:
         "what is split among the devices: nothing, the optimizer's state, or also weights and gradients (FSDP2, for "
         "models that do not fit on one device) [zero_sharding]",
     )
+    cpu_offload: bool = setting(
+        False,
+        "keep weights, gradients and optimizer state in the host's memory, and update there; for sharding: full, and slow",
+    )
     hang_timeout: float = setting(
         600.0,
         "seconds without progress after which a run of several processes ends, naming the one that hangs",

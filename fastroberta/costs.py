@@ -146,6 +146,7 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
                                                       kept as they arrive and as the update rule wants them
         full        4 n / N + 4 g    8 n / N + 4 g    12 n / N; g is what FSDP2 holds whole at a time: embeddings, head,
                                                       and two layers, one at work and one on its way
+        cpu_offload 4 g              4 g              -; the host keeps 4 n / N, 8 n / N and 12 n / N
 
     - parameters also hold 2 n for the copy in which half precision computes, which is whole in every mode; with
       gradient_checkpointing it is that of embeddings, head and one layer
@@ -165,12 +166,14 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
     count, layer_count = num_parameters(model), num_layer_parameters(model)
     outside = count - layers * layer_count  # embeddings and head
     part = -(-count // num_processes)
-    if num_processes == 1 or config.sharding == "none":
+    whole = outside + min(layers, 2) * layer_count  # at a time, under FSDP2
+    if config.cpu_offload:
+        parameters, gradients, optimizer = 4 * whole, 4 * whole, 0
+    elif num_processes == 1 or config.sharding == "none":
         parameters, gradients, optimizer = 4 * count, 4 * count, 8 * count
     elif config.sharding == "optimizer":
         parameters, gradients, optimizer = 4 * count, 4 * count + 8 * part, 12 * part
     else:
-        whole = outside + min(layers, 2) * layer_count
         parameters, gradients, optimizer = 4 * part + 4 * whole, 8 * part + 4 * whole, 12 * part
 
     width = 4 if config.precision == "fp32" else 2

@@ -14,7 +14,8 @@ what processes keep and send. Times come from a model; no cluster has been measu
     step       compute + update + communication that is not hidden
 
 Not modelled: reading data, evaluations and checkpoints, what communication costs a GPU's compute, trees instead of
-rings (which NCCL may choose for all-reduces over many nodes, where they are faster), and the batch ramp.
+rings (which NCCL may choose for all-reduces over many nodes, where they are faster), the batch ramp, and, with
+cpu_offload, copies to and from the host and the update there.
 """
 
 from __future__ import annotations
@@ -217,6 +218,12 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
     left = max(len(label) for label, _ in rows)
     for label, cells in rows:
         print_line(f"{label:{left}}" + "".join(f"   {cell:>{width}}" for cell, width in zip(cells, widths)))
+    if config.cpu_offload:
+        kept = [f"{24 * num_parameters(config.model) / one.num_processes / 2**30:.2f}" for one in predictions]
+        print_line(
+            f"cpu_offload: the host keeps {', '.join(kept)} GiB a GPU; copies to and from it, and updates there, are not in "
+            "these times"
+        )
     small = [_name(one) for one in predictions if one.memory["total"] > _usable_memory(config)]
     if small:
         print_line(f"too little memory on {', '.join(small)}: --gradient_checkpointing and --sharding full need less")

@@ -33,17 +33,22 @@ class Scores:
 
 @torch.no_grad()
 def evaluate_model(
-    model: RobertaForMaskedLM, batches: Iterable[Batch], masking: dict[str, Any], processes: Processes | None = None
+    model: RobertaForMaskedLM,
+    batches: Iterable[Batch],
+    masking: dict[str, Any],
+    processes: Processes | None = None,
+    device: torch.device | None = None,
 ) -> Scores:
     """Score a model on batches that are on its device.
 
     Args:
         masking: the arguments of `mask_tokens` other than ids and seeds.
+        device: of the batches; that of the model if None.
         processes: set where each process scores a share of the batches; the scores are then those of all batches.
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     seed = as_seed(MASK_SEED, device)
     for batch in batches:

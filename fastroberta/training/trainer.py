@@ -284,7 +284,7 @@ class Trainer:
             processes = None if self.config.sharding == "full" else self.processes
             if processes is not None:  # FSDP2 needs all processes in every forward
                 batches = itertools.islice(batches, processes.rank, None, processes.size)
-            scores = evaluate_model(self.model, self._note_each(batches), self.masking, processes)
+            scores = evaluate_model(self.model, self._note_each(batches), self.masking, processes, self.device)
             if log is not None:
                 log.write_scores(self.step, scores)
         self.eval_loss = {self.step: scores.loss}
