@@ -140,6 +140,32 @@ class BatchRampConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """What a student learns from the teacher of distill_from; names and values are DistilBERT's (arXiv 1910.01108)."""
+
+    temperature: float = setting(
+        2.0, "divisor of both models' logits in the soft targets, which flattens them", valid="(0, inf)"
+    )
+    alpha_ce: float = setting(
+        5.0,
+        "weight of the soft targets: the divergence of the student's predictions from the teacher's",
+        valid="[0, inf)",
+    )
+    alpha_mlm: float = setting(2.0, "weight of masked language modelling", valid="[0, inf)")
+    alpha_cos: float = setting(
+        1.0, "weight of the cosine distance between the last hidden states of both models", valid="[0, inf)"
+    )
+    teacher_layers = 0  # no setting: what distill_from turns out to have
+
+    def check(self) -> None:
+        """Refuse settings that do not fit together."""
+        if not self.alpha_ce + self.alpha_mlm + self.alpha_cos:
+            raise ConfigurationError(
+                "distillation.alpha_ce, alpha_mlm and alpha_cos are all 0, and nothing would be learned: raise one"
+            )
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -156,6 +182,11 @@ class TrainConfig:
     )
     init_from: str | None = setting(
         None, "Hugging Face RoBERTa directory to start from; its sizes override model.*", path="model"
+    )
+    distill_from: str | None = setting(
+        None,
+        "Hugging Face RoBERTa directory of a teacher with more layers, which the student starts from and learns from",
+        path="model",
     )
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: on a GPU if there is one")
@@ -194,6 +225,10 @@ class TrainConfig:
         "what is split among the devices: nothing, the optimizer's state, or weights and gradients as well (FSDP2, for "
         "models that do not fit on one device) [zero_sharding]",
     )
+    cpu_offload: bool = setting(
+        False,
+        "keep weights, gradients and optimizer state in the host's memory, and update there; for sharding: full, and slow",
+    )
     hang_timeout: float = setting(
         600.0,
         "seconds without progress after which a run of several processes ends and names the one that hangs",
@@ -225,6 +260,12 @@ class TrainConfig:
     report_to: list[Literal["tensorboard", "trackio", "wandb"]] = setting(
         list, "where metrics go besides metrics.jsonl in output_dir [tensorboard_logdir, wandb_project]"
     )
+    profile: int = setting(
+        0,
+        "number of steps to profile once the first three are done; writes a Chrome trace and a table of the ten dearest "
+        "operations to output_dir/profile",
+        valid="[0, inf)",
+    )
     dry_run: bool = setting(
         False, "print model size, memory and expected time, take two small steps, and leave no files behind"
     )
@@ -233,6 +274,7 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     lr_scheduler: LRSchedulerConfig = dataclasses.field(default_factory=LRSchedulerConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         if self.model.max_position_embeddings is None:
@@ -300,8 +342,16 @@ class TrainConfig:
             raise ConfigurationError(
                 f"micro_batch_size = {self.micro_batch_size} must divide {smallest} = {self.smallest_batch_size}"
             )
+        if self.cpu_offload and self.sharding != "full":
+            raise ConfigurationError(f"cpu_offload needs sharding = full, not {self.sharding}: set both, or neither")
         if self.sharding == "full" and self.torch_compile:
             raise ConfigurationError("sharding = full and torch_compile cannot be combined: leave one out")
+        if self.distill_from is None and self.distillation != DistillationConfig():
+            raise ConfigurationError(
+                "distillation has settings, but there is no teacher: give --distill_from DIRECTORY"
+            )
+        if self.sharding == "full" and self.distill_from is not None:
+            raise ConfigurationError("sharding = full and distill_from cannot be combined: set sharding to optimizer")
         # With epochs, the number of steps is not known before the data.
         if self.num_train_epochs is None and self.lr_scheduler.warmup_steps > self.max_steps:
             raise ConfigurationError(

@@ -6,6 +6,7 @@ n tokens, m masked tokens, L layers, width d, MLP width f, vocabulary V, s token
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from .config import ModelConfig, TrainConfig
@@ -113,11 +114,24 @@ def peak_flops(device_name: str) -> float | None:
     return None if gpu is None else gpu.teraflops * 1e12
 
 
+def training_flops(config: TrainConfig, num_tokens: int, num_masked: int, sum_of_squared_lengths: int) -> int:
+    """`model_flops_per_step` of a run's model and, with `distill_from`, of its teacher's forward, which is a third."""
+    sizes = num_tokens, num_masked, sum_of_squared_lengths
+    teacher = _teacher(config)
+    return model_flops_per_step(config.model, *sizes) + (model_flops_per_step(teacher, *sizes) // 3 if teacher else 0)
+
+
+def _teacher(config: TrainConfig) -> ModelConfig | None:
+    if config.distill_from is None:
+        return None
+    return replace(config.model, num_hidden_layers=config.distillation.teacher_layers)
+
+
 def flops_per_step(config: TrainConfig) -> int:
-    """`model_flops_per_step` of the whole batch, with full sequences and attention over each whole sequence."""
+    """`training_flops` of the whole batch, with full sequences and attention over each whole sequence."""
     tokens = config.train_batch_size * config.max_seq_length
     masked = config.train_batch_size * _masked_per_sequence(config)
-    return model_flops_per_step(config.model, tokens, masked, tokens * config.max_seq_length)
+    return training_flops(config, tokens, masked, tokens * config.max_seq_length)
 
 
 def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: int = 1) -> dict[str, int]:
@@ -131,6 +145,7 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
                                                       gradient both as received and as the update rule needs it
         full        4 n / N + 4 g    8 n / N + 4 g    12 n / N; g is what FSDP2 gathers at a time: embeddings, head, the
                                                       layer in use and the next one
+        cpu_offload 4 g              4 g              -; the host keeps 4 n / N, 8 n / N and 12 n / N
 
     - half precision adds 2 n to the parameters in every mode, for the copy that it computes with; with
       gradient_checkpointing, only for embeddings, head and one layer
@@ -138,6 +153,9 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
       output of the first LayerNorm (8 d numbers), and the MLP before and after GELU (2 f numbers); with
       gradient_checkpointing the input of each layer, and one whole layer. Attention matrices are never stored, and logits
       exist for at most 4096 masked tokens at once.
+    - with distill_from, the teacher: its tables in fp32, its layers and its decoder in the precision of the run, and for
+      the soft targets 512 logits in fp32 five times and the gradient of the decoder. Its activations are gone before the
+      student's exist.
 
     The estimate serves to choose a micro-batch: allocator, libraries and workspaces need more on top, while the last
     layer, which computes masked rows only, is counted in full. Buffers that receive weights after the activations are
@@ -148,12 +166,14 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
     count, layer_count = num_parameters(model), num_layer_parameters(model)
     outside = count - layers * layer_count  # embeddings and head
     part = -(-count // num_processes)
-    if num_processes == 1 or config.sharding == "none":
+    whole = outside + min(layers, 2) * layer_count  # at a time, under FSDP2
+    if config.cpu_offload:
+        parameters, gradients, optimizer = 4 * whole, 4 * whole, 0
+    elif num_processes == 1 or config.sharding == "none":
         parameters, gradients, optimizer = 4 * count, 4 * count, 8 * count
     elif config.sharding == "optimizer":
         parameters, gradients, optimizer = 4 * count, 4 * count + 8 * part, 12 * part
     else:
-        whole = outside + min(layers, 2) * layer_count
         parameters, gradients, optimizer = 4 * part + 4 * whole, 8 * part + 4 * whole, 12 * part
 
     width = 4 if config.precision == "fp32" else 2
@@ -167,6 +187,11 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
     parts = {
         "parameters": parameters, "gradients": gradients, "optimizer": optimizer, "activations": kept + head
     }  # fmt: skip
+    if (teacher := _teacher(config)) is not None:
+        vocabulary = _vocabulary(model)
+        decoder = 2 * d * vocabulary if width == 2 else 0
+        soft_targets = 5 * 4 * min(masked, 512) * vocabulary + 4 * d * vocabulary
+        parts["teacher"] = 4 * outside + width * teacher.num_hidden_layers * layer_count + decoder + soft_targets
     return parts | {"total": sum(parts.values())}
 
 

@@ -13,8 +13,9 @@ what processes keep and send. Times come from a model; no cluster has been measu
                full: everything, by all of the compute, except for embeddings and head, which come first and last
     step       compute + update + communication that is not hidden
 
-Not modelled: reading data, evaluations, checkpoints, the compute that communication takes from a GPU, the batch ramp, and
-trees instead of rings, which NCCL may choose for all-reduces over many nodes, where they are faster.
+Not modelled: reading data, evaluations, checkpoints, the compute that communication takes from a GPU, the batch ramp, trees
+instead of rings, which NCCL may choose for all-reduces over many nodes, where they are faster, and with cpu_offload the
+copies to and from the host and the update there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from .cli.arguments import parse_arguments
@@ -94,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.model.vocab_size = VOCABULARY
     if config.precision == "auto":
         config.precision = "fp16" if re.search(WITHOUT_BF16, config.gpu_name) else "bf16"
+    if config.distill_from is not None:
+        from .hf import read_config  # imports torch
+
+        config.distillation.teacher_layers = read_config(Path(config.distill_from))[0].num_hidden_layers
     sizes = dict.fromkeys([(1, 1), (1, config.gpus), (config.nodes, config.gpus)])
     describe(config, [predict(config, nodes, gpus) for nodes, gpus in sizes])
     return 0
@@ -135,10 +141,12 @@ def predict(config: PlanConfig, nodes: int, gpus: int) -> Prediction:
     peak = peak_flops(config.gpu_name)
     assert peak is not None and config.gpu_bandwidth is not None  # by check
     recomputed = config.gradient_checkpointing
-    compute = flops_per_step(config) / (size * config.mfu * peak) * (4 / 3 if recomputed else 1)
+    rate = size * config.mfu * peak
+    own = flops_per_step(replace(config, distill_from=None)) / rate  # forward and backward; a teacher runs before them
+    compute = own * (4 / 3 if recomputed else 1) + (flops_per_step(config) / rate - own)
     updated = num_parameters(config.model) / (1 if config.sharding == "none" else size)
     sent = bytes_sent(config, size, num_micro_batches)
-    backward = compute / num_micro_batches * (3 / 4 if recomputed else 2 / 3)
+    backward = own / num_micro_batches * (1 if recomputed else 2 / 3)
     communication, exposed = time_messages(config, nodes, gpus, sent, num_micro_batches, compute, backward)
     return Prediction(
         nodes, gpus, micro_batch_size, num_micro_batches, estimate_memory(config, micro_batch_size, size), sent,
@@ -201,7 +209,7 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
     add("sequences at once", "{:,}", lambda one: one.micro_batch_size)
     add("micro-batches a step", "{:,}", lambda one: one.num_micro_batches)
     add("memory a GPU, GiB", "{:.2f}", lambda one: one.memory["total"] / 2**30)
-    for part in ("parameters", "gradients", "optimizer", "activations"):
+    for part in (name for name in predictions[0].memory if name != "total"):
         add(f"  {part}", "{:.2f}", lambda one, part=part: one.memory[part] / 2**30)  # type: ignore[misc]
     add("sent by a GPU a step, GB", "{:.3f}", lambda one: sum(one.sent) / 1e9)
     add("  gradients", "{:.3f}", lambda one: one.sent.reduced / 1e9)
@@ -218,6 +226,12 @@ def describe(config: PlanConfig, predictions: list[Prediction]) -> None:
     left = max(len(label) for label, _ in rows)
     for label, cells in rows:
         print_line(f"{label:{left}}" + "".join(f"   {cell:>{width}}" for cell, width in zip(cells, widths)))
+    if config.cpu_offload:
+        kept = [f"{24 * num_parameters(config.model) / one.num_processes / 2**30:.2f}" for one in predictions]
+        print_line(
+            f"cpu_offload: the host keeps {', '.join(kept)} GiB a GPU; copies to and from it, and updates there, are not in "
+            "these times"
+        )
     small = [_name(one) for one in predictions if one.memory["total"] > _usable_memory(config)]
     if small:
         print_line(f"too little memory on {', '.join(small)}: --gradient_checkpointing and --sharding full need less")

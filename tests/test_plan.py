@@ -381,5 +381,22 @@ def test_nobody_reads_the_table_to_its_end(unbuffered):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_offloaded_weights_need_no_device_memory_but_the_hosts(capsys):
+    arguments = ["--config=roberta-large", "--sharding=full", "--nodes=1", "--gpus=8", "--micro_batch_size=4"]
+    plain, offloaded = (
+        parse_arguments([*arguments, *more], PlanConfig, description="", default_preset="roberta-base")
+        for more in ([], ["--cpu_offload"])
+    )
+    for config in (plain, offloaded):
+        config.model.vocab_size, config.precision = 50265, "fp32"
+    kept, needed = (estimate_memory(config, 4, 8) for config in (plain, offloaded))
+    count = num_parameters(plain.model)
+    assert needed["optimizer"] == 0 and needed["activations"] == kept["activations"]
+    assert kept["total"] - needed["total"] == pytest.approx(24 * count / 8, rel=1e-3)
+    assert main([*arguments, "--cpu_offload"]) == 0
+    host = 24 * count / 2**30
+    assert f"cpu_offload: the host keeps {host:.2f}, {host / 8:.2f} GiB a GPU" in capsys.readouterr().out
+
+
 if __name__ == "__main__":
     measure()

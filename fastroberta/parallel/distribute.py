@@ -11,7 +11,8 @@ possible:
 
 `none` and `optimizer` reduce gradients once a step, during the backward of the last micro-batch: a bucket of gradients is
 sent as soon as all of them are ready. `full` is PyTorch's FSDP2 (`fully_shard`), for models too large for one device:
-weights are gathered when a layer needs them and freed afterwards. `optimizer` is stage 1 and `full` stage 3 of ZeRO
+weights are gathered when a layer needs them and freed afterwards; `cpu_offload` keeps each process's share on the host.
+`optimizer` is stage 1 and `full` stage 3 of ZeRO
 (Rajbhandari et al., arXiv 1910.02054).
 
 All three compute the same result. In half precision, `optimizer` gathers matrices in 16 bits; matrix products round them
@@ -76,8 +77,8 @@ def distribute(model: Any, config: TrainConfig, processes: Processes) -> Distrib
     Args:
         model: a `RobertaForMaskedLM` with the same weights in every process.
     """
-    if config.sharding == "full" and processes.size > 1:
-        shard_model(model, processes)
+    if config.sharding == "full" and (processes.size > 1 or config.cpu_offload):
+        shard_model(model, processes, config.cpu_offload)
         return FullyShardedOptimizer(model, config.optimizer, processes)
     model.to(processes.device)
     if config.sharding == "optimizer" and processes.size > 1:

@@ -1,4 +1,8 @@
-"""`sharding: full`: PyTorch's FSDP2 shards the model, and each process updates the rows that it keeps."""
+"""`sharding: full`: PyTorch's FSDP2 shards the model, and each process updates the rows that it keeps.
+
+With `cpu_offload` those rows, their gradients and their moments stay in the host's memory, where they are updated. A
+layer's weights are sent to the device when it needs them, and its gradients are sent back.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from ..config import OptimizerConfig
@@ -18,12 +23,20 @@ from .processes import Processes
 from .state import Piece, gradient_of, load_state, save_state
 
 
-def shard_model(model: Any, processes: Processes) -> None:
-    """Shard the model with FSDP2, one layer at a time: it never has to be whole on a GPU."""
-    mesh = init_device_mesh(processes.device.type, (processes.size,))
-    for layer in model.layer:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def shard_model(model: Any, processes: Processes, cpu_offload: bool = False) -> None:
+    """Shard the model with FSDP2, one layer at a time: it never has to be whole on a GPU.
+
+    Args:
+        cpu_offload: keep what the process owns in the host's memory, pinned if the device is a GPU.
+    """
+    kind = processes.device.type
+    if not dist.is_initialized():  # a single process; FSDP2 needs a group even so
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(kind, (processes.size,))
+    policy = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    for module in (*model.layer, model):
+        fully_shard(module, mesh=mesh, offload_policy=policy)
     register_fsdp_forward_method(model, "loss")
     for module in (*model.layer, model):
         # Losses are sums. Besides, gloo cannot average, and NCCL's fastest paths cannot scale.
@@ -46,13 +59,17 @@ class FullyShardedOptimizer:
             own = nn.Parameter(local.clone())
             self._pieces[name] = Piece(own, start, start + local.numel(), parameter.shape)
         own_parameters = {name: piece.parameter for name, piece in self._pieces.items()}
-        self._inner = build_optimizer(own_parameters, config, processes.add_up)
+        self._inner = build_optimizer(own_parameters, config, self._add_up)
         self._inner.zero_grad()
         self.param_groups = self._inner.param_groups
 
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        """`Processes.add_up` for tensors of the update rule: with cpu_offload they are on the host, and NCCL is not."""
+        return tensor.copy_(self._processes.add_up(tensor.to(self._processes.device)))
+
     @property
     def last_grad_norm(self) -> Tensor:
-        return self._inner.last_grad_norm
+        return self._inner.last_grad_norm.to(self._processes.device)
 
     def zero_grad(self) -> None:
         for parameter in self._parameters.values():
@@ -66,7 +83,7 @@ class FullyShardedOptimizer:
         own = [piece.parameter for piece in self._pieces.values()]
         reduced = [gradient_of(parameter).to_local().flatten() for parameter in self._parameters.values()]  # type: ignore[attr-defined]
         torch._foreach_copy_([gradient_of(parameter) for parameter in own], reduced)
-        self._inner.step(grad_scale=grad_scale)
+        self._inner.step(grad_scale=grad_scale.to(own[0].device))
         torch._foreach_copy_([parameter.to_local().flatten() for parameter in self._parameters.values()], [*own])
 
     def weights(self) -> dict[str, Tensor]:
@@ -82,7 +99,7 @@ class FullyShardedOptimizer:
     def _gather(self, pieces: dict[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
         for name, parameter in self._parameters.items():
-            local = pieces[name].view(parameter.to_local().shape)
+            local = pieces[name].view(parameter.to_local().shape).to(self._processes.device)
             sharded = DTensor.from_local(
                 local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
             )

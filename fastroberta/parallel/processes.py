@@ -178,7 +178,7 @@ class Processes:
         """End all communication."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        if self.size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

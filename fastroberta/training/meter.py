@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..costs import model_flops_per_step, peak_flops
+from ..costs import peak_flops, training_flops
 from ..errors import NonFiniteError
 from ..gpu_monitor import open_gpu_monitor
 from ..optim import LossScaler, learning_rate
@@ -65,7 +65,7 @@ class Meter:
         for tokens, squares in sizes:
             self._tokens += tokens
             masked = int(tokens * self._config.mlm_probability)
-            self._flops += model_flops_per_step(self._config.model, tokens, masked, squares)
+            self._flops += training_flops(self._config, tokens, masked, squares)
         self._steps += 1
         self._totals = self._totals + totals
         self._norm = norm

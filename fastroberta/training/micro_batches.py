@@ -29,7 +29,8 @@ class MicroBatches:
         self._schedule = BatchSchedule(config)
         # A micro-batch that does not fit can be halved if its size was left open. Not under FSDP2: the other processes
         # would wait for this one in every layer.
-        self.may_halve = config.micro_batch_size == "auto" and (config.sharding != "full" or processes.size == 1)
+        uses_fsdp = config.sharding == "full" and (processes.size > 1 or config.cpu_offload)
+        self.may_halve = config.micro_batch_size == "auto" and not uses_fsdp
         self.size = self._choose_size()
         self._next_step = -1
         self._batches: Iterator[Batch] = iter(())

@@ -18,7 +18,7 @@ from ..model import RobertaForMaskedLM
 MAY_CHANGE = (
     "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "logging_steps", "eval_steps",
     "eval_sequences", "save_steps", "save_total_limit", "report_to", "dry_run", "data", "output_dir", "init_from",
-    "sharding", "hang_timeout",
+    "distill_from", "sharding", "hang_timeout", "profile", "cpu_offload",
 )  # fmt: skip
 
 
@@ -68,6 +68,11 @@ def load_weights(checkpoint: Path, model: RobertaForMaskedLM, run: dict[str, Any
         raise ConfigurationError(
             f"{', '.join(run['config']['data'])}: not the data that {checkpoint} was trained on; give that data, or another "
             "--output_dir"
+        )
+    if state.get("teacher") != run.get("teacher"):
+        raise ConfigurationError(
+            f"distill_from: {now['distill_from']!r} is not the teacher that {checkpoint} was trained with "
+            f"({before.get('distill_from')!r}, with weights of its own); give that one, or another --output_dir"
         )
     path = checkpoint / "model.safetensors"
     copy_from_huggingface(read_tensors(path), dict(model.named_parameters()), model.config, str(path))

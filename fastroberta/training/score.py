@@ -42,16 +42,18 @@ def evaluate_model(
     masking: dict[str, Any],
     processes: Processes | None = None,
     num_corpora: int = 1,
+    device: torch.device | None = None,
 ) -> Scores:
     """Score a model on batches that are on its device.
 
     Args:
         masking: the arguments of `mask_tokens` other than ids and seeds.
+        device: of the batches; that of the model if None.
         processes: set where each process scores a share of the batches; the scores are then those of all batches.
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     totals = torch.zeros(num_corpora, 3, dtype=torch.float64, device=device)
     seed = as_seed(MASK_SEED, device)
     for batch in batches:

@@ -43,10 +43,12 @@ from ..parallel.distribute import DistributedOptimizer, distribute
 from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.votes import StopVotes
 from ..precision import settle_precision
+from .distillation import describe_teacher, prepare_distillation
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
 from .picture import draw_losses, draw_sparkline, read_losses
+from .profile import profile_steps
 from .report import RunLog, describe_model, describe_result, fill_in, say
 from .resume import describe_run, flatten, load_weights
 from .score import Scores, evaluate_model
@@ -101,6 +103,7 @@ class Trainer:
         config.precision, self.precision_reason = chosen
         self.model = build_model(config, self.manifest).train()
         self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
+        self.distillation = prepare_distillation(self.model, config, self.manifest, self.device)
         validate(config)  # again, now that the sizes of the data and of the initial model are known
         self.step = 0
         self.eval_loss: dict[int, float] = {}  # of the last step that was scored
@@ -111,9 +114,9 @@ class Trainer:
             self.step = load_weights(checkpoints[-1], self.model, self._describe_run(), len(self.corpora) > 1)
         self._check_processes()
         self.optimizer: DistributedOptimizer = distribute(self.model, config, self.processes)
-        self.loss: Callable[..., LinearCrossEntropyOutput] = self.model.loss
+        self.loss: Callable[..., LinearCrossEntropyOutput] = (self.distillation or self.model).loss
         if config.torch_compile:
-            self.loss = torch.compile(self.model.loss)
+            self.loss = torch.compile(self.loss)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
         if checkpoints:
             self._load_optimizer(checkpoints[-1])
@@ -144,9 +147,13 @@ class Trainer:
             stack.enter_context(self.stop)
             stack.enter_context(self.processes.explain_failures())
             log = stack.enter_context(RunLog(config, self.processes, self.make_meter(), self.step))
+            count = config.profile if self.processes.is_first else 0
+            profile = profile_steps(count, last_step - self.step, self.output_dir / "profile", self.device)
+            note_step = stack.enter_context(profile)
             before = self.score(log) if self.step == 0 else None
             while self.step < last_step:
                 self.train_step(log.meter)
+                note_step()
                 self.step += 1
                 if self._is_due(config.logging_steps):
                     self._check_replicas()
@@ -193,6 +200,8 @@ class Trainer:
                 )
         if self.epochs_note:
             say(self.processes, self.epochs_note)
+        if self.distillation is not None:
+            say(self.processes, describe_teacher(self.config))
         if self.precision_reason != "as asked":
             say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
         if self.step:
@@ -285,7 +294,9 @@ class Trainer:
             processes = None if self.config.sharding == "full" else self.processes
             if processes is not None:  # FSDP2 needs all processes in every forward
                 batches = itertools.islice(batches, processes.rank, None, processes.size)
-            scores = evaluate_model(self.model, self._note_each(batches), self.masking, processes, len(self.corpora))
+            scores = evaluate_model(
+                self.model, self._note_each(batches), self.masking, processes, len(self.corpora), self.device
+            )
             if log is not None:
                 log.write_scores(self.step, scores, self.corpora)
         self.eval_loss = {self.step: scores.loss}
@@ -323,9 +334,8 @@ class Trainer:
         return get_path(self.output_dir, self.step)
 
     def _describe_run(self) -> dict[str, Any]:
-        return describe_run(
-            self.step, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config
-        )
+        run = describe_run(self.step, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config)
+        return run if self.distillation is None else {**run, "teacher": self.distillation.sha256}
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         tensors = load_optimizer_tensors(checkpoint)

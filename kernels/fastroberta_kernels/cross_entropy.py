@@ -620,7 +620,8 @@ class MaskedLMHead(torch.nn.Module):
     def extra_repr(self) -> str:
         return f"vocab_size={self.bias.numel()}, approximate={self.approximate!r}"
 
-    def _transform(self, hidden: torch.Tensor, impl: str | None) -> torch.Tensor:
+    def transform(self, hidden: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
+        """What the decoder multiplies, (N, d), from hidden states (N, d): dense, GELU, LayerNorm."""
         product = F.linear(hidden, self.dense.weight.to(hidden.dtype))
         activated = bias_gelu(product, self.dense.bias, approximate=self.approximate, impl=impl)
         norm = self.layer_norm
@@ -669,7 +670,7 @@ class MaskedLMHead(torch.nn.Module):
         # Ignored rows may hold anything; in the sums over rows of a gradient, zero times NaN would be NaN.
         hidden = hidden.masked_fill((labels == -100).view(*hidden.shape[:-1], 1), 0.0)
         return linear_cross_entropy(
-            self._transform(hidden.flatten(0, -2), impl),
+            self.transform(hidden.flatten(0, -2), impl=impl),
             decoder_weight,
             self.bias,
             labels.flatten(),
@@ -690,4 +691,4 @@ class MaskedLMHead(torch.nn.Module):
     ) -> torch.Tensor:
         """All logits (..., num_classes) of hidden states (..., d), for inference."""
         weight, bias = decoder_weight[:num_classes], self.bias[:num_classes]
-        return F.linear(self._transform(hidden, impl), weight.to(hidden.dtype), bias.to(hidden.dtype))
+        return F.linear(self.transform(hidden, impl=impl), weight.to(hidden.dtype), bias.to(hidden.dtype))

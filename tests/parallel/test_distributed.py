@@ -21,9 +21,13 @@ from safetensors.torch import load_file
 from tiny import prepare_text, type_settings
 
 from fastroberta.cli.arguments import from_dict
-from fastroberta.config import TrainConfig
+from fastroberta.config import ModelConfig, TrainConfig
+from fastroberta.corpus.tokenizer import load_tokenizer
 from fastroberta.errors import ConfigurationError
+from fastroberta.hf import save_huggingface
+from fastroberta.model import RobertaForMaskedLM
 from fastroberta.parallel import watchdog
+from fastroberta.parallel.fsdp import FullyShardedOptimizer
 from fastroberta.parallel.processes import Processes
 from fastroberta.training.trainer import Trainer
 
@@ -106,7 +110,17 @@ def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tm
     # A run that a single process began, and a batch that grows.
     changes["continued"] = {"sharding": "optimizer", "optimizer": optimizers["lamb"]}
     changes["ramp"] = {"batch_ramp": {"start": 8, "tokens": 2000}, "micro_batch_size": 1}
-    singles = {name: {"optimizer": optimizer} for name, optimizer in optimizers.items()} | {"ramp": changes["ramp"]}
+    tokenizer = load_tokenizer(data)
+    teacher = RobertaForMaskedLM(
+        ModelConfig(vocab_size=tokenizer.get_vocab_size(), **{**SETTINGS["model"], "num_hidden_layers": 4})
+    )
+    teacher.init_weights(7)
+    save_huggingface(teacher, tokenizer, tmp_path / "teacher")
+    distilled = {"distill_from": str(tmp_path / "teacher")}
+    changes["optimizer-distilled"] = {"sharding": "optimizer", **distilled}
+    changes["full-adamw-offload"] = {"sharding": "full", "cpu_offload": True, "optimizer": optimizers["adamw"]}
+    singles = {name: {"optimizer": optimizer} for name, optimizer in optimizers.items()}
+    singles |= {"ramp": changes["ramp"], "distilled": distilled}
     for name, those in singles.items():
         Trainer(from_dict(TrainConfig, make_settings(data, tmp_path / name, **those))).train()
     shutil.copytree(tmp_path / "lamb", tmp_path / "continued", ignore=shutil.ignore_patterns(f"*{STEPS:08d}"))
@@ -130,6 +144,20 @@ def test_any_number_of_processes_and_any_sharding_give_the_same_weights(data, tm
                 for path in (ours, theirs)
             ]
             assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_single_process_offloads_to_the_host(data, tmp_path):
+    steps = {"max_steps": 5, "save_steps": 5, "eval_steps": 5, "micro_batch_size": 8}
+    changes = {"plain": {}, "offload": {"sharding": "full", "cpu_offload": True}}
+    for name, those in changes.items():
+        trainer = Trainer(from_dict(TrainConfig, make_settings(data, tmp_path / name, **steps, **those)))
+        trainer.train()
+        trainer.processes.leave()
+        assert not dist.is_initialized()
+    assert isinstance(trainer.optimizer, FullyShardedOptimizer)
+    assert largest_difference(tmp_path / "plain", tmp_path / "offload", 5) < 1e-6
+    with pytest.raises(ConfigurationError, match="cpu_offload needs sharding = full, not none"):
+        from_dict(TrainConfig, make_settings(data, tmp_path, cpu_offload=True))
 
 
 def test_half_precision_sharding_resumes_to_the_bit_and_faults_are_named(data, tmp_path):
