@@ -12,7 +12,8 @@ starts is therefore looked up in the shard, never inferred from `</s>`.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,10 +315,18 @@ def load_corpora(data: str | Sequence[str]) -> list[Corpus]:
 
 
 def open_split(
-    corpora: Manifest | Sequence[Corpus], split: str, *, max_seq_length: int, packing: str, attention_scope: str
+    corpora: Manifest | Sequence[Corpus],
+    split: str,
+    *,
+    max_seq_length: int,
+    packing: str,
+    attention_scope: str,
+    make_blocks: Callable[..., Blocks] = Blocks,
 ) -> Blocks:
     """The blocks of "train" or "heldout" of prepared directories, which share a tokenizer.
 
+    Args:
+        make_blocks: `Blocks`, or another function of its arguments.
     Raises:
         DataError: the split is empty or damaged, or holds a token id outside the vocabulary.
     """
@@ -330,7 +339,7 @@ def open_split(
                 f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share"
             )
     shards = [manifest.read_shards(split) for manifest, _ in corpora]
-    return Blocks(
+    return make_blocks(
         [shard for some in shards for shard in some],
         shards_of=[len(some) for some in shards],
         weights=[weight for _, weight in corpora],
@@ -384,12 +393,12 @@ def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         batch = next(batches, None)
         if batch is None or device.type == "cpu":
             return batch
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(batch).items()
             if isinstance(value, torch.Tensor)
         }
-        return Batch(**{**vars(batch), **moved})
+        return dataclasses.replace(batch, **moved)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
         pending = thread.submit(fetch)
