@@ -12,9 +12,8 @@ starts is therefore looked up in the shard, never inferred from `</s>`.
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -315,18 +314,11 @@ def load_corpora(data: str | Sequence[str]) -> list[Corpus]:
 
 
 def open_split(
-    corpora: Manifest | Sequence[Corpus],
-    split: str,
-    *,
-    max_seq_length: int,
-    packing: str,
-    attention_scope: str,
+    corpora: Manifest | Sequence[Corpus], split: str, *, max_seq_length: int, packing: str, attention_scope: str,
     make_blocks: Callable[..., Blocks] = Blocks,
-) -> Blocks:
-    """The blocks of "train" or "heldout" of prepared directories, which share a tokenizer.
+) -> Blocks:  # fmt: skip
+    """The blocks of "train" or "heldout" of prepared directories, which share a tokenizer, as `make_blocks` cuts them.
 
-    Args:
-        make_blocks: `Blocks`, or another function of its arguments.
     Raises:
         DataError: the split is empty or damaged, or holds a token id outside the vocabulary.
     """
@@ -398,7 +390,7 @@ def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
             for name, value in vars(batch).items()
             if isinstance(value, torch.Tensor)
         }
-        return dataclasses.replace(batch, **moved)
+        return replace(batch, **moved)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
         pending = thread.submit(fetch)
