@@ -6,6 +6,7 @@ full sentences, 15% masked, all data), which is trained once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ class Experiment:
 
     title: str
     note: str
-    rows: list[tuple[str, Variant, tuple[str, ...]]]
+    rows: Sequence[tuple[str, Variant, tuple[str, ...]]]
     published: tuple[str, ...] = ()
     table: str = ""
 

@@ -68,7 +68,7 @@ def describe_setup(ablation: Ablation, results: Results) -> str:
             "",
             f"Downstream: {task['name']}, {task['metric']} on the dev data in per cent ({examples} examples).",
         ]
-    lines += ["", f"Columns marked * are the paper's ({SOURCE}): models and budgets thousands of times larger."]
+    lines += ["", f"Columns marked * are the paper's ({SOURCE}), of its own models, data and budgets."]
     return "\n".join(lines)
 
 
