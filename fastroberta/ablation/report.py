@@ -128,12 +128,14 @@ def format_mean(values: list[float], digits: int) -> str:
 def draw_chart(path: Path, results: Results) -> None:
     """A row for each experiment: held-out loss of its variants, and beside it the downstream score, as PNG.
 
-    Each dot is a seed, each bar the mean.
+    Each dot is a seed, each bar the mean. All experiments share their axes, so that noise does not look like an effect.
     """
     has_task = all("task" in one for rows in results.values() for row in rows for one in row)
     heights = [len(rows) + 1 for rows in results.values()]
     figure = Figure(figsize=(9 if has_task else 6, 0.42 * sum(heights) + 0.6), layout="constrained")
-    grid = figure.subplots(len(results), 1 + has_task, squeeze=False, gridspec_kw={"height_ratios": heights})
+    grid = figure.subplots(
+        len(results), 1 + has_task, sharex="col", squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
     for (name, rows), panels in zip(results.items(), grid):
         labels = [label for label, _, _ in EXPERIMENTS[name].rows]
         values = [[[one["loss"] for one in row] for row in rows]]
