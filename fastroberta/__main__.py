@@ -13,6 +13,7 @@ PROGRAMS = {
     "fill_mask": "predict masked words in texts, or serve a page to try a model",
     "embed": "turn texts into vectors",
     "finetune": "train a checkpoint for a task: GLUE's, or your own labelled data",
+    "ablate": "repeat the RoBERTa paper's experiments at your own scale",
     "explain": "show what a prediction rests on, and the attention of every head",
     "torchrun": "start train on several GPUs or machines, as torchrun does",
 }

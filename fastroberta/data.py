@@ -12,9 +12,8 @@ starts is therefore looked up in the shard, never inferred from `</s>`.
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,9 +312,10 @@ def load_corpora(data: Sequence[str]) -> list[Corpus]:
 
 
 def open_split(
-    corpora: Manifest | Sequence[Corpus], split: str, *, max_seq_length: int, packing: str, attention_scope: str
-) -> Blocks:
-    """The blocks of "train" or "heldout" of prepared directories, which share a tokenizer.
+    corpora: Manifest | Sequence[Corpus], split: str, *, max_seq_length: int, packing: str, attention_scope: str,
+    make_blocks: Callable[..., Blocks] = Blocks,
+) -> Blocks:  # fmt: skip
+    """The blocks of "train" or "heldout" of prepared directories, which share a tokenizer, as `make_blocks` cuts them.
 
     Raises:
         DataError: the split is empty or damaged, or holds a token id outside the vocabulary.
@@ -329,7 +329,7 @@ def open_split(
                 f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share"
             )
     shards = [manifest.read_shards(split) for manifest, _ in corpora]
-    return Blocks(
+    return make_blocks(
         [shard for some in shards for shard in some],
         shards_of=[len(some) for some in shards],
         weights=[weight for _, weight in corpora],
@@ -374,7 +374,7 @@ def heldout_batches(blocks: Blocks, num_sequences: int, micro_batch_size: int) -
     for corpus, indices in enumerate(blocks.spread_evenly(num_sequences)):
         for start in range(0, len(indices), micro_batch_size):
             chosen = indices[start : start + micro_batch_size]
-            yield dataclasses.replace(blocks.read(chosen, chosen, first), corpus=corpus)
+            yield replace(blocks.read(chosen, chosen, first), corpus=corpus)
             first += len(chosen)
 
 
@@ -385,12 +385,12 @@ def move_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         batch = next(batches, None)
         if batch is None or device.type == "cpu":
             return batch
-        moved = {
+        moved: dict[str, Any] = {
             name: value.pin_memory().to(device, non_blocking=True)
             for name, value in vars(batch).items()
             if isinstance(value, torch.Tensor)
         }
-        return Batch(**{**vars(batch), **moved})
+        return replace(batch, **moved)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
         pending = thread.submit(fetch)

@@ -18,7 +18,8 @@ FLOORS = [
     ["parallel", "hf", "precision"],
     ["training"],
     ["tasks"],
-    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed", "explain", "finetune"],
+    ["ablation"],
+    ["prepare", "evaluate", "export", "plan", "torchrun", "fill_mask", "embed", "explain", "finetune", "ablate"],
     ["train"],
     ["__main__"],
 ]
@@ -134,7 +135,7 @@ def test_importing_the_kernels_imports_no_trainer_and_no_transformers(package):
 
 def test_help_imports_no_torch():
     """Start-up: the programs parse their arguments before they import what takes a second."""
-    for program in ("train", "evaluate", "explain", "export", "plan", "prepare", "finetune"):
+    for program in ("train", "evaluate", "explain", "export", "plan", "prepare", "finetune", "ablate"):
         code = (
             f"import sys, runpy; sys.argv = ['{program}', '--help']\n"
             f"try: runpy.run_module('fastroberta.{program}', run_name='__main__', alter_sys=True)\n"

@@ -1,4 +1,4 @@
-"""Files of labelled examples, read as records that know their place: tables, CoNLL columns, SQuAD and RACE."""
+"""Files of labelled examples, read as records with their line numbers: tables, CoNLL columns, SQuAD and RACE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Table:
 
     Attributes:
         numbers: for each record, its line in the file, or its row in parquet.
-        num_skipped: records with too few or too many fields that were left out.
+        num_skipped: number of records left out because they have too few or too many fields.
     """
 
     path: Path
@@ -29,34 +29,35 @@ class Table:
     num_skipped: int = 0
 
     def place(self, index: int) -> str:
-        """Where a record is, as messages begin: `FILE:LINE`."""
+        """Where a record is, for messages: `FILE:LINE`."""
         return f"{self.path}:{self.numbers[index]}"
 
     def require(self, columns: Sequence[str], hint: str) -> None:
-        """Refuse a file that lacks a column; `hint` says what to do about it."""
+        """Raise DataError if a record lacks a column; `hint` says what to do about it."""
         for index, record in enumerate(self.records):
             for name in columns:
                 if name not in record:
-                    where = (
-                        self.place(index) if index else self.path
-                    )  # a later line of .jsonl may differ from the first
+                    # The first record stands for the file; in .jsonl, a later line may differ from it.
+                    where = self.place(index) if index else self.path
                     has = ", ".join(map(str, record))
                     raise DataError(f"{where}: no column {name!r}, it has {has}; {hint}")
 
 
 def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: bool = False) -> Table:
-    """All records of a file, whose format its suffix says.
+    """All records of a file. Its suffix gives the format.
 
-    Tabs in .tsv separate fields and quotes are ordinary characters, as in GLUE's files. In .conll, the first column is
-    the word, the last its tag, and a blank line ends a sentence; a record holds the lists `words` and `tags`. A .json file
-    is SQuAD's: records hold `id`, `context`, `question` and `answers`, {"text": [...], "answer_start": [...]}. A directory
-    is RACE's: records hold `id`, `text`, `question`, `choices` and `label`.
+    In .tsv, tabs separate fields and quotes are ordinary characters, as in GLUE's files. In .conll, the first column is
+    the word, the last one its tag, and a blank line ends a sentence; a record holds the lists `words` and `tags`. A .json
+    file has SQuAD's format: records hold `id`, `context`, `question` and `answers`, which is
+    {"text": [...], "answer_start": [...]}. A directory has RACE's: records hold `id`, `text`, `question`, `choices` and
+    `label`.
 
     Args:
-        header: names of the columns where the first line does not give them. skip_broken: leave out, and count, lines of
-            a .tsv with another number of fields than the header, of which QQP's has a few; otherwise they are an error.
+        header: names of the columns, if the first line does not give them.
+        skip_broken: leave out and count the lines of a .tsv whose number of fields differs from the header's (QQP has a
+            few); otherwise such a line is an error.
     Raises:
-        DataError: the file cannot be read, or holds no record. ConfigurationError: unknown suffix, or pyarrow is missing.
+        DataError: the file cannot be read or holds no records. ConfigurationError: unknown suffix, or pyarrow is missing.
     """
     readers = {
         ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".conll": _read_conll, ".json": _read_squad,
@@ -73,7 +74,8 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
                     num_skipped += 1
                 else:
                     raise DataError(
-                        f"{path}:{number}: {len(fields)} fields, the header has {len(names)}; mend the line"
+                        f"{path}:{number}: expected {len(names)} fields, as in the header, found {len(fields)}; "
+                        "mend the line"
                     )
         elif path.suffix in readers or path.is_dir():
             pairs = list((_read_race if path.is_dir() else readers[path.suffix])(path))
@@ -84,7 +86,7 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise DataError(f"{path}: cannot be read ({reason}); give another file") from error
     if not records:
-        raise DataError(f"{path}: holds no records; give a file with examples")
+        raise DataError(f"{path}: contains no records; give a file with examples")
     return Table(path, records, numbers, num_skipped)
 
 
@@ -110,8 +112,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 if len(fields) != len(names):
                     raise DataError(
-                        f"{path}:{reader.line_num}: {len(fields)} fields, the header has {len(names)}; "
-                        "quote fields that hold commas"
+                        f"{path}:{reader.line_num}: expected {len(names)} fields, as in the header, found {len(fields)}; "
+                        "put fields that contain commas in quotes"
                     )
                 yield reader.line_num, dict(zip(names, fields))
         except csv.Error as error:
@@ -128,7 +130,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError as error:
                 raise DataError(f"{path}:{number}: not JSON ({error}); mend the line") from error
             if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: not an object with columns by name; write {{...}}")
+                raise DataError(f"{path}:{number}: not a JSON object; write {{...}} with the columns by name")
             yield number, record
 
 
@@ -153,7 +155,7 @@ def _read_conll(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         columns = line.split()
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) < 2:
-                raise DataError(f"{path}:{number}: one column; a line holds a word first and its tag last")
+                raise DataError(f"{path}:{number}: one column; a line begins with a word and ends with its tag")
             start = start if words else number
             words.append(columns[0])
             tags.append(columns[-1])

@@ -1,20 +1,22 @@
-"""Texts that a user gives on the command line, in files, or on standard input."""
+"""Texts from the command line, from files, or from standard input."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigurationError, DataError
+from .tables import read_table
+
+TEXT_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"))
 
 
 def read_texts(texts: Sequence[str], file: str | None) -> list[str]:
-    """The texts themselves, and the lines of a file; without either, the lines of standard input. Blank lines go.
+    """The given texts and the lines of a file; without either, the lines of standard input. Blank lines are dropped.
 
     Raises:
-        DataError: the file cannot be read. ConfigurationError: there is no text at all.
+        DataError: the file cannot be read. ConfigurationError: there is no text.
     """
     found = list(texts)
     if file is not None and file != "-":
@@ -32,30 +34,19 @@ def read_texts(texts: Sequence[str], file: str | None) -> list[str]:
 
 
 def read_labelled_texts(file: str) -> tuple[list[str | tuple[str, str]], list[str]]:
-    """Texts, or pairs of texts, and their labels, from a .tsv file whose first line names its columns.
+    """Texts, or pairs of texts, and their labels, from a table whose first line names its columns.
 
-    The columns are `label`, and `sentence` or `text`, or `sentence1` and `sentence2`; quotes are ordinary characters.
+    The columns are `label`, and either `sentence`, `text`, or `sentence1` and `sentence2`.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, or has a line with too few fields.
+        DataError: the file cannot be read or lacks a column. See `read_table`.
     """
-    try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            records = list(reader)
-            names = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise DataError(f"{file}: cannot be read ({reason}); give a .tsv file with labels") from error
-    choices = (["sentence"], ["text"], ["sentence1", "sentence2"])
-    columns = next((choice for choice in choices if {"label", *choice} <= set(names)), None)
-    if columns is None or not records:
-        what = f"its columns are {', '.join(names)}" if records else "it holds no texts"
-        raise DataError(f"{file}: {what}; name them sentence and label, or sentence1, sentence2 and label")
-    texts: list[str | tuple[str, str]] = []
-    for number, record in enumerate(records, 2):
-        found = [record[column] for column in columns]
-        if None in (*found, record["label"]):
-            raise DataError(f"{file}:{number}: fewer fields than the first line names; mend the line")
-        texts.append(found[0] if len(found) == 1 else (found[0], found[1]))
-    return texts, [record["label"] for record in records]
+    table = read_table(Path(file))
+    names = table.records[0].keys()
+    columns = next((choice for choice in TEXT_COLUMNS if names >= {"label", *choice}), None)
+    if columns is None:
+        raise DataError(
+            f"{file}: its columns are {', '.join(names)}; name them sentence and label, or sentence1, sentence2 and label"
+        )
+    texts = [tuple(record[column] for column in columns) for record in table.records]
+    return [text if len(text) > 1 else text[0] for text in texts], [record["label"] for record in table.records]

@@ -34,7 +34,7 @@ from ..cli.arguments import validate
 from ..cli.program import StopRequest
 from ..config import TrainConfig
 from ..corpus.tokenizer import load_tokenizer
-from ..data import Batch, heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
+from ..data import Batch, Blocks, heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
 from ..errors import DeviceMemoryError, Stopped
 from ..hf import save_huggingface
 from ..model import COMPUTE_DTYPES, AttentionScope
@@ -68,11 +68,17 @@ class StepSums(NamedTuple):
 class Trainer:
     """One run: data, model and optimizer as the configuration and the latest checkpoint give them.
 
+    Args:
+        make_blocks: makes the training data's blocks, as `Blocks` does.
     Raises:
         ConfigurationError, DataError, CheckpointError: something does not fit; nothing has been written.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes | None = None):
+    build_model = staticmethod(build_model)
+
+    def __init__(
+        self, config: TrainConfig, processes: Processes | None = None, make_blocks: Callable[..., Blocks] = Blocks
+    ):
         assert config.data is not None
         self.config = config
         self.output_dir = Path(config.output_dir)
@@ -90,8 +96,9 @@ class Trainer:
                 max_seq_length=config.max_seq_length,
                 packing=config.packing,
                 attention_scope=config.attention_scope,
+                make_blocks=make,
             )
-            for split in ("train", "heldout")
+            for split, make in (("train", make_blocks), ("heldout", Blocks))
         )
 
         self.epochs_note = settle_epochs(config, len(self.blocks))
@@ -101,7 +108,7 @@ class Trainer:
         # The first process decides: the others may have measured on a busier CPU.
         chosen = self.processes.collect(settle_precision(config.precision, self.device, before))[0]
         config.precision, self.precision_reason = chosen
-        self.model = build_model(config, self.manifest).train()
+        self.model = self.build_model(config, self.manifest).train()
         self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
         self.distillation = prepare_distillation(self.model, config, self.manifest, self.device)
         validate(config)  # again, now that the sizes of the data and of the initial model are known
@@ -325,13 +332,17 @@ class Trainer:
                 save_checkpoint(
                     self.output_dir,
                     self.step,
-                    lambda path: save_huggingface(self.model, self.tokenizer, path, weights),
+                    lambda path: self.write_model(path, weights),
                     tensors,
                     self._describe_run(),
                 )
                 remove_old_checkpoints(self.output_dir, self.config.save_total_limit)
             self.processes.wait_for_all()
         return get_path(self.output_dir, self.step)
+
+    def write_model(self, path: Path, weights: dict[str, Tensor]) -> None:
+        """Write the model's part of a checkpoint, with these weights by parameter name."""
+        save_huggingface(self.model, self.tokenizer, path, weights)
 
     def _describe_run(self) -> dict[str, Any]:
         run = describe_run(self.step, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config)

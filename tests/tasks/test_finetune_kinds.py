@@ -61,7 +61,7 @@ def test_words_of_conll_columns(checkpoint, tmp_path):
     assert [one for one in first["labels"] if one != IGNORED_LABEL] == [1, 2, 1, 2, 2]
     assert first["labels"][0] == first["labels"][-1] == IGNORED_LABEL
     path.write_text("Anna B-PER\nBen\n")
-    with pytest.raises(DataError, match=r"train.conll:2: one column; a line holds a word first and its tag last"):
+    with pytest.raises(DataError, match=r"train.conll:2: one column; a line begins with a word and ends with its tag"):
         read_table(path)
     (tmp_path / "train.jsonl").write_text('{"words": ["Anna", "gives"], "tags": ["O"]}\n')
     with pytest.raises(DataError, match=r"train.jsonl:1: 2 words and 1 tags"):

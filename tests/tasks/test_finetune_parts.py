@@ -123,7 +123,7 @@ def test_broken_lines_of_glue_are_counted_and_of_own_data_refused(tmp_path):
     table = read_table(path, skip_broken=True)
     assert [record["label"] for record in table.records] == ["1", "0"]
     assert (table.num_skipped, table.place(1)) == (1, f"{path}:5")
-    with pytest.raises(DataError, match=r"train.tsv:3: 1 fields, the header has 2"):
+    with pytest.raises(DataError, match=r"train.tsv:3: expected 2 fields, as in the header, found 1"):
         read_table(path)
     with pytest.raises(DataError, match=r"train.tsv: no such file; --data takes GLUE's directory"):
         find_glue_task("RTE", tmp_path / "nowhere")
