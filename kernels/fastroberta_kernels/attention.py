@@ -344,6 +344,8 @@ BACKWARD_BLOCKS = {
 # spills on sm_80, as the 128 x 128 forward does on sm_100.
 CHIP_FORWARD_BLOCKS = {(90, 2, 64): (128, 128, 8, 2)}
 CHIP_BACKWARD_BLOCKS = {(90, 2, 64): (64, 128, 8, 1), (100, 2, 64): (64, 128, 8, 1)}
+# Exceptions of the forward in a window by (bytes, head_dim): the blocks above would spill on sm_90.
+WINDOW_FORWARD_BLOCKS = {(4, 128): (32, 16, 8, 1)}
 # `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
@@ -430,7 +432,9 @@ def attention_forward(
     num_heads, head_dim = q.shape[-2:]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
     lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
-    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS, CHIP_FORWARD_BLOCKS)
+    window = window_arguments(window_left, window_right)
+    exceptions = {} if window[0] is None else WINDOW_FORWARD_BLOCKS
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS | exceptions, CHIP_FORWARD_BLOCKS)
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(
@@ -439,7 +443,7 @@ def attention_forward(
             q, k, v, out, lse, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v),
             max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], scale * LOG2_E, keep_scale, threshold,
-            *window_arguments(window_left, window_right),
+            *window,
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
