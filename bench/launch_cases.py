@@ -13,9 +13,10 @@ import torch
 from fastroberta_kernels.attention import HEAD_DIMS, attention, varlen_attention
 from fastroberta_kernels.cross_entropy import linear_cross_entropy
 from fastroberta_kernels.embedding import embedding_layer_norm
-from fastroberta_kernels.gelu import bias_gelu
+from fastroberta_kernels.gelu import bias_gelu, geglu
 from fastroberta_kernels.layer_norm import dropout_add_layer_norm, layer_norm
 from fastroberta_kernels.masking import LONGEST_SEQUENCE, mask_tokens
+from fastroberta_kernels.rotary import apply_rotary, make_tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,35 +33,47 @@ def attention_cases() -> Iterator[Callable[[], None]]:
                 for length, key_lengths in ((512, None), (509, None), (512, lengths)):
                     yield functools.partial(run_dense_case, dtype, head_dim, dropout_p, length, key_lengths)
                 yield functools.partial(run_varlen_case, dtype, head_dim, dropout_p)
+                yield functools.partial(run_dense_case, dtype, head_dim, dropout_p, 512, lengths, (64, 64))
+                yield functools.partial(run_varlen_case, dtype, head_dim, dropout_p, (64, 64))
 
 
 def run_dense_case(
-    dtype: torch.dtype, head_dim: int, dropout_p: float, length: int, key_lengths: torch.Tensor | None
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout_p: float,
+    length: int,
+    key_lengths: torch.Tensor | None,
+    window: tuple[int, int] = (-1, -1),
 ) -> None:
     qkv = torch.zeros(1, length, 3, 2, head_dim, dtype=dtype, requires_grad=True)
     q, k, v = qkv.unbind(2)
-    out = attention(q, k, v, dropout_p=dropout_p, seed=0, key_lengths=key_lengths, impl="triton")
+    out = attention(q, k, v, dropout_p=dropout_p, seed=0, key_lengths=key_lengths, window_size=window, impl="triton")
     out.backward(torch.zeros_like(out))
 
 
-def run_varlen_case(dtype: torch.dtype, head_dim: int, dropout_p: float) -> None:
+def run_varlen_case(dtype: torch.dtype, head_dim: int, dropout_p: float, window: tuple[int, int] = (-1, -1)) -> None:
     qkv = torch.zeros(512, 3, 2, head_dim, dtype=dtype, requires_grad=True)
     bounds = torch.tensor([0, 512], dtype=torch.int32)
     q, k, v = qkv.unbind(1)
-    out = varlen_attention(q, k, v, bounds, bounds, 512, 512, dropout_p=dropout_p, seed=0, impl="triton")
+    out = varlen_attention(
+        q, k, v, bounds, bounds, 512, 512, dropout_p=dropout_p, seed=0, window_size=window, impl="triton"
+    )
     out.backward(torch.zeros_like(out))
 
 
 def layer_norm_cases() -> Iterator[Callable[[], None]]:
     """Forward and backward with every width, every mixture of dtypes and every set of flags, but not their product."""
 
-    def case(num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48):
+    def case(
+        num_columns, dtype, parameter_dtype, residual_dtype=None, has_x_bias=False, p=0.0, num_rows=48, has_bias=True
+    ):
         def run():
             def empty(*shape, dtype):
                 return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
             x = empty(num_rows, num_columns, dtype=dtype)
-            weight, bias = (empty(num_columns, dtype=parameter_dtype) for _ in range(2))
+            weight = empty(num_columns, dtype=parameter_dtype)
+            bias = empty(num_columns, dtype=parameter_dtype) if has_bias else None
             if residual_dtype is None:
                 y = layer_norm(x, weight, bias, impl="triton")
             else:
@@ -89,28 +102,37 @@ def layer_norm_cases() -> Iterator[Callable[[], None]]:
         for has_x_bias in (False, True):
             for p in (0.0, 0.1):
                 yield case(num_columns, bf16, fp32, bf16, has_x_bias, p)
+        yield case(num_columns, bf16, fp32, has_bias=False)
+        yield case(num_columns, bf16, fp32, bf16, has_x_bias=True, p=0.1, has_bias=False)
+    # Without a bias at every width, as ModernBERT has it.
+    for num_columns in (128, 256, 512, 2048, 4096, 8192):
+        yield case(num_columns, bf16, fp32, has_bias=False)
     yield case(1, bf16, fp32, bf16, has_x_bias=True, p=0.1, num_rows=1)  # Triton compiles a size of 1 in as a constant
 
 
 def gelu_cases() -> Iterator[Callable[[], None]]:
     """Forward and backward in every configuration."""
 
-    def case(dtype, bias_dtype, approximate, num_columns=3072):
+    def case(operation, dtype, bias_dtype, approximate, num_columns=3072):
         def run():
-            x = torch.zeros((48, num_columns), dtype=dtype, requires_grad=True)
-            bias = None if bias_dtype is None else torch.zeros(num_columns, dtype=bias_dtype, requires_grad=True)
-            y = bias_gelu(x, bias, approximate=approximate, impl="triton")
+            width = num_columns if operation is bias_gelu else 2 * num_columns
+            x = torch.zeros((48, width), dtype=dtype, requires_grad=True)
+            bias = None if bias_dtype is None else torch.zeros(width, dtype=bias_dtype, requires_grad=True)
+            y = operation(x, bias, approximate=approximate, impl="triton")
             y.backward(torch.zeros_like(y))
 
         return run
 
     fp32 = torch.float32
-    for approximate in ("none", "tanh"):
-        for dtype in DTYPES:
-            for bias_dtype in dict.fromkeys((None, fp32, dtype)):
-                for num_columns in (3072, 1023):  # aligned rows, and unaligned ones
-                    yield case(dtype, bias_dtype, approximate, num_columns)
-    yield case(torch.bfloat16, fp32, "none", num_columns=1)  # Triton compiles a size of 1 in as a constant
+    for operation in (bias_gelu, geglu):
+        for approximate in ("none", "tanh"):
+            for dtype in DTYPES:
+                for bias_dtype in dict.fromkeys((None, fp32, dtype)):
+                    for num_columns in (3072, 1023):  # aligned rows, and unaligned ones
+                        yield case(operation, dtype, bias_dtype, approximate, num_columns)
+        yield case(
+            operation, torch.bfloat16, fp32, "none", num_columns=1
+        )  # Triton compiles a size of 1 in as a constant
 
 
 def embedding_cases() -> Iterator[Callable[[], None]]:
@@ -205,3 +227,22 @@ def masking_cases() -> Iterator[Callable[[], None]]:
     # Every block size, with lengths that are multiples of 16 and others. Triton compiles a length of 1 in as a constant.
     for length in (512, 509, 1024, 1023, 2048, 2047, LONGEST_SEQUENCE, LONGEST_SEQUENCE - 1, 1):
         yield functools.partial(mask, length, 50265, (0, 1, 2, 3, 50264), 0.15)
+
+
+def rotary_cases() -> Iterator[Callable[[], None]]:
+    """Forward and backward in every configuration: head sizes with and without vector loads, and of one pair."""
+
+    def case(dtype, table_dtype, head_dim):
+        def run():
+            qkv = torch.zeros(1, 32, 3, 2, head_dim, dtype=dtype, requires_grad=True)
+            q, k, _ = qkv.unbind(2)
+            cos, sin = (table.to(table_dtype) for table in make_tables(32, head_dim))
+            out = torch.stack(apply_rotary(q, k, cos, sin, impl="triton"))
+            out.backward(torch.zeros_like(out))
+
+        return run
+
+    for dtype in DTYPES:
+        for table_dtype in dict.fromkeys((torch.float32, dtype)):
+            for head_dim in (32, 64, 128, 48, 24, 2):
+                yield case(dtype, table_dtype, head_dim)

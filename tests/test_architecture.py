@@ -26,9 +26,10 @@ FLOORS = [
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],
     ["philox", "_rows"],
-    ["_attention_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb"],
+    ["_attention_cpu", "_attention_window_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb", "rotary"],
     ["attention", "cross_entropy"],
     ["huggingface"],
+    ["_modernbert"],
 ]
 
 
@@ -121,7 +122,7 @@ def test_kernels_stand_alone():
         allowed = standard | {"triton"} if path.stem == "_dispatch" else standard
         if path.stem == "_cuda":
             allowed = standard | {"cuda"}
-        if path.stem == "huggingface":
+        if path.stem in ("huggingface", "_modernbert"):
             allowed = standard | {"transformers"}
         assert roots <= allowed, f"{path.name} imports {roots - allowed}"
 

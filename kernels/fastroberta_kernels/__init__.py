@@ -15,6 +15,7 @@ __all__ = [
     "layer_norm",
     "masking",
     "philox",
+    "rotary",
 ]
 
 

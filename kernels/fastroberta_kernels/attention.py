@@ -1,4 +1,4 @@
-"""Bidirectional softmax attention with dropout, for dense batches and for packed documents.
+"""Bidirectional softmax attention with dropout, for dense batches and for packed documents, whole or in a sliding window.
 
 Forward, for each sequence and head, with s = scale and Z = 256 / (256 - threshold) for kept elements, 0 for others:
 
@@ -34,7 +34,15 @@ One backward kernel, five matrix products
 
 Bytes moved by the forward: Q and O once; K and V once per block of queries, from L2 after the first; 4 bytes per row.
 
-On CPUs, and with impl="torch", `_attention_cpu` does the work.
+Sliding window
+    With `window_size` (left, right), query i sees keys i - left to i + right of its sequence. P is zero elsewhere, and pairs
+    of blocks without a visible score are skipped in both directions. The forward starts at the first visible block of
+    keys; the backward takes, for each block of keys, the queries that see it. Its scratch for dQ starts from zero then,
+    since the first visit of a query is no longer that of the first block. With windows of 64 on both sides (ModernBERT)
+    the forward visits 4 blocks of 64 keys for each 128 queries, and the backward 256 queries for each 128 keys, however
+    long the sequence. Without a window the machine code is the same as if windows did not exist.
+
+On CPUs, and with impl="torch", `_attention_cpu` does the work, and `_attention_window_cpu` that with a window.
 """
 
 from __future__ import annotations
@@ -48,11 +56,13 @@ from torch import nn
 
 from . import philox
 from ._attention_cpu import attention_torch, varlen_attention_torch
+from ._attention_window_cpu import window_attention_torch
 from ._dispatch import NAMESPACE, align, cast_for_autocast, get_capability, jit, launch, tl, use_triton
 from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 128)
+UNLIMITED = 1 << 30  # the side of a window that has no bound; a sum with an index stays in 32 bits
 
 
 @jit
@@ -90,13 +100,14 @@ def locate_sequence(
 
 # Specialised are only the sizes that save registers: strides, which `align_heads` makes multiples of 16, and the number
 # of keys, if it is the same for all sequences.
-@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold", "window_left", "window_right"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
     q_batch_stride, q_row_stride, q_head_stride,
     k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
     length_q, length_k, total_q, total_k, qk_scale, keep_scale, threshold,
+    window_left, window_right,  # None without a window
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -136,12 +147,25 @@ def attention_forward_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
-    for start_n in range(0, num_k, BLOCK_N):
+    first_n, end_n = 0, num_k
+    if window_left is not None:
+        first_n = tl.maximum(start_m - window_left, 0) // BLOCK_N * BLOCK_N
+        end_n = tl.minimum(num_k, start_m + BLOCK_M + window_right)
+        k_ptr += first_n.to(tl.int64) * k_row_stride
+        v_ptr += first_n.to(tl.int64) * v_row_stride
+        # The lowest finite number: a row may see no key of its first block, and -inf - -inf is NaN.
+        largest = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
+    for start_n in range(first_n, end_n, BLOCK_N):
         is_column = columns < num_k - start_n
         k = tl.load(k_ptr + k_offsets, mask=is_column[:, None], other=0.0)
         v = tl.load(v_ptr + v_offsets, mask=is_column[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = scores * qk_scale + tl.where(is_column, 0.0, float("-inf"))[None, :]
+        if window_left is not None:
+            distance = (start_n - start_m + columns)[None, :] - rows[:, None]
+            is_seen = is_column[None, :] & (distance >= -window_left) & (distance <= window_right)
+            scores = tl.where(is_seen, scores * qk_scale, float("-inf"))
+        else:
+            scores = scores * qk_scale + tl.where(is_column, 0.0, float("-inf"))[None, :]
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         probabilities = tl.exp2(scores - new_largest[:, None])
         correction = tl.exp2(largest - new_largest)
@@ -163,7 +187,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + rows, lse, mask=is_row)
 
 
-@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold"])
+@jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold", "window_left", "window_right"])
 def attention_backward_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, partial_ptr,
     cu_seqlens_q_ptr, lengths_k_ptr, seed_ptr,
@@ -172,6 +196,7 @@ def attention_backward_kernel(
     v_batch_stride, v_row_stride, v_head_stride,
     dq_row_stride, dk_row_stride,
     length_q, length_k, total_q, total_k, chunk, qk_scale, scale, keep_scale, threshold,
+    window_left, window_right,  # None without a window
     VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -210,6 +235,10 @@ def attention_backward_kernel(
         out = tl.load(out_ptr + offsets, mask=is_row[:, None], other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets, mask=is_row[:, None], other=0.0).to(tl.float32)
         tl.store(delta_ptr + rows, tl.sum(out * grad, 1), mask=is_row)
+        if window_left is not None:
+            zeros = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+            partial_ptrs = partial_ptr + rows.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+            tl.store(partial_ptrs, zeros, mask=is_row[:, None])
     tl.debug_barrier()
 
     if DROPOUT:
@@ -227,10 +256,17 @@ def attention_backward_kernel(
         dk = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
         dv = tl.zeros((BLOCK_N, HEAD_DIM), tl.float32)
         # Blocks of ignored keys only write zeros.
-        num_visited_q = tl.where((start_n == first_n) | (start_n < last_active_n), num_q, 0)
-        for start_m in range(0, num_visited_q, BLOCK_M):
+        first_m = 0
+        end_m = tl.where((start_n == first_n) | (start_n < last_active_n), num_q, 0)
+        if window_left is not None:
+            end_n = tl.minimum(start_n + BLOCK_N, last_active_n)
+            first_m = tl.maximum(start_n - window_right, 0) // BLOCK_M * BLOCK_M
+            end_m = tl.where(start_n < end_n, tl.minimum(num_q, end_n + window_left), 0)
+        for start_m in range(first_m, end_m, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
             is_row = rows < num_q
+            if window_left is not None:
+                is_row = rows < end_m  # queries that see no key at all may hold NaN
             offsets_m = rows.to(tl.int64)
             q = tl.load(q_ptr + offsets_m[:, None] * q_row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
             grad = tl.load(grad_ptr + offsets_m[:, None] * row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
@@ -240,7 +276,11 @@ def attention_backward_kernel(
             # With all tiles (keys, queries), every product takes its operands in their own layout.
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
             probabilities = tl.exp2(scores * qk_scale - lse[None, :])
-            probabilities = tl.where(is_column[:, None], probabilities, 0.0)
+            is_seen = is_column[:, None]
+            if window_left is not None:
+                distance = columns[:, None] - rows[None, :]
+                is_seen = is_seen & (distance >= -window_left) & (distance <= window_right)
+            probabilities = tl.where(is_seen, probabilities, 0.0)
             dprobabilities = tl.dot(v, tl.trans(grad), input_precision="ieee")
             if DROPOUT:
                 keep = tl.trans(
@@ -255,7 +295,10 @@ def attention_backward_kernel(
             dk = tl.dot(dscores, q, dk, input_precision="ieee")
             dq = tl.dot(tl.trans(k), dscores, input_precision="ieee")
             partial_ptrs = partial_ptr + offsets_m[None, :] * HEAD_DIM + dims[:, None]
-            dq += tl.load(partial_ptrs, mask=is_row[None, :] & (start_n > first_n), other=0.0)
+            if window_left is not None:
+                dq += tl.load(partial_ptrs, mask=is_row[None, :], other=0.0)
+            else:
+                dq += tl.load(partial_ptrs, mask=is_row[None, :] & (start_n > first_n), other=0.0)
             tl.store(partial_ptrs, dq, mask=is_row[None, :])
         is_written = (columns < last_n)[:, None]
         offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
@@ -301,6 +344,8 @@ BACKWARD_BLOCKS = {
 # spills on sm_80, as the 128 x 128 forward does on sm_100.
 CHIP_FORWARD_BLOCKS = {(90, 2, 64): (128, 128, 8, 2)}
 CHIP_BACKWARD_BLOCKS = {(90, 2, 64): (64, 128, 8, 1), (100, 2, 64): (64, 128, 8, 1)}
+# Exceptions of the forward in a window by (bytes, head_dim): the blocks above would spill on sm_90.
+WINDOW_FORWARD_BLOCKS = {(4, 128): (32, 16, 8, 1)}
 # `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
@@ -351,6 +396,13 @@ def split_documents(
         yield part.stop - part.start - 1, cu_seqlens_q[part], lengths_k[part]
 
 
+def window_arguments(left: int, right: int) -> tuple[int | None, int | None]:
+    """The window as the kernels take it: None if neither side has a bound."""
+    if left < 0 and right < 0:
+        return None, None
+    return min(left, UNLIMITED) if left >= 0 else UNLIMITED, min(right, UNLIMITED) if right >= 0 else UNLIMITED
+
+
 def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
     """Seed, scale and threshold of dropout. Without dropout the seed is not read, and `q` is a placeholder."""
     return (q if seed is None else align(seed)), philox.dropout_scale(dropout_p), philox.dropout_threshold(dropout_p)
@@ -368,6 +420,8 @@ def attention_forward(
     max_seqlen_k: int,
     dropout_p: float,
     scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output, and log2 of the softmax denominators, fp32 (heads, query rows)."""
     is_varlen = cu_seqlens_q is not None
@@ -378,7 +432,9 @@ def attention_forward(
     num_heads, head_dim = q.shape[-2:]
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
     lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
-    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS, CHIP_FORWARD_BLOCKS)
+    window = window_arguments(window_left, window_right)
+    exceptions = {} if window[0] is None else WINDOW_FORWARD_BLOCKS
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS | exceptions, CHIP_FORWARD_BLOCKS)
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(
@@ -387,6 +443,7 @@ def attention_forward(
             q, k, v, out, lse, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v),
             max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], scale * LOG2_E, keep_scale, threshold,
+            *window,
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
@@ -395,7 +452,7 @@ def attention_forward(
 
 
 @attention_forward.register_fake
-def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale, *window):
     num_rows = math.prod(q.shape[:-2])
     return q.new_empty(q.shape), q.new_empty((q.shape[-2], num_rows), dtype=torch.float32)
 
@@ -415,19 +472,23 @@ def attention_backward(
     max_seqlen_k: int,
     dropout_p: float,
     scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the queries, keys and values."""
     is_varlen = cu_seqlens_q is not None
     new = torch.zeros if is_varlen else torch.empty
     dq, dk, dv = (new(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
     launch_backward(
-        grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
-    )
+        grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale,
+        window_left, window_right,
+    )  # fmt: skip
     return dq, dk, dv
 
 
 def launch_backward(
-    grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
+    grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale,
+    window_left=-1, window_right=-1,
 ):  # fmt: skip
     """Fill dq, dk and dv. Their heads are contiguous in a row; rows may have any stride, the same for dk and dv."""
     is_varlen = cu_seqlens_q is not None
@@ -454,7 +515,7 @@ def launch_backward(
             grad, q, k, v, out, lse, dq, dk, dv, delta, partial, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
             max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], blocks_in_chunk * block_n,
-            scale * LOG2_E, scale, keep_scale, threshold,
+            scale * LOG2_E, scale, keep_scale, threshold, *window_arguments(window_left, window_right),
             VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=BACKWARD_REGISTERS.get((q.element_size(), head_dim)),
@@ -464,23 +525,20 @@ def launch_backward(
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+def _(grad, q, k, v, out, lse, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale, *window):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, lengths_k, seed, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.dropout_p, ctx.scale = inputs
+    q, k, v, cu_seqlens_q, lengths_k, seed, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, lengths_k, seed)
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 10
-    gradients = attention_backward(
-        grad, *ctx.saved_tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.dropout_p, ctx.scale
-    )
-    return *gradients, None, None, None, None, None, None, None
+        return (None,) * 12
+    return *attention_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 9
 
 
 attention_forward.register_autograd(backward, setup_context=save_for_backward)
@@ -495,13 +553,15 @@ def attention(
     scale: float | None = None,
     seed: int | torch.Tensor | None = None,
     key_lengths: torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of each query to all keys of its sequence.
+    """Softmax attention of each query to the keys of its sequence, all or those in a window around it.
 
-    There is no mask but `key_lengths`: encoders of this family need no other, and each would need a kernel of its own.
-    For causal attention, or an additive bias as in ALiBi, T5 or DeBERTa, use scaled_dot_product_attention or
-    torch.nn.attention.flex_attention.
+    There is no mask but `key_lengths` and `window_size`, since encoders of this family need no other. Causal attention is
+    the window (-1, 0), for as many queries as keys. An additive bias or mask, as in ALiBi, T5 or DeBERTa, would be another
+    input to read, and in the backward one more sum to write for each score, in kernels that have no registers to spare:
+    use scaled_dot_product_attention(attn_mask=...) or torch.nn.attention.flex_attention.
 
     Args:
         q: (batch, length_q, heads, head_dim), fp32, bf16 or fp16. k, v: (batch, length_k, heads, head_dim), same dtype.
@@ -512,12 +572,15 @@ def attention(
         seed: int, or int64 tensor (key,) or (key, first_row); required if dropout_p > 0.
         key_lengths: int32 (batch,): keys from this index on are ignored, whatever they hold, NaN included. A length is
             clamped to [0, length_k]. A sequence without keys yields zeros.
+        window_size: (left, right): query i sees keys i - left to i + right, both counted from the start of the sequence.
+            (flash-attention counts from the end, which differs where there are more keys than queries.) -1 stands for no
+            bound. A query without a key in its window yields zeros.
         impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
     Returns:
         (batch, length_q, heads, head_dim) in the dtype of q, or of autocast.
     Raises:
-        ValueError: mismatched shapes, dtypes or devices; dropout without a seed; with Triton also a head_dim above 128
-            (smaller ones are padded to 32, 64 or 128) or any other dtype.
+        ValueError: mismatched shapes, dtypes or devices; dropout without a seed; a window of less than -1; with Triton also
+            a head_dim above 128 (smaller ones are padded to 32, 64 or 128) or any other dtype.
     """
     q, k, v = cast_for_autocast(q, k, v)
     seed = check_arguments("attention", q, k, v, dropout_p, seed)
@@ -527,9 +590,14 @@ def attention(
         raise ValueError(f"attention: q has batch {q.shape[0]}, k and v have {k.shape[0]}; make them equal")
     if key_lengths is not None:
         check_lengths("attention", "key_lengths", key_lengths, q.shape[0])
-    if not use_triton("attention", impl, q, k, v, seed, key_lengths):
-        return attention_torch(q, k, v, dropout_p=dropout_p, scale=scale, seed=seed, key_lengths=key_lengths)
-    return run_padded(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)
+    left, right = check_window("attention", window_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lengths = (q.shape[1], k.shape[1])
+    if use_triton("attention", impl, q, k, v, seed, key_lengths):
+        return run_padded(q, k, v, None, key_lengths, seed, *lengths, dropout_p, scale, left, right)
+    if left >= 0 or right >= 0:
+        return window_attention_torch(q, k, v, None, key_lengths, seed, *lengths, dropout_p, scale, left, right)[0]
+    return attention_torch(q, k, v, dropout_p=dropout_p, scale=scale, seed=seed, key_lengths=key_lengths)
 
 
 def varlen_attention(
@@ -544,6 +612,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     seed: int | torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
     impl: str | None = None,
 ) -> torch.Tensor:
     """`attention` for packed documents: each query attends to the keys of its own document.
@@ -557,6 +626,7 @@ def varlen_attention(
         max_seqlen_q, max_seqlen_k: upper bounds of document lengths, as ints so that nothing is read from the device. If
             they are too small, rows are left out on a GPU, and PyTorch raises.
         dropout_p, scale, seed, impl: as in `attention`. The dropout row of a query is its index in `q`.
+        window_size: as in `attention`, inside each document.
     Returns:
         (tokens_q, heads, head_dim); zeros for documents without keys and for rows after the last document.
     Raises:
@@ -568,10 +638,14 @@ def varlen_attention(
         raise ValueError(f"varlen_attention: q is {tuple(q.shape)}, expected (tokens, heads, head_dim)")
     check_lengths("varlen_attention", "cu_seqlens_q", cu_seqlens_q)
     check_lengths("varlen_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.numel())
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if not use_triton("varlen_attention", impl, q, k, v, seed, cu_seqlens_q, cu_seqlens_k):
-        return varlen_attention_torch(q, k, v, *lengths, dropout_p=dropout_p, scale=scale, seed=seed)
-    return run_padded(q, k, v, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale)
+    left, right = check_window("varlen_attention", window_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds, lengths = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    if use_triton("varlen_attention", impl, q, k, v, seed, *bounds):
+        return run_padded(q, k, v, *bounds, seed, *lengths, dropout_p, scale, left, right)
+    if left >= 0 or right >= 0:
+        return window_attention_torch(q, k, v, *bounds, seed, *lengths, dropout_p, scale, left, right)[0]
+    return varlen_attention_torch(q, k, v, *bounds, *lengths, dropout_p=dropout_p, scale=scale, seed=seed)
 
 
 def check_arguments(
@@ -598,6 +672,16 @@ def check_arguments(
     return philox.as_seed(seed, q.device)
 
 
+def check_window(operation: str, window_size: tuple[int, int]) -> tuple[int, int]:
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(
+            f"{operation}: window_size is {tuple(window_size)}; give the number of keys to the left and to the right, or "
+            "-1 for no bound"
+        )
+    return left, right
+
+
 def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int | None = None) -> None:
     if lengths.dtype != torch.int32 or lengths.dim() != 1 or (count is None and lengths.numel() == 0):
         raise ValueError(f"{operation}: {name} is {tuple(lengths.shape)} {lengths.dtype}, expected 1-D int32")
@@ -605,7 +689,7 @@ def check_lengths(operation: str, name: str, lengths: torch.Tensor, count: int |
         raise ValueError(f"{operation}: {name} has {lengths.numel()} elements, expected {count}")
 
 
-def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale):
+def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale, left, right):
     """Run the kernels, with heads padded by zeros to a supported dimension."""
     head_dim = q.shape[-1]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -623,8 +707,9 @@ def run_padded(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_
     tensors = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
     lengths_k = lengths_k if lengths_k is None else lengths_k.contiguous()
     cu_seqlens_q = cu_seqlens_q if cu_seqlens_q is None else cu_seqlens_q.contiguous()
-    scale = head_dim**-0.5 if scale is None else scale
-    out, _ = attention_forward(*tensors, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale)
+    out, _ = attention_forward(
+        *tensors, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale, left, right
+    )
     return out[..., :head_dim]
 
 

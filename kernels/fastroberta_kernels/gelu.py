@@ -1,4 +1,4 @@
-"""Bias and GELU in one pass, exact (erf) or with the tanh approximation.
+"""Bias and GELU in one pass, exact (erf) or with the tanh approximation, and its gated form, GeGLU.
 
 With s = x + bias, Phi the cumulative distribution function of the standard normal and phi its density:
 
@@ -8,17 +8,23 @@ With s = x + bias, Phi the cumulative distribution function of the standard norm
            dx = dy * (q + 2 * s * q * (1 - q) * du/ds),  du/ds = sqrt(2/pi) * (1 + 3 * 0.044715 * s^2)
     dbias = sum over rows of dx
 
-Shapes: x, y (..., N), of which the leading dimensions are flattened into rows; bias (N,) or None.
+GeGLU splits the last dimension of x + bias into halves a and b, of which b gates:
+
+    y = gelu(a) * b,   da = dy * b * gelu'(a),   db = dy * gelu(a),   dx = (da, db),   dbias = sum over rows of dx
+
+Shapes: x, y (..., N), of which the leading dimensions are flattened into rows; bias (N,) or None. For GeGLU, x is
+(..., 2N) and bias (2N,).
 Dtypes: x and bias fp32, bf16 or fp16. y has the dtype of x, each gradient that of its tensor. All arithmetic is fp32,
 including the sum s.
 
-Saved for the backward: x and bias. Bytes moved per element, for tensors of b bytes: forward 2b (x, y), backward 3b (dy,
-x, dx).
+Saved for the backward: x and bias. Bytes moved per element of y, for tensors of b bytes: forward 2b (x, y), backward 3b
+(dy, x, dx); GeGLU 3b and 5b. PyTorch's own operations move 5b and 13b for a GeGLU, and save gelu(a) besides x.
 
 Determinism: no atomics; dbias is summed as described in `_rows`, in an order that depends on the GPU model. No random
 numbers.
 
-Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2.
+Sources: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415, section 2; Shazeer, "GLU Variants Improve
+Transformer", arXiv 2002.05202, section 2.
 """
 
 from __future__ import annotations
@@ -39,6 +45,33 @@ def bias_gelu_torch(x: torch.Tensor, bias: torch.Tensor | None, approximate: str
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
+@jit
+def _evaluate(s, TANH: tl.constexpr):
+    """q, of which gelu(s) = s * q."""
+    if TANH:
+        # For negative s, 1 + tanh(u) cancels; the logistic function of 2u does not.
+        q = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)))
+    else:
+        q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
+    return q
+
+
+@jit
+def _differentiate(s, TANH: tl.constexpr):
+    """q, of which gelu(s) = s * q, and the derivative of gelu at s."""
+    if TANH:
+        # q * (1 - q) is computed from exp(-|2u|), since 1 - q cancels where q is close to 1.
+        two_u = 2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)
+        e = tl.exp(-tl.abs(two_u))
+        q = tl.where(two_u < 0.0, e, 1.0) / (1.0 + e)
+        du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * s * s)
+        slope = q + 2.0 * s * du * (e / ((1.0 + e) * (1.0 + e)))
+    else:
+        q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
+        slope = q + s * 0.3989422804014327 * tl.exp(-0.5 * s * s)
+    return q, slope
+
+
 @jit(do_not_specialize=["num_rows"])
 def _bias_gelu_forward_kernel(
     x_ptr, bias_ptr, y_ptr,  # (rows, N), (N,) or None, (rows, N)
@@ -54,12 +87,7 @@ def _bias_gelu_forward_kernel(
     s = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         s += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    if TANH:
-        # For negative s, 1 + tanh(u) cancels; the logistic function of 2u does not.
-        q = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)))
-    else:
-        q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
-    tl.store(y_ptr + offsets, (s * q).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offsets, (s * _evaluate(s, TANH)).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -82,16 +110,7 @@ def _bias_gelu_backward_kernel(
         s = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             s += bias[None, :]
-        if TANH:
-            # q * (1 - q) is computed from exp(-|2u|), since 1 - q cancels where q is close to 1.
-            two_u = 2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)
-            e = tl.exp(-tl.abs(two_u))
-            q = tl.where(two_u < 0.0, e, 1.0) / (1.0 + e)
-            du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * s * s)
-            slope = q + 2.0 * s * du * (e / ((1.0 + e) * (1.0 + e)))
-        else:
-            q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
-            slope = q + s * 0.3989422804014327 * tl.exp(-0.5 * s * s)
+        _, slope = _differentiate(s, TANH)
         dx = dy * slope
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += dx  # zero outside the mask, where dy is zero
@@ -176,22 +195,26 @@ def bias_gelu(
         ValueError: mismatched shapes, dtypes or devices, or an unknown `approximate`.
     """
     triton = use_triton("bias_gelu", impl, x, bias)
+    _check("bias_gelu", triton, x, bias, approximate)
+    if triton:
+        (bias,) = unify_dtypes(x, bias)
+        return _bias_gelu_forward(x, bias, approximate == "tanh")
+    return bias_gelu_torch(x, bias, approximate)
+
+
+def _check(operation: str, triton: bool, x: torch.Tensor, bias: torch.Tensor | None, approximate: str) -> None:
     if approximate not in ("none", "tanh"):
-        raise ValueError(f"bias_gelu: approximate={approximate!r} is unknown; use 'none' or 'tanh'")
+        raise ValueError(f"{operation}: approximate={approximate!r} is unknown; use 'none' or 'tanh'")
     if bias is not None and (x.dim() == 0 or bias.shape != x.shape[-1:]):
         raise ValueError(
-            f"bias_gelu: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}; bias must be as long as the last dimension "
+            f"{operation}: bias is {tuple(bias.shape)}, x is {tuple(x.shape)}; bias must be as long as the last dimension "
             "of x"
         )
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and (
             not tensor.dtype.is_floating_point or (triton and tensor.dtype not in KERNEL_DTYPES)
         ):
-            raise ValueError(f"bias_gelu: {name} is {tensor.dtype}; use float32, bfloat16 or float16")
-    if triton:
-        (bias,) = unify_dtypes(x, bias)
-        return _bias_gelu_forward(x, bias, approximate == "tanh")
-    return bias_gelu_torch(x, bias, approximate)
+            raise ValueError(f"{operation}: {name} is {tensor.dtype}; use float32, bfloat16 or float16")
 
 
 class BiasGELU(torch.nn.Module):
@@ -217,3 +240,161 @@ class BiasGELU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return bias_gelu(x, self.bias, approximate=self.approximate)
+
+
+# ---- GeGLU -----------------------------------------------------------------------------------------------------------
+
+
+def geglu_torch(x: torch.Tensor, bias: torch.Tensor | None, approximate: str = "none") -> torch.Tensor:
+    """`geglu` in PyTorch operations."""
+    a, b = (x if bias is None else x + bias.to(x.dtype)).chunk(2, -1)
+    return F.gelu(a, approximate=approximate) * b
+
+
+@jit(do_not_specialize=["num_rows"])
+def _geglu_forward_kernel(
+    x_ptr, bias_ptr, y_ptr,  # (rows, 2N), (2N,) or None, (rows, N)
+    num_rows, num_columns,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(num_columns, BLOCK)
+    rows = ((tl.program_id(0) // num_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    mask = (rows < num_rows)[:, None] & column_mask[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    x_ptrs = x_ptr + (offsets + rows[:, None] * num_columns)
+    a = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_ptrs + num_columns, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        a += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        b += tl.load(bias_ptr + num_columns + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offsets, (a * _evaluate(a, TANH) * b).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["num_rows"])
+def _geglu_backward_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr,  # (rows, N), (rows, 2N), (2N,) or None, (rows, 2N)
+    partials_ptr,  # fp32 (1, programs, 2N), or None as bias
+    num_rows, num_columns,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column_mask = columns < num_columns
+    if bias_ptr is not None:
+        bias_a = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        bias_b = tl.load(bias_ptr + num_columns + columns, mask=column_mask, other=0.0).to(tl.float32)
+    sum_a = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    sum_b = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=2):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & column_mask[None, :]
+        offsets = rows[:, None] * num_columns + columns[None, :]
+        offsets_x = offsets + rows[:, None] * num_columns
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(x_ptr + offsets_x, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + num_columns + offsets_x, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            a += bias_a[None, :]
+            b += bias_b[None, :]
+        q, slope = _differentiate(a, TANH)
+        da = dy * b * slope
+        db = dy * a * q
+        tl.store(dx_ptr + offsets_x, da.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + num_columns + offsets_x, db.to(dx_ptr.dtype.element_ty), mask=mask)
+        if partials_ptr is not None:
+            sum_a += da  # zero outside the mask, where dy is zero
+            sum_b += db
+    if partials_ptr is not None:
+        partials_ptr += tl.program_id(0).to(tl.int64) * (2 * num_columns)
+        tl.store(partials_ptr + columns, tl.sum(sum_a, axis=0), mask=column_mask)
+        tl.store(partials_ptr + num_columns + columns, tl.sum(sum_b, axis=0), mask=column_mask)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::geglu_forward", mutates_args=())
+def _geglu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
+    y = _allocate_geglu_forward(x, bias, tanh)
+    num_rows, num_columns = math.prod(x.shape[:-1]), y.shape[-1]
+    num_tiles = -(-num_rows // TILE["ROWS"]) * -(-num_columns // TILE["BLOCK"])
+    launch(
+        _geglu_forward_kernel, (num_tiles,),
+        align(x), align(bias), y, num_rows, num_columns,
+        TANH=tanh, **TILE, num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+@_geglu_forward.register_fake
+def _allocate_geglu_forward(x, bias, tanh):
+    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::geglu_backward", mutates_args=())
+def _geglu_backward(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tanh: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx and dbias. Without a bias dbias is empty."""
+    dx, dbias = _allocate_backward(dy, x, bias, tanh)
+    num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1] // 2
+    num_blocks = -(-num_columns // TILE["BLOCK"])
+    num_programs = min(-(-count_programs(x.device) // max(num_blocks, 1)), -(-num_rows // TILE["ROWS"]))
+    partials = None
+    if bias is not None:
+        partials = torch.empty((1, num_programs, x.shape[-1]), dtype=torch.float32, device=x.device)
+    launch(
+        _geglu_backward_kernel, (num_programs, num_blocks),
+        align(dy), align(x), align(bias), dx, partials, num_rows, num_columns,
+        TANH=tanh, **TILE, num_warps=8, maxnreg=REGISTER_LIMIT,
+    )  # fmt: skip
+    if partials is not None:
+        sum_partials(partials, (dbias,))
+    return dx, dbias
+
+
+_geglu_backward.register_fake(_allocate_backward)
+
+
+def _backward_geglu(ctx, dy):
+    x, bias = ctx.saved_tensors
+    dx, dbias = _geglu_backward(dy, x, bias, ctx.tanh)
+    return dx, None if bias is None else dbias, None
+
+
+_geglu_forward.register_autograd(_backward_geglu, setup_context=_save_for_backward)
+
+
+def geglu(
+    x: torch.Tensor, bias: torch.Tensor | None = None, *, approximate: str = "none", impl: str | None = None
+) -> torch.Tensor:
+    """gelu(a) * b, where a and b are the halves of x + bias along the last dimension.
+
+    Args:
+        x: (..., 2N), fp32, bf16 or fp16. bias: (2N,) or None.
+        approximate, impl: as in `bias_gelu`.
+    Returns:
+        (..., N) in the dtype of x.
+    Raises:
+        ValueError: mismatched shapes, dtypes or devices, an odd last dimension, or an unknown `approximate`.
+    """
+    triton = use_triton("geglu", impl, x, bias)
+    _check("geglu", triton, x, bias, approximate)
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(f"geglu: x is {tuple(x.shape)}; its last dimension must be even, to be split in halves")
+    if triton:
+        (bias,) = unify_dtypes(x, bias)
+        return _geglu_forward(x, bias, approximate == "tanh")
+    return geglu_torch(x, bias, approximate)
+
+
+class GeGLU(torch.nn.Module):
+    """`geglu` as a module without parameters, as `torch.nn.GLU`."""
+
+    def __init__(self, approximate: str = "none"):
+        super().__init__()
+        self.approximate = approximate
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate!r}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return geglu(x, approximate=self.approximate)

@@ -12,6 +12,9 @@ For each row of N columns, with keep bits m (0 or 1) and scale s = 1 / P(keep):
     dresidual = dz,  dx = s * m * dz
     dweight   = sum over rows of dy * x_hat,  dbias = sum of dy,  dx_bias = sum of dx
 
+Any of residual, x_bias and bias may be absent; their gradients are then not computed. ModernBERT, for instance, has no
+biases. An absent weight is filled in with ones.
+
 Shapes: x, residual, y (..., N), of which the leading dimensions are flattened into rows; weight, bias, x_bias (N,).
 Dtypes: fp32, bf16 or fp16, in any mixture. y has the dtype of x, each gradient that of its tensor. All arithmetic is
 fp32, and z is never rounded to a narrower dtype. Mean and variance take two passes over registers, the second over
@@ -196,9 +199,10 @@ def _layer_norm_forward_kernel(
             HAS_DROPOUT, ROWS, BLOCK,
         )  # fmt: skip
         weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
         x_hat = (tl.where(mask, z - mean[:, None], 0.0) - correction[:, None]) * rstd[:, None]
-        y = x_hat * weight[None, :] + bias[None, :]
+        y = x_hat * weight[None, :]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(statistics_ptr + rows, mean, mask=row_mask)
     tl.store(statistics_ptr + statistics_stride + rows, correction, mask=row_mask)
@@ -248,9 +252,9 @@ def _layer_norm_backward_kernel(
     dy_ptr, x_ptr, residual_ptr, x_bias_ptr, weight_ptr, seed_ptr, statistics_ptr,  # as in the forward
     means_ptr,  # of _gradient_means_kernel; None where a row is one block
     dx_ptr, dresidual_ptr,  # (rows, N); dresidual is None where it is dx
-    partials_ptr,  # fp32 (1 to 3, programs, N): dweight, dbias, dx_bias
+    partials_ptr,  # fp32 (1 to 3, programs, N): dweight, then those of dbias and dx_bias that are wanted
     num_rows, statistics_stride, num_columns, threshold, scale,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of columns, over rows at a fixed stride. Grid (programs, blocks)."""
     first_column = 0 if means_ptr is None else tl.program_id(1) * BLOCK
@@ -275,7 +279,8 @@ def _layer_norm_backward_kernel(
         # Outside the mask dy is zero, so x_hat adds nothing there, whatever it is; dz is never stored there.
         x_hat = ((z - mean[:, None]) - correction[:, None]) * rstd[:, None]
         dweight += dy * x_hat
-        dbias += dy
+        if HAS_BIAS:
+            dbias += dy
         g = dy * weight[None, :]
         if means_ptr is None:
             mean_g = tl.sum(g, axis=1) / num_columns
@@ -294,9 +299,11 @@ def _layer_norm_backward_kernel(
     partials_ptr += tl.program_id(0).to(tl.int64) * num_columns + columns
     stride = tl.num_programs(0).to(tl.int64) * num_columns
     tl.store(partials_ptr, tl.sum(dweight, axis=0), mask=column_mask)
-    tl.store(partials_ptr + stride, tl.sum(dbias, axis=0), mask=column_mask)
+    if HAS_BIAS:
+        partials_ptr += stride
+        tl.store(partials_ptr, tl.sum(dbias, axis=0), mask=column_mask)
     if x_bias_ptr is not None:
-        tl.store(partials_ptr + 2 * stride, tl.sum(dx_bias, axis=0), mask=column_mask)
+        tl.store(partials_ptr + stride, tl.sum(dx_bias, axis=0), mask=column_mask)
 
 
 def _is_whole(num_columns: int) -> bool:
@@ -316,7 +323,7 @@ def _layer_norm_forward(
     residual: torch.Tensor | None,
     x_bias: torch.Tensor | None,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     p: float,
     eps: float,
@@ -353,7 +360,7 @@ def _layer_norm_backward(
     residual: torch.Tensor | None,
     x_bias: torch.Tensor | None,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     statistics: torch.Tensor,
     p: float,
@@ -365,7 +372,7 @@ def _layer_norm_backward(
     inputs = (*map(align, (dy, x, residual, x_bias, weight, seed)), statistics)
     outputs = (dx, dresidual if _has_own_dresidual(x, residual, p) else None)
     scalars = (num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p))
-    sums = (dweight, dbias, dx_bias)[: 2 if x_bias is None else 3]
+    sums = (dweight, *[dbias] * (bias is not None), *[dx_bias] * (x_bias is not None))
     means, num_blocks = None, 1
     if _is_whole(num_columns):
         tile = _whole_tile(num_columns)
@@ -382,7 +389,7 @@ def _layer_norm_backward(
     partials = torch.empty((len(sums), num_programs, num_columns), dtype=torch.float32, device=x.device)
     launch(
         _layer_norm_backward_kernel, (num_programs, num_blocks), *inputs, means, *outputs, partials, *scalars,
-        HAS_DROPOUT=p > 0, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
+        HAS_DROPOUT=p > 0, HAS_BIAS=bias is not None, **tile, STAGES=stages, num_warps=8, maxnreg=registers,
     )  # fmt: skip
     sum_partials(partials, sums)
     return gradients
@@ -417,12 +424,13 @@ def _backward(ctx, dy, _dstatistics):
         return (None,) * 8
     saved = ctx.saved_tensors  # read once: activation checkpointing allows a single access
     dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
-    x, residual, x_bias = saved[:3]
+    x, residual, x_bias, _, bias = saved[:5]
     if residual is None:
         dresidual = None
     elif not _has_own_dresidual(x, residual, ctx.p):
         dresidual = dx
-    return dx, dresidual, None if x_bias is None else dx_bias, dweight, dbias, None, None, None
+    dx_bias = None if x_bias is None else dx_bias
+    return dx, dresidual, dx_bias, dweight, None if bias is None else dbias, None, None, None
 
 
 _layer_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)
@@ -449,8 +457,8 @@ def layer_norm(
     triton = use_triton("layer_norm", impl, x, weight, bias)
     _check("layer_norm", triton, x, {"weight": weight, "bias": bias})
     if triton:
-        weight, bias = _fill_in(x, *unify_dtypes(x, weight, bias))
-        return _layer_norm_forward(x, None, None, weight, bias, None, 0.0, eps)[0]
+        weight, bias = unify_dtypes(x, weight, bias)
+        return _layer_norm_forward(x, None, None, _fill_in(x, weight, bias), bias, None, 0.0, eps)[0]
     return layer_norm_torch(x, weight, bias, eps)
 
 
@@ -486,17 +494,18 @@ def dropout_add_layer_norm(
     seed = philox.as_seed(seed, x.device) if p > 0 else None
     if triton:
         weight, bias, x_bias = unify_dtypes(x, weight, bias, x_bias)
-        weight, bias = _fill_in(x, weight, bias)
+        weight = _fill_in(x, weight, bias, x_bias)
         (residual,) = unify_dtypes(x, residual)
         return _layer_norm_forward(x, residual, x_bias, weight, bias, seed, p, eps)[0]
     return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
 
 
-def _fill_in(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> list[torch.Tensor]:
-    """Ones and zeros for an absent weight or bias: N elements, which spare the kernel a configuration."""
-    like = next((vector for vector in (weight, bias) if vector is not None), x)
-    weight = like.new_ones(x.shape[-1:]) if weight is None else weight
-    return [weight, like.new_zeros(x.shape[-1:]) if bias is None else bias]
+def _fill_in(x: torch.Tensor, weight: torch.Tensor | None, *others: torch.Tensor | None) -> torch.Tensor:
+    """The weight, or ones in the dtype of the other parameters: N elements, which spare the kernel a configuration."""
+    if weight is not None:
+        return weight
+    like = next((vector for vector in others if vector is not None), x)
+    return like.new_ones(x.shape[-1:])
 
 
 def _check(

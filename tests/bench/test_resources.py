@@ -12,7 +12,7 @@ from pathlib import Path
 import each_branch
 import pytest
 import torch
-from fastroberta_kernels import _dispatch, attention, cross_entropy, embedding, gelu, layer_norm, masking
+from fastroberta_kernels import _dispatch, attention, cross_entropy, embedding, gelu, layer_norm, masking, rotary
 
 from bench.resources import (
     CHIPS,
@@ -80,6 +80,10 @@ def test_no_kernel_is_launched_with_unaligned_tensors():
             shift(5, 48), shift(5, 48), *vectors[:2], x_bias=vectors[2], p=0.1, seed=seed, impl="triton"
         ),
         lambda: gelu.bias_gelu(shift(5, 48), vectors[0], impl="triton"),
+        lambda: gelu.geglu(shift(5, 46), shift(46), impl="triton"),
+        lambda: torch.stack(
+            rotary.apply_rotary(*(shift(5, 2, 12) for _ in range(2)), *(shift(5, 6) for _ in range(2)), impl="triton")
+        ),
         lambda: embedding.embedding_layer_norm(
             ids,
             shift(9, 48),

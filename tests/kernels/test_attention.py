@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_exact_as_torch, assert_equal
-from fastroberta_kernels import _attention_cpu, _dispatch, attention, philox
+from fastroberta_kernels import _attention_cpu, _attention_window_cpu, _dispatch, attention, philox
 from torch.utils.checkpoint import checkpoint
 
 needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
@@ -35,8 +35,8 @@ class Flash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, kept):
-        probabilities = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5, -1)
+    def forward(ctx, q, k, v, kept, bias):
+        probabilities = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + bias, -1)
         out = torch.einsum("bhqk,bkhd->bqhd", probabilities * kept, v)
         ctx.save_for_backward(q, k, v, kept, probabilities, out)
         return out
@@ -48,12 +48,15 @@ class Flash(torch.autograd.Function):
         dscores = probabilities * (torch.einsum("bqhd,bkhd->bhqk", grad, v) * kept - delta) * q.shape[-1] ** -0.5
         dq = torch.einsum("bhqk,bkhd->bqhd", dscores, k)
         dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q)
-        return dq, dk, torch.einsum("bhqk,bqhd->bkhd", probabilities * kept, grad), None
+        return dq, dk, torch.einsum("bhqk,bqhd->bkhd", probabilities * kept, grad), None, None
 
 
-def attend_by_definition(q, k, v, dropout_p=0.0, seed=0, first_row=0):
+NO_WINDOW = (-1, -1)
+
+
+def attend_by_definition(q, k, v, dropout_p=0.0, seed=0, first_row=0, window=NO_WINDOW):
     """One sequence or a dense batch, (batch, length, heads, dim): exact in fp64, else as PyTorch's fused operation does."""
-    if dropout_p == 0 and q.dtype != torch.float64:
+    if dropout_p == 0 and q.dtype != torch.float64 and window == NO_WINDOW:
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     kept = q.new_ones(())
@@ -62,20 +65,29 @@ def attend_by_definition(q, k, v, dropout_p=0.0, seed=0, first_row=0):
         seed = torch.tensor([seed, first_row])
         keep = philox.dropout_keep_torch(seed, dropout_p, batch * num_q, k.shape[1], num_heads)
         kept = keep.view(batch, num_q, num_heads, -1).transpose(1, 2).to(q.dtype) * philox.dropout_scale(dropout_p)
+    left, right = (k.shape[1] + q.shape[1] if side < 0 else side for side in window)
+    distance = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]
+    is_hidden = (distance < -left) | (distance > right)
+    bias = torch.zeros(is_hidden.shape, dtype=q.dtype).masked_fill(is_hidden, float("-inf"))
+    if num_blind := max(0, q.shape[1] - k.shape[1] - left):  # the last queries, which see no key
+        q, bias = q[:, :-num_blind], bias[:-num_blind]
+        kept = kept[..., :-num_blind, :] if kept.dim() else kept
     if q.dtype != torch.float64:
-        return Flash.apply(q, k, v, kept)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1) * kept, v)
+        out = Flash.apply(q, k, v, kept, bias)
+    else:
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5 + bias
+        out = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1) * kept, v)
+    return F.pad(out, (0, 0, 0, 0, 0, num_blind))
 
 
-def attend_sequences(q, k, v, lengths_q, lengths_k, dropout_p=0.0, seed=0):
+def attend_sequences(q, k, v, lengths_q, lengths_k, dropout_p=0.0, seed=0, window=NO_WINDOW):
     """Packed (tokens, heads, dim): each document alone."""
     outputs, first_q, first_k = [], 0, 0
     for num_q, num_k in zip(lengths_q, lengths_k):
         part_q = q[None, first_q : first_q + num_q]
         part_k, part_v = k[None, first_k : first_k + num_k], v[None, first_k : first_k + num_k]
         if num_q and num_k:
-            outputs.append(attend_by_definition(part_q, part_k, part_v, dropout_p, seed, first_q)[0])
+            outputs.append(attend_by_definition(part_q, part_k, part_v, dropout_p, seed, first_q, window)[0])
         else:
             outputs.append(part_q[0] * 0)
         first_q, first_k = first_q + num_q, first_k + num_k
@@ -96,7 +108,7 @@ def assert_exact(ours, definition, inputs):
     """Hold results by name to those of a function from PyTorch's own operations."""
     theirs = differentiate(definition, *(tensor.cpu() for tensor in inputs))
     exact = differentiate(definition, *to_double(inputs))
-    for name in exact:
+    for name in ours:
         assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
 
 
@@ -213,6 +225,88 @@ def test_varlen_attention_is_as_exact_as_torch(impl, dtype, dropout_p, device):
     assert_exact(ours, by_definition, inputs)
 
 
+# ---- sliding windows -------------------------------------------------------------------------------------------------
+
+# Lopsided; only itself; causal; without a bound to the right; wider than the sequence.
+WINDOWS = [(9, 3), (0, 0), (-1, 0), (40, -1), (500, 500)]
+
+
+@both
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("dtype, dropout_p", [(torch.float32, 0.0), (torch.bfloat16, 0.3)], ids=str)
+def test_window_is_as_exact_as_torch(impl, dtype, dropout_p, window, device):
+    """Several blocks of queries and keys, of which some see nothing of each other."""
+    inputs = make_inputs(1, 150, 150, 1, 32, dtype, device if impl == "triton" else "cpu")
+
+    def by_definition(q, k, v):
+        return attend_by_definition(q, k, v, dropout_p, 7, 0, window)
+
+    ours = differentiate(
+        lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=7, window_size=window, impl=impl),
+        *inputs,
+    )
+    if window == (0, 0):  # one key has all the weight: gradients of queries and keys are rounding of zero
+        for name in ("dq", "dk"):
+            assert ours.pop(name).abs().max() < 0.1 * ours["dv"].abs().max()
+    assert_exact(ours, by_definition, inputs)
+
+
+@both
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_window_ends_with_the_keys(impl, dropout_p, device):
+    """Lengths 0, partial, all. Queries that see no key give zeros; they and ignored keys may hold NaN."""
+    lengths, window = [0, 33, 5, 70], (9, 3)
+    inputs = make_inputs(4, 70, 70, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    q, k, v, _ = inputs
+    key_lengths = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+
+    def attend(q, k, v):
+        return attention.attention(
+            q, k, v, dropout_p=dropout_p, seed=3, key_lengths=key_lengths, window_size=window, impl=impl
+        )
+
+    def by_definition(q, k, v):
+        outputs = [
+            attend_by_definition(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], dropout_p, 3, 70 * b, window)
+            if n else q[b : b + 1] * 0
+            for b, n in enumerate(lengths)
+        ]  # fmt: skip
+        return torch.cat(outputs)
+
+    expected = differentiate(attend, *inputs)
+    assert_exact(expected, by_definition, inputs)
+    for b, length in enumerate(lengths):
+        blind = slice(length + window[0] if length else 0, None)
+        assert not any(expected[name][b, blind].any() for name in ("out", "dq"))
+        q[b, blind] = k[b, length:] = v[b, length:] = float("nan")
+    assert_equal(differentiate(attend, *inputs), expected)
+
+
+@both
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_window_inside_documents(impl, dropout_p, device):
+    inputs, lengths = make_packed(torch.float32, device if impl == "triton" else torch.device("cpu"))
+
+    def by_definition(q, k, v):
+        return attend_sequences(q, k, v, LENGTHS_Q, LENGTHS_K, dropout_p, 9, (4, 6))
+
+    def attend(q, k, v):
+        return attention.varlen_attention(q, k, v, *lengths, dropout_p=dropout_p, seed=9, window_size=(4, 6), impl=impl)
+
+    assert_exact(differentiate(attend, *inputs), by_definition, inputs)
+
+
+@both
+def test_blocks_outside_the_window_are_not_read(impl, device):
+    """NaN at the end reaches only the blocks next to it. Blocks have at most 64 queries or keys here."""
+    inputs = make_inputs(1, 256, 256, 1, 32, torch.float32, device if impl == "triton" else "cpu")
+    for tensor in inputs:
+        tensor[:, 250:] = float("nan")
+    results = differentiate(lambda q, k, v: attention.attention(q, k, v, window_size=(5, 5), impl=impl), *inputs)
+    for name, result in results.items():
+        assert result[:, :128].isfinite().all() and result[:, 250:].isnan().any(), name
+
+
 WRONG_BOUNDS = [[-3, 4, 9], [0, 4, 12], [0, 30, 9], [5, 20, 40]]
 
 
@@ -259,12 +353,14 @@ def test_one_document_equals_dense(impl, device):
 
 @needs_triton
 @pytest.mark.parametrize("blocks", [(16, 16, 4, 1), (32, 64, 4, 1)], ids=str)
-def test_dropout_and_result_do_not_depend_on_block_sizes(blocks, device, monkeypatch):
+@pytest.mark.parametrize("window", [NO_WINDOW, (9, 5)], ids=str)
+def test_dropout_and_result_do_not_depend_on_block_sizes(blocks, window, device, monkeypatch):
     inputs = make_inputs(1, 19, 40, 1, 32, torch.float32, device)
 
     def run():
         return differentiate(
-            lambda q, k, v: attention.attention(q, k, v, dropout_p=0.3, seed=1, impl="triton"), *inputs
+            lambda q, k, v: attention.attention(q, k, v, dropout_p=0.3, seed=1, window_size=window, impl="triton"),
+            *inputs,
         )
 
     before = run()
@@ -291,17 +387,21 @@ def test_tiles_are_chosen_by_chip(capability, forward, backward):
 
 @needs_triton
 @pytest.mark.parametrize("max_chunks", [1, 2, 3])
-def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, device, monkeypatch):
+@pytest.mark.parametrize("window", [NO_WINDOW, (9, 5)], ids=str)
+def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, window, device, monkeypatch):
     """One program a head writes dq itself; several leave parts to be summed, also where some chunks have no keys."""
     monkeypatch.setitem(attention.BACKWARD_BLOCKS, (4, 32), (16, 16, 4, 1))
     monkeypatch.setattr(attention, "MAX_CHUNKS", max_chunks)
     inputs = make_inputs(2, 21, 70, 1, 32, torch.float32, device)
     key_lengths = torch.tensor([70, 20], dtype=torch.int32, device=device)
-    ours = differentiate(lambda q, k, v: attention.attention(q, k, v, key_lengths=key_lengths, impl="triton"), *inputs)
-    theirs = differentiate(
-        lambda q, k, v: attention.attention(q, k, v, key_lengths=key_lengths.cpu(), impl="torch"),
-        *(tensor.cpu() for tensor in inputs),
-    )
+
+    def attend(impl):
+        return lambda q, k, v: attention.attention(
+            q, k, v, key_lengths=key_lengths.to(q.device), window_size=window, impl=impl
+        )
+
+    ours = differentiate(attend("triton"), *inputs)
+    theirs = differentiate(attend("torch"), *(tensor.cpu() for tensor in inputs))
     for name in ours:
         torch.testing.assert_close(ours[name].cpu(), theirs[name], rtol=1e-4, atol=1e-3)
 
@@ -460,6 +560,8 @@ def test_opcheck(impl, device):
     seed = torch.tensor([1, 0], device=device)
     operator = _attention_cpu.attention_torch_forward if impl == "torch" else attention.attention_forward
     torch.library.opcheck(operator, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
+    windowed = _attention_window_cpu.window_attention_torch if impl == "torch" else operator
+    torch.library.opcheck(windowed, (*inputs, None, None, seed, 5, 18, 0.1, 0.2, 4, 3))
     if impl == "triton":
         bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
         q, k, v, _ = (tensor[0] for tensor in make_inputs(1, 5, 5, 1, 32, torch.float32, device))
@@ -483,6 +585,11 @@ def test_errors_say_what_to_change(device):
         (lambda: attention.varlen_attention(q, k, k, bounds, bounds, 3, 3), "expected \\(tokens"),
         (lambda: attention.varlen_attention(q[0], k[0], k[0], bounds, bounds[:1], 3, 3), "expected 2"),
         (lambda: attention.varlen_attention(q[0], k[0], k[0], bounds, bounds, 2, 3), "max_seqlen"),
+        (lambda: attention.attention(q, k, k, window_size=(-2, 0)), r"window_size is \(-2, 0\)"),
+        (
+            lambda: attention.varlen_attention(q[0], k[0], k[0], bounds, bounds, 2, 3, window_size=(1, 1)),
+            "max_seqlen_q=2",
+        ),
         (lambda: attention.SelfAttention(30, 4), "multiple"),
     ]
     if _dispatch.triton is not None:
@@ -544,6 +651,21 @@ def test_every_configuration_at_real_sizes(dtype, head_dim, dropout_p, lengths, 
         return attend_by_definition(q, k, v, dropout_p, 3)
 
     ours = differentiate(lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=3), *inputs)
+    assert_exact(ours, by_definition, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, head_dim, dropout_p", GPU_CASES, ids=str)
+@pytest.mark.parametrize("length, window", [(1024, (64, 64)), (301, (7, -1))], ids=str)
+def test_every_configuration_of_windows_at_real_sizes(dtype, head_dim, dropout_p, length, window, device):
+    inputs = make_inputs(4, length, length, 12, head_dim, dtype, device)
+
+    def by_definition(q, k, v):
+        return attend_by_definition(q, k, v, dropout_p, 3, 0, window)
+
+    ours = differentiate(
+        lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=3, window_size=window), *inputs
+    )
     assert_exact(ours, by_definition, inputs)
 
 

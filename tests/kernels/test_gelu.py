@@ -13,7 +13,7 @@ from accuracy import (
     differentiate,
 )
 from fastroberta_kernels import _dispatch, gelu
-from fastroberta_kernels.gelu import BiasGELU, bias_gelu
+from fastroberta_kernels.gelu import BiasGELU, GeGLU, bias_gelu, geglu
 from torch.utils.checkpoint import checkpoint
 
 from bench.launch_cases import gelu_cases
@@ -188,8 +188,94 @@ def test_launch_cases_reach_both_kernels_in_both_forms():
         for case in gelu_cases():
             case()
     seen = {(launch.kernel.__name__, launch.options.get("TANH")) for launch in launches}
-    kernels = ("_bias_gelu_forward_kernel", "_bias_gelu_backward_kernel")
+    kernels = [f"_{name}_{way}_kernel" for name in ("bias_gelu", "geglu") for way in ("forward", "backward")]
     assert seen == {(name, tanh) for name in kernels for tanh in (False, True)} | {("_sum_partials_kernel", None)}
+
+
+# ---- GeGLU -----------------------------------------------------------------------------------------------------------
+
+
+def make_gated_inputs(shape, dtypes, device="cpu"):
+    """x with 2N columns, of which the gate's are not those of the other tests; dy with N."""
+    inputs, dy = make_inputs((*shape[:-1], 2 * shape[-1]), dtypes, device)
+    return inputs, dy[..., : shape[-1]].contiguous()
+
+
+def compose_gated(approximate):
+    def function(x, bias=None):
+        a, b = (x if bias is None else x + bias.to(x.dtype)).chunk(2, -1)
+        return F.gelu(a, approximate=approximate) * b
+
+    return function
+
+
+def assert_gated_exact(shape, dtypes, approximate, impl, device):
+    inputs, dy = make_gated_inputs(shape, dtypes, device if impl == "triton" else "cpu")
+    assert_gradients_as_exact_as_torch(
+        lambda **t: geglu(**t, approximate=approximate, impl=impl), compose_gated(approximate), inputs, dy
+    )
+
+
+@both
+@both_forms
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 61), (75, 40)], ids=str)
+def test_geglu_is_as_exact_as_torch(impl, approximate, dtypes, shape, device):
+    assert_gated_exact(shape, dtypes, approximate, impl, device)
+
+
+@both
+@pytest.mark.parametrize("num_columns", [1152, 259])  # ModernBERT's; an odd width of two blocks
+def test_geglu_of_several_blocks(impl, num_columns, device):
+    assert_gated_exact((9, num_columns), DTYPES["bf16, fp32 bias"], "none", impl, device)
+
+
+@both
+def test_geglu_under_every_way_to_call_it(impl, device):
+    inputs, dy = make_gated_inputs((4, 6, 24), DTYPES["fp32"], device if impl == "triton" else "cpu")
+
+    def function(x, bias):
+        return geglu(x, bias, impl=impl)
+
+    assert_strides_change_nothing(function, inputs, dy)
+    assert_compiled_equals_eager(function, inputs, dy, impl)
+    plain = differentiate(function, inputs, dy)
+    assert_equal(plain, differentiate(lambda **t: checkpoint(function, *t.values(), use_reentrant=False), inputs, dy))
+    for shape in ((0, 16), (3, 0)):
+        empty = {"x": torch.empty(shape, device=dy.device), "bias": torch.ones(shape[-1:], device=dy.device)}
+        empty = {name: tensor.requires_grad_() for name, tensor in empty.items()}
+        results = differentiate(function, empty, torch.empty(shape[0], shape[1] // 2, device=dy.device))
+        assert results["y"].shape == (shape[0], shape[1] // 2) and not results["dbias"].any()
+
+
+@needs_triton
+def test_geglu_is_registered_rightly_and_saves_its_inputs_only(device):
+    inputs, dy = make_gated_inputs((5, 24), DTYPES["bf16, fp32 bias"], device)
+    torch.library.opcheck(gelu._geglu_forward, (*inputs.values(), False))
+    torch.library.opcheck(gelu._geglu_backward, (dy, *(t.detach() for t in inputs.values()), True))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        geglu(**inputs, impl="triton")
+    assert sorted(saved) == sorted(tensor.data_ptr() for tensor in inputs.values())
+
+
+def test_geglu_module_and_wrong_arguments():
+    x = torch.randn(3, 24)
+    for approximate in ("none", "tanh"):
+        module = GeGLU(approximate)
+        assert torch.equal(module(x), compose_gated(approximate)(x)) and approximate in repr(module)
+    with pytest.raises(ValueError, match=r"geglu: x is \(3, 23\); its last dimension must be even"):
+        geglu(x[:, 1:])
+    with pytest.raises(ValueError, match=r"geglu: bias is \(12,\)"):
+        geglu(x, x[0, :12])
+
+
+@pytest.mark.gpu
+@both_forms
+@pytest.mark.parametrize("num_columns", [1, 1023, 1152, 2624])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
+def test_geglu_is_as_exact_as_torch_at_real_sizes(approximate, num_columns, dtypes, device):
+    assert_gated_exact((4099, num_columns), dtypes, approximate, "triton", device)
 
 
 @pytest.mark.gpu

@@ -8,8 +8,9 @@ from fastroberta_kernels import _dispatch
 from fastroberta_kernels.attention import attention, varlen_attention
 from fastroberta_kernels.cross_entropy import linear_cross_entropy
 from fastroberta_kernels.embedding import embedding_layer_norm
-from fastroberta_kernels.gelu import bias_gelu
+from fastroberta_kernels.gelu import bias_gelu, geglu
 from fastroberta_kernels.layer_norm import dropout_add_layer_norm, layer_norm
+from fastroberta_kernels.rotary import apply_rotary
 
 needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
 both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -29,6 +30,16 @@ def attend_dropout(q, k, v, **options):
 def attend_packed(q, k, v, **options):
     bounds = torch.tensor([0, 1, 1, 3], dtype=torch.int32, device=q.device)
     return varlen_attention(q, k, v, bounds, bounds, 2, 2, dropout_p=0.3, seed=1, **options)
+
+
+def attend_window(q, k, v, **options):
+    return attend(q, k, v, 0.3, window_size=(1, 0), **options)
+
+
+def rotate(q, k, **options):
+    cos, sin = (torch.ones(q.shape[1], HEAD_DIM // 2, device=q.device, dtype=q.dtype) * value for value in (0.8, 0.6))
+    q, k = apply_rotary(q, k, cos, sin, **options)
+    return q + 2 * k
 
 
 def normalize(x, residual, weight, bias, x_bias, **options):
@@ -56,10 +67,13 @@ B, L = "B", "L"
 OPERATIONS = {
     "attention": (attend, [(B, L, NUM_HEADS, HEAD_DIM)] * 3),
     "attention with dropout": (attend_dropout, [(B, L, NUM_HEADS, HEAD_DIM)] * 3),
+    "attention in a window": (attend_window, [(B, L, NUM_HEADS, HEAD_DIM)] * 3),
     "varlen_attention": (attend_packed, [(L, NUM_HEADS, HEAD_DIM)] * 3),
     "layer_norm": (layer_norm, [(B, L, WIDTH), (WIDTH,), (WIDTH,)]),
     "dropout_add_layer_norm": (normalize, [(B, L, WIDTH)] * 2 + [(WIDTH,)] * 3),
     "bias_gelu": (bias_gelu, [(B, L, WIDTH), (WIDTH,)]),
+    "geglu": (geglu, [(B, L, 2 * WIDTH), (2 * WIDTH,)]),
+    "apply_rotary": (rotate, [(B, L, NUM_HEADS, HEAD_DIM)] * 2),
     "embedding_layer_norm": (embed, [(7, WIDTH), (9, WIDTH), (2, WIDTH), (WIDTH,), (WIDTH,)]),
     "linear_cross_entropy": (compute_loss, [(L, WIDTH), (NUM_CLASSES, WIDTH), (NUM_CLASSES,)]),
     "losses of rows": (compute_losses, [(L, WIDTH), (NUM_CLASSES, WIDTH), (NUM_CLASSES,)]),
@@ -104,7 +118,7 @@ def test_an_undefined_gradient_is_passed_on(impl, name, device):
     assert all(tensor.grad is None or not tensor.grad.any() for tensor in inputs)
 
 
-FOLLOWS_AUTOCAST = ("attention", "attention with dropout", "varlen_attention")
+FOLLOWS_AUTOCAST = ("attention", "attention with dropout", "attention in a window", "varlen_attention")
 
 
 @both
@@ -157,7 +171,12 @@ def test_dynamic_shapes_are_compiled_once(impl, name, device):
 
 
 # The attention kernel and the dropout of the LayerNorm twin still fix the number of rows in an exported program.
-FIXED_ROWS = {("triton", "attention"), ("triton", "attention with dropout"), ("torch", "dropout_add_layer_norm")}
+FIXED_ROWS = {
+    ("triton", "attention"),
+    ("triton", "attention with dropout"),
+    ("triton", "attention in a window"),
+    ("torch", "dropout_add_layer_norm"),
+}
 
 
 @both
@@ -179,7 +198,9 @@ def test_dynamic_shapes_are_exported(impl, name, device):
     torch.testing.assert_close(exported(*others), function(*others, impl=impl))
 
 
-@pytest.mark.parametrize("name", ["attention", "layer_norm", "dropout_add_layer_norm", "bias_gelu"])
+@pytest.mark.parametrize(
+    "name", ["attention", "layer_norm", "dropout_add_layer_norm", "bias_gelu", "geglu", "apply_rotary"]
+)
 def test_per_sample_gradients_of_twins(name):
     """Those that are made of PyTorch's own operations, which torch.func can see through."""
     function, inputs = make_inputs(name)

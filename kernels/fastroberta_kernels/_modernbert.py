@@ -1,0 +1,328 @@
+"""The kernels inside a transformers ModernBERT model.
+
+What is replaced
+    attention   rotary positions and attention: `apply_rotary`, then `attention`, with a sliding window in local layers
+                (`varlen_attention` where cu_seq_lens are passed)
+    layer_norm  both norms of a layer: `layer_norm`, with or without bias. Their input is also the residual, so the sum is
+                a tensor of its own and not fused with them
+    gelu        the gated activation of the MLP: `geglu`
+    mlm_head    head and loss of ModernBertForMaskedLM in training: `bias_gelu`, `layer_norm`, `linear_cross_entropy`
+The embeddings (words and a norm: there are no others to add), the final norm and all linear layers stay as they are.
+
+Masks
+    transformers makes one mask for the global and one for the local layers. Both are replaced by a `Visibility`, which says
+    which keys are padding and how wide the window is. Distances count padding too, so a window needs tokens in their
+    places: where padding is on the left or between tokens, and under torch.compile with a padding mask, local layers run
+    transformers' sdpa with a full mask. So do calls with a mask of four dimensions.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ._dispatch import NAMESPACE
+from .attention import HEAD_DIMS, attention, varlen_attention
+from .cross_entropy import linear_cross_entropy
+from .gelu import bias_gelu, geglu
+from .huggingface import (
+    IGNORED_LABEL,
+    Applied,
+    KeyPadding,
+    _describe_padding,
+    _draw_seed,
+    _exchange_forward,
+    _gelu_form,
+    _has_hooks,
+    _is_plain,
+    _is_replaced,
+    _may_look,
+    _name,
+    _original_class,
+)
+from .layer_norm import layer_norm
+from .rotary import apply_rotary
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Visibility(NamedTuple):
+    """Which keys a query sees. It passes through transformers' encoder in place of a mask."""
+
+    padding: KeyPadding | None  # None if no key is padding
+    window: int | None  # how far a query sees to each side; None without a bound
+
+
+def register_attention(impl: str | None) -> str:
+    """Register with transformers how masks are made and what attends where the kernel does not. Returns the name there."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def make_mask(*args, attention_mask=None, local_size=None, use_vmap=False, **kwargs):
+        if use_vmap:  # somebody's own function of the indices is in the mask
+            return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, use_vmap=True, **kwargs)
+        padding = None if attention_mask is None else _describe_padding(attention_mask)
+        return None if padding is None and local_size is None else Visibility(padding, local_size)
+
+    def attend_in_full(module, query, key, value, attention_mask, **kwargs):
+        mask = as_additive_mask(attention_mask, query)
+        eager = sys.modules[type(module).forward.__module__].eager_attention_forward
+        function = eager if kwargs.get("output_attentions") else ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return function(module, query, key, value, mask, **kwargs)
+
+    name = f"{NAMESPACE}_modernbert" if impl is None else f"{NAMESPACE}_modernbert_{impl}"
+    ALL_ATTENTION_FUNCTIONS.register(name, attend_in_full)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, make_mask)
+    return name
+
+
+def as_additive_mask(mask: torch.Tensor | Visibility | None, query: torch.Tensor) -> torch.Tensor | None:
+    """The mask in the form that transformers' eager and sdpa functions both take: 0 where a query sees a key."""
+    if isinstance(mask, Visibility):
+        positions = torch.arange(query.shape[2], device=query.device)
+        distance = (positions - positions[:, None]).abs()
+        visible = torch.ones_like(distance, dtype=torch.bool) if mask.window is None else distance <= mask.window
+        mask = visible if mask.padding is None else visible & mask.padding.is_token[:, None, None, :]
+        mask = mask.expand(query.shape[0], 1, -1, -1)
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, torch.finfo(query.dtype).min
+    )
+
+
+def make_attention_forward(original: Callable, impl: str | None) -> Callable:
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        if not is_for_kernel(attention_mask) or position_embeddings is None or kwargs.get("output_attentions"):
+            return original(self, hidden_states, position_embeddings, attention_mask, **kwargs)
+        qkv = self.Wqkv(hidden_states)
+        q, k, v = qkv.view(*qkv.shape[:-1], 3, -1, self.head_dim).unbind(-3)
+        # transformers repeats the tables for the second half of the dimensions.
+        cos, sin = ((t[0] if t.shape[0] == 1 else t)[..., : self.head_dim // 2] for t in position_embeddings)
+        q, k = apply_rotary(q, k, cos, sin, impl=impl)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        context = attend(q, k, v, attention_mask, dropout_p, impl, **kwargs)
+        return self.out_drop(self.Wo(context.flatten(-2))), None
+
+    return forward
+
+
+def is_for_kernel(mask: torch.Tensor | Visibility | None) -> bool:
+    if mask is None:
+        return True
+    return isinstance(mask, Visibility) and (mask.window is None or mask.padding is None or mask.padding.rows is None)
+
+
+def attend(q, k, v, mask, dropout_p, impl, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
+           max_length_k=None, **_):  # fmt: skip
+    """(batch, length, heads, head_dim) in and out."""
+    padding, window = (None, None) if mask is None else mask
+    options = {"dropout_p": dropout_p, "impl": impl, "window_size": (-1, -1) if window is None else (window, window)}
+    if dropout_p > 0:
+        options["seed"] = _draw_seed(q.device)
+    if cu_seq_lens_q is not None:
+        bounds = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32), int(max_length_q), int(max_length_k)
+        return varlen_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *bounds, **options).view(q.shape)
+    if padding is None:
+        return attention(q, k, v, **options)
+    if padding.rows is not None:
+        k, v = (tensor.flatten(0, 1).index_select(0, padding.rows).view(tensor.shape) for tensor in (k, v))
+    return attention(q, k, v, key_lengths=padding.lengths, **options)
+
+
+def find_attention_obstacle(module: Any) -> str | None:
+    if module.config.output_attentions:
+        return "config.output_attentions is set, and the kernel has no attention weights"
+    if module.head_dim > HEAD_DIMS[-1]:
+        return f"heads of {module.head_dim} exceed the kernel's {HEAD_DIMS[-1]}"
+    return None
+
+
+# ---- norms and MLP ---------------------------------------------------------------------------------------------------
+
+
+def list_norms(module: Any) -> tuple[nn.Module, ...]:
+    """The first layer has no norm before attention, since the embeddings end with one."""
+    return tuple(norm for norm in (module.attn_norm, module.mlp_norm) if not isinstance(norm, nn.Identity))
+
+
+def make_layer_forward(original: Callable, impl: str | None) -> Callable:
+    def normalize(norm, x):
+        return (
+            norm(x) if isinstance(norm, nn.Identity) else layer_norm(x, norm.weight, norm.bias, eps=norm.eps, impl=impl)
+        )
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        attended, _ = self.attn(
+            normalize(self.attn_norm, hidden_states), position_embeddings=position_embeddings,
+            attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(normalize(self.mlp_norm, hidden_states))
+
+    return forward
+
+
+def make_mlp_forward(original: Callable, impl: str | None) -> Callable:
+    def forward(self, hidden_states):
+        activated = geglu(self.Wi(hidden_states), approximate=_gelu_form(self.act), impl=impl)
+        return self.Wo(self.drop(activated))
+
+    return forward
+
+
+def find_mlp_obstacle(module: Any) -> str | None:
+    return None if _gelu_form(module.act) else f"its activation {_name(module.act)} is not GELU"
+
+
+# ---- head ------------------------------------------------------------------------------------------------------------
+
+
+def make_masked_lm_forward(original: Callable, impl: str | None) -> Callable:
+    from transformers.modeling_outputs import MaskedLMOutput
+    from transformers.utils.generic import can_return_tuple
+
+    names = list(inspect.signature(original).parameters)[1:]
+
+    @can_return_tuple
+    def forward_training(self, labels, num_items_in_batch=None, **kwargs):
+        outputs = self.base_model(**kwargs, return_dict=True)
+        hidden, labels = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
+        if _may_look(labels):
+            rows = (labels != IGNORED_LABEL).nonzero()[:, 0]
+            labels = labels[rows]
+            hidden = hidden.index_select(0, rows.to(hidden.device))
+        dense, norm = self.head.dense, self.head.norm
+        activated = bias_gelu(
+            F.linear(hidden, dense.weight), dense.bias, approximate=_gelu_form(self.head.act), impl=impl
+        )
+        loss = linear_cross_entropy(
+            layer_norm(activated, norm.weight, norm.bias, eps=norm.eps, impl=impl),
+            self.decoder.weight, self.decoder.bias, labels.to(hidden.device), ignore_index=IGNORED_LABEL,
+            reduction="mean" if num_items_in_batch is None else "sum", impl=impl,
+        ).loss  # fmt: skip
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return MaskedLMOutput(
+            loss=loss if num_items_in_batch is None else loss / num_items_in_batch,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def forward(self, *args, **kwargs):
+        arguments = dict(zip(names, args)) | kwargs
+        if not self.training or arguments.get("labels") is None:
+            return original(self, *args, **kwargs)
+        return forward_training(self, **arguments)
+
+    return forward
+
+
+def find_head_obstacle(model: Any) -> str | None:
+    if not _gelu_form(model.head.act):
+        return f"its activation {_name(model.head.act)} is not GELU"
+    if model.config.sparse_pred_ignore_index != IGNORED_LABEL:
+        return f"its labels are ignored at {model.config.sparse_pred_ignore_index}, not {IGNORED_LABEL}"
+    return "its head has hooks" if _has_hooks(model.head) else None
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """How the modules of one class are replaced.
+
+    Attributes:
+        make_forward: given the original forward and `impl`, returns the new forward.
+        list_layers: the layers whose parameters the new forward uses without calling them.
+        find_obstacle: why this module cannot be replaced, or None. It is asked again at each call.
+    """
+
+    kind: str
+    make_forward: Callable[[Callable, str | None], Callable]
+    list_layers: Callable[[Any], tuple[nn.Module, ...]] = lambda module: ()
+    find_obstacle: Callable[[Any], str | None] = lambda module: None
+
+
+PARTS = {
+    "ModernBertAttention": Part("attention", make_attention_forward, find_obstacle=find_attention_obstacle),
+    "ModernBertEncoderLayer": Part("layer_norm", make_layer_forward, list_norms),
+    "ModernBertMLP": Part("gelu", make_mlp_forward, find_obstacle=find_mlp_obstacle),
+    "ModernBertForMaskedLM": Part(
+        "mlm_head", make_masked_lm_forward, lambda model: (model.head.dense, model.head.norm, model.decoder),
+        find_head_obstacle,
+    ),
+}  # fmt: skip
+
+
+def find_obstacle(part: Part, module: Any) -> str | None:
+    """Why a module cannot be replaced, or None if it can."""
+    changed = [_name(layer) for layer in part.list_layers(module) if not _is_plain(layer)]
+    return part.find_obstacle(module) or (f"{changed[0]} is no plain layer, or has hooks" if changed else None)
+
+
+def apply_to_modernbert(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    layer_norm: bool = True,
+    gelu: bool = True,
+    mlm_head: bool = True,
+    impl: str | None = None,
+) -> Applied:
+    """`huggingface.apply` for a transformers ModernBERT model, or a module that contains one.
+
+    Returns:
+        A report of what was replaced and what was left alone, with `.revert()`.
+    Raises:
+        ValueError: the model contains no part of ModernBERT, or `impl` is unknown.
+        ImportError: transformers is not installed.
+    """
+    from transformers.models.modernbert import modeling_modernbert
+
+    if impl not in (None, "triton", "torch"):
+        raise ValueError(f"huggingface.apply: impl={impl!r} is unknown; use None, 'triton' or 'torch'")
+    wanted = {"attention": attention, "layer_norm": layer_norm, "gelu": gelu, "mlm_head": mlm_head}
+    parts = {getattr(modeling_modernbert, name).forward: part for name, part in PARTS.items()}
+    applied = Applied(type(model).__name__)
+    applied.replaced.update({kind: 0 for kind, is_wanted in wanted.items() if is_wanted})
+    found = [
+        (module, parts[forward]) for module in model.modules() if (forward := _original_class(module).forward) in parts
+    ]
+    if not found:
+        raise ValueError(f"huggingface.apply: {type(model).__name__} holds no part of a transformers ModernBERT model")
+    configs: dict[int, Any] = {}
+    for module, part in found:
+        if not wanted[part.kind]:
+            continue
+        reason = "replaced before" if _is_replaced(module) else find_obstacle(part, module)
+        if reason is None and "forward" in vars(module):
+            reason = "its forward was exchanged by something else"
+        if reason is not None:
+            applied.left_alone[part.kind, reason] += 1
+            continue
+        applied.replaced[part.kind] += 1
+        _exchange_forward(module, guard(part, impl, type(module).forward), applied)
+        if part.kind == "attention":
+            configs[id(module.config)] = module.config
+    for config in configs.values():
+        applied._undo.append(functools.partial(setattr, config, "_attn_implementation", config._attn_implementation))
+        config._attn_implementation = register_attention(impl)
+    return applied
+
+
+def guard(part: Part, impl: str | None, original: Callable) -> Callable:
+    """The new forward where nothing stands against it, else the original one."""
+    forward = part.make_forward(original, impl)
+
+    def choose(original, self, *args, **kwargs):
+        return (forward if find_obstacle(part, self) is None else original)(self, *args, **kwargs)
+
+    return choose
