@@ -27,6 +27,10 @@ KERNEL_FLOORS = [
     ["philox", "_rows"],
     ["_attention_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb"],
     ["attention", "cross_entropy"],
+    ["_exchange"],
+    ["_hf_attention", "_masked_lm"],
+    ["_bert"],
+    ["_distilbert", "_mpnet", "_esm"],
     ["huggingface"],
 ]
 
@@ -120,7 +124,7 @@ def test_kernels_stand_alone():
         allowed = standard | {"triton"} if path.stem == "_dispatch" else standard
         if path.stem == "_cuda":
             allowed = standard | {"cuda"}
-        if path.stem == "huggingface":
+        if path.stem in ("huggingface", "_hf_attention", "_masked_lm"):
             allowed = standard | {"transformers"}
         assert roots <= allowed, f"{path.name} imports {roots - allowed}"
 
