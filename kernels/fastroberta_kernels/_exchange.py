@@ -35,7 +35,7 @@ def _find_nothing(module: Any) -> None:
 
 
 class Part(NamedTuple):
-    """How the modules of one class are replaced. A part with neither a forward nor the interface is only reported.
+    """How the modules of one class are replaced. A part with neither a forward nor an implementation is only reported.
 
     Attributes:
         kind: one of KINDS.
@@ -43,18 +43,19 @@ class Part(NamedTuple):
             arguments.
         list_layers: the layers whose parameters the new forward uses without calling them.
         find_obstacle: why this module cannot be replaced, or None. It is asked again at each call.
-        uses_interface: whether transformers' attention interface calls the kernel, so that no forward is exchanged.
+        register_attention: given `impl`, registers an implementation of attention with transformers and returns its name,
+            which the model's configuration gets.
     """
 
     kind: str
     make_forward: Callable[[Callable, str | None], Callable] | None = None
     list_layers: Callable[[Any], tuple[nn.Module, ...]] = lambda module: ()
     find_obstacle: Callable[[Any], str | None] = _find_nothing
-    uses_interface: bool = False
+    register_attention: Callable[[str | None], str] | None = None
 
     @property
     def replaces(self) -> bool:
-        return self.uses_interface or self.make_forward is not None
+        return self.make_forward is not None or self.register_attention is not None
 
 
 def report_only(kind: str, reason: str) -> Part:

@@ -31,9 +31,6 @@ def find_attention_obstacle(module: Any) -> str | None:
     return None
 
 
-SELF_ATTENTION = Part("attention", find_obstacle=find_attention_obstacle, uses_interface=True)
-
-
 def is_registered(name: str | None) -> bool:
     """Whether a configuration's attention implementation is one of ours."""
     return (name or "").startswith(NAMESPACE)
@@ -62,6 +59,9 @@ def register_attention(impl: str | None) -> str:
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, make_mask)
     return name
+
+
+SELF_ATTENTION = Part("attention", find_obstacle=find_attention_obstacle, register_attention=register_attention)
 
 
 def describe_padding(is_token: torch.Tensor) -> KeyPadding:

@@ -546,8 +546,8 @@ def linear_cross_entropy(
         reduction: "mean" over rows that are not ignored (zero, not NaN, if there are none), "sum", or "none", which
             computes the logits again in the backward.
         num_classes: how many rows of weight are classes; the others are padding. By default all of them.
-        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch". With None on a CPU, up to 262,144 logits in fp32 or
-            fp64 go through torch.nn.functional.cross_entropy at once; inside transforms of torch.func, any number.
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch". With None on a CPU, up to 262,144 logits, unless
+            in fp16, go through torch.nn.functional.cross_entropy at once; inside transforms of torch.func, any number.
     Returns:
         loss: fp32 (fp64 for fp64), () or the shape of targets. num_correct: rows whose target is the first largest logit.
         num_targets: rows that are not ignored.
@@ -586,9 +586,9 @@ def linear_cross_entropy(
             f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16, or float64 with impl='torch'"
         )
     (hidden,) = cast_for_autocast(hidden)
-    is_exact = hidden.dtype in (torch.float32, torch.float64)  # a narrow gradient of the logits might underflow
-    is_small = is_exact and not torch.compiler.is_compiling() and targets.numel() * num_classes <= _FEW_LOGITS
-    if is_transforming() or (impl is None and not use_kernel and is_small):
+    is_small = impl is None and not torch.compiler.is_compiling() and targets.numel() * num_classes <= _FEW_LOGITS
+    may_underflow = hidden.dtype == torch.float16  # the gradient of the logits, scaled by that of the mean
+    if is_transforming() or (is_small and not use_kernel and not may_underflow):
         settings = ignore_index, label_smoothing, z_loss, reduction, num_classes
         try:
             return _compute_whole(hidden, weight, bias, targets, *settings)

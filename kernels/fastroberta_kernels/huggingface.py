@@ -62,7 +62,7 @@ from ._bert import BERT_FAMILIES
 from ._distilbert import DISTILBERT
 from ._esm import ESM
 from ._exchange import KINDS, Family, Part, exchange_forward, find_obstacle, find_original_forward, find_replacement
-from ._hf_attention import is_registered, register_attention
+from ._hf_attention import is_registered
 from ._mpnet import MPNET
 
 FAMILIES: tuple[Family, ...] = (*BERT_FAMILIES, DISTILBERT, MPNET, ESM)
@@ -144,7 +144,7 @@ def _replace(model: nn.Module, kinds: list[str], impl: str | None, changed: dict
     applied.replaced.update(dict.fromkeys(kinds, 0))
     applied.left_alone.update({(kind, reason): 0 for (_, kind), reason in changed.items()})
     parts = _list_parts()
-    configs: dict[int, Any] = {}
+    configs: dict[int, tuple[Any, Part]] = {}
     num_found = 0
     for module in model.modules():
         family, part = parts.get(find_original_forward(module), (None, None))
@@ -158,18 +158,18 @@ def _replace(model: nn.Module, kinds: list[str], impl: str | None, changed: dict
             applied.left_alone[part.kind, reason] += 1
             continue
         applied.replaced[part.kind] += 1
-        if part.uses_interface:
-            configs[id(module.config)] = module.config
-        else:
+        if part.register_attention:
+            configs[id(module.config)] = module.config, part
+        if part.make_forward:
             applied._undo.append(exchange_forward(module, part, impl))
     if num_found == 0:
         raise ValueError(
             f"huggingface.apply: {type(model).__name__} holds no part of a model of transformers that it knows; pass "
             f"one of {', '.join(family.name for family in FAMILIES)}"
         )
-    for config in configs.values():
+    for config, part in configs.values():
         applied._undo.append(functools.partial(setattr, config, "_attn_implementation", config._attn_implementation))
-        config._attn_implementation = register_attention(impl)
+        config._attn_implementation = part.register_attention(impl)
     return applied
 
 
@@ -190,7 +190,7 @@ def _list_parts() -> dict[Callable, tuple[Family, Part]]:
 
 def _find_reason_against(part: Part, module: Any) -> str | None:
     """Why a module cannot be replaced, or None if it can."""
-    if find_replacement(module) or (part.uses_interface and is_registered(module.config._attn_implementation)):
+    if find_replacement(module) or (part.register_attention and is_registered(module.config._attn_implementation)):
         return "replaced before"
     if part.make_forward and "forward" in vars(module):
         return "its forward was exchanged by something else"

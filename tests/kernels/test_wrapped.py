@@ -39,6 +39,7 @@ def test_compiled_as_one_graph_of_any_size(name):
         assert_close(strip(run(compiled, each), "_orig_mod."), results, 1e-5)
 
 
+@pytest.mark.slow(reason="6 seconds")
 def test_compiled_dropout_is_that_of_eager_execution():
     model = make_model(num_hidden_layers=1, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     batch = make_batch(model, "anywhere")
@@ -51,7 +52,7 @@ def test_compiled_dropout_is_that_of_eager_execution():
     assert_close(strip(found, "_orig_mod."), expected, 1e-5)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("is_training", [True, pytest.param(False, marks=pytest.mark.slow(reason="3 seconds"))])
 def test_exported_for_any_size(is_training):
     """In training with the loss of the kernel, in evaluation with logits."""
     model = make_model(num_hidden_layers=1).train(is_training)
