@@ -52,7 +52,8 @@ def test_compiled_dropout_is_that_of_eager_execution():
     assert_close(strip(found, "_orig_mod."), expected, 1e-5)
 
 
-@pytest.mark.parametrize("is_training", [True, pytest.param(False, marks=pytest.mark.slow(reason="3 seconds"))])
+@pytest.mark.slow(reason="4 seconds each")
+@pytest.mark.parametrize("is_training", [True, False])
 def test_exported_for_any_size(is_training):
     """In training with the loss of the kernel, in evaluation with logits."""
     model = make_model(num_hidden_layers=1).train(is_training)
