@@ -15,14 +15,15 @@ from .case import (
     LENGTH,
     MODELS,
     OURS,
-    SIZES,
+    SMALL,
     Absent,
     Build,
     Case,
     Setting,
     Work,
     compile_function,
-    count_sequences,
+    find_layout,
+    find_size,
     make_random,
     need_package,
 )
@@ -56,10 +57,10 @@ def draw_spans(layout: str, sequences: int) -> list[list[int]]:
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-    size, sequences = SIZES[setting.model], count_sequences(device)
-    shape = (sequences, LENGTH, size.heads, HEAD_SIZE)
+    size, (sequences, length) = find_size(setting), find_layout(setting, device)
+    shape = (sequences, length, size.heads, HEAD_SIZE)
     q, k, v, upstream = (make_random(shape, dtype, device, seed) for seed in range(4))
-    spans = draw_spans(setting.layout, sequences)
+    spans = draw_spans(setting.layout, sequences) if setting.model not in SMALL else [[length]] * sequences
     mask = key_lengths = bounds = None
     if setting.layout == "padded":
         key_lengths = torch.tensor([length for (length,) in spans], dtype=torch.int32, device=device)
@@ -85,12 +86,12 @@ def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Cas
     implementations["flash-attn"] = build_flash(setting.layout, bounds, device)
     # Both products of the forward, five of the backward; a padded query counts, since its output is asked for.
     queries_by_keys = sum(
-        length * (length if setting.layout == "packed" else LENGTH) for sequence in spans for length in sequence
+        keys * (keys if setting.layout == "packed" else length) for sequence in spans for keys in sequence
     )
     forward = 4 * queries_by_keys * size.heads * HEAD_SIZE
     tensor_bytes = q.numel() * dtype.itemsize
     return Case(
-        "attention", setting, f"{sequences} x {LENGTH}, {size.heads} heads of {HEAD_SIZE}", dtype, (q, k, v),
+        "attention", setting, f"{sequences} x {length}, {size.heads} heads of {HEAD_SIZE}", dtype, (q, k, v),
         implementations, Work(forward, 4 * tensor_bytes), upstream.detach(), Work(2.5 * forward, 8 * tensor_bytes),
         exact, twin=build_ours(key_lengths, bounds, torch.tensor([1, 0], device=device), impl="torch"),
     )  # fmt: skip

@@ -34,13 +34,15 @@ SIZES = {"base": Size(768, 12, 3072, 12), "large": Size(1024, 16, 4096, 24), "ti
 MODELS = ("base", "large")  # what is measured; "tiny" is for rehearsals
 HEAD_SIZE = 64
 LENGTH = 512
+# Rows and columns of small calls, whose time on a CPU goes into Python and PyTorch's dispatch rather than arithmetic.
+SMALL = {"8x64": (8, 64), "64x128": (64, 128), "256x256": (256, 256)}
 VOCABULARY, VOCABULARY_ROWS = 50265, 50304
 
 
 class Setting(NamedTuple):
     """A model size, a dropout probability and a layout of sequences."""
 
-    model: str  # a key of SIZES
+    model: str  # a key of SIZES or SMALL
     dropout: float = 0.0
     layout: str = "full"  # full: every sequence is full; padded: they end early; packed: documents inside sequences
 
@@ -216,6 +218,19 @@ def make_random(
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator).mul_(scale)
     return values.to(device=device, dtype=dtype).requires_grad_()
+
+
+def find_size(setting: Setting) -> Size:
+    """The widths of a setting."""
+    if setting.model in SMALL:
+        columns = SMALL[setting.model][1]
+        return Size(columns, columns // HEAD_SIZE, columns, 1)
+    return SIZES[setting.model]
+
+
+def find_layout(setting: Setting, device: torch.device) -> tuple[int, int]:
+    """Sequences of a setting and their length."""
+    return (1, SMALL[setting.model][0]) if setting.model in SMALL else (count_sequences(device), LENGTH)
 
 
 def count_sequences(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from .case import (
     EAGER,
     MODELS,
     OURS,
-    SIZES,
+    SMALL,
     VOCABULARY,
     Absent,
     Build,
@@ -22,6 +22,7 @@ from .case import (
     Work,
     compile_function,
     count_sequences,
+    find_size,
     make_random,
     need_package,
 )
@@ -33,20 +34,23 @@ SETTINGS = [Setting(model) for model in MODELS]
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-    rows, columns = max(4, count_sequences(device)) * MASKED, SIZES[setting.model].hidden
+    rows, columns = max(4, count_sequences(device)) * MASKED, find_size(setting).hidden
+    classes, num_targets = ROWS, VOCABULARY
+    if setting.model in SMALL:
+        rows, classes, num_targets = SMALL[setting.model][0], 512, 512
     hidden = make_random((rows, columns), dtype, device, 0)
-    weight = make_random((ROWS, columns), dtype, device, 1, 0.02)
-    bias = make_random((ROWS,), dtype, device, 2, 0.5)
-    targets = torch.randint(VOCABULARY, (rows,), generator=torch.Generator().manual_seed(3)).to(device)
+    weight = make_random((classes, columns), dtype, device, 1, 0.02)
+    bias = make_random((classes,), dtype, device, 2, 0.5)
+    targets = torch.randint(num_targets, (rows,), generator=torch.Generator().manual_seed(3)).to(device)
     implementations: dict[str, Build] = {EAGER: lambda dropout: compute_eagerly, OURS: build_ours()}
     implementations[COMPILED] = compile_function(implementations[EAGER])
     implementations["F.linear_cross_entropy"] = lambda dropout: find_in_torch()
     implementations["Liger"] = build_liger(device)
     implementations["cut-cross-entropy"] = build_cut(device)
-    product = 2 * rows * columns * ROWS
-    parameters = ROWS * columns * dtype.itemsize
+    product = 2 * rows * columns * classes
+    parameters = classes * columns * dtype.itemsize
     return Case(
-        "linear_cross_entropy", setting, f"{rows} x {columns} x {ROWS}", dtype, (hidden, weight, bias, targets),
+        "linear_cross_entropy", setting, f"{rows} x {columns} x {classes}", dtype, (hidden, weight, bias, targets),
         implementations, Work(product, parameters + hidden.numel() * dtype.itemsize), torch.ones((), device=device),
         Work(2 * product, 2 * parameters + 2 * hidden.numel() * dtype.itemsize), compute_eagerly,
     )  # fmt: skip

@@ -11,10 +11,9 @@ from torch import Tensor
 from .case import (
     COMPILED,
     EAGER,
-    LENGTH,
     MODELS,
     OURS,
-    SIZES,
+    SMALL,
     VOCABULARY,
     VOCABULARY_ROWS,
     Build,
@@ -22,7 +21,8 @@ from .case import (
     Setting,
     Work,
     compile_function,
-    count_sequences,
+    find_layout,
+    find_size,
     make_random,
 )
 
@@ -31,32 +31,33 @@ SETTINGS = [Setting(model, dropout) for model in MODELS for dropout in (0.1, 0.0
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-    sequences, columns = count_sequences(device), SIZES[setting.model].hidden
+    (sequences, length), columns = find_layout(setting, device), find_size(setting).hidden
+    num_words = 512 if setting.model in SMALL else VOCABULARY_ROWS
     # Token frequencies fall about as 1/rank, so that some rows of the table receive many gradients and most none.
     generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand((sequences, LENGTH), generator=generator)
-    ids = (VOCABULARY - 4) ** uniform + 3
+    uniform = torch.rand((sequences, length), generator=generator)
+    ids = (min(num_words, VOCABULARY) - 4) ** uniform + 3
     ids = ids.long().to(device)
     words, positions, types = (
         make_random((rows, columns), torch.float32, device, seed, 0.02)
-        for seed, rows in enumerate((VOCABULARY_ROWS, LENGTH + 2, 1))
+        for seed, rows in enumerate((num_words, length + 2, 1))
     )
     weight, bias = (make_random((columns,), torch.float32, device, 10 + index) for index in range(2))
-    upstream = make_random((sequences, LENGTH, columns), dtype, device, 20)
+    upstream = make_random((sequences, length, columns), dtype, device, 20)
     implementations: dict[str, Build] = {
         EAGER: build_eager(dtype),
         OURS: build_ours(dtype, torch.tensor([1, 0], device=device)),
     }
     implementations[COMPILED] = compile_function(implementations[EAGER])
-    tokens = sequences * LENGTH
+    tokens = sequences * length
     row = columns * 4
     read = 2 * tokens * row  # word and position rows, fp32
     written = tokens * columns * dtype.itemsize
     return Case(
-        "embedding", setting, f"{sequences} x {LENGTH} x {columns}, {VOCABULARY_ROWS} rows", dtype,
+        "embedding", setting, f"{sequences} x {length} x {columns}, {num_words} rows", dtype,
         (ids, words, positions, types, weight, bias), implementations, Work(0, read + written), upstream.detach(),
         # The gradients, the rows again, and a gradient of the whole table, which is written once.
-        Work(0, written + read + tokens * row + VOCABULARY_ROWS * row), build_eager(torch.float64)(0.0),
+        Work(0, written + read + tokens * row + num_words * row), build_eager(torch.float64)(0.0),
         twin=build_ours(torch.float64, torch.tensor([1, 0], device=device), impl="torch"),
     )  # fmt: skip
 

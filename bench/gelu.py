@@ -9,17 +9,16 @@ from fastroberta_kernels.gelu import bias_gelu
 from .case import (
     COMPILED,
     EAGER,
-    LENGTH,
     MODELS,
     OURS,
-    SIZES,
     Absent,
     Build,
     Case,
     Setting,
     Work,
     compile_function,
-    count_sequences,
+    find_layout,
+    find_size,
     make_random,
 )
 
@@ -27,7 +26,8 @@ SETTINGS = [Setting(model) for model in MODELS]
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-    rows, columns = count_sequences(device) * LENGTH, SIZES[setting.model].intermediate
+    sequences, length = find_layout(setting, device)
+    rows, columns = sequences * length, find_size(setting).intermediate
     x, upstream = (make_random((rows, columns), dtype, device, seed) for seed in range(2))
     bias = make_random((columns,), dtype, device, 2)
     implementations: dict[str, Build] = {

@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 
-from .case import OURS, SIZES, Absent, Case, Setting
+from .case import EAGER, OURS, SIZES, SMALL, Absent, Case, Setting
 from .measure import choose_dtype, measure_ceilings, measure_peak_bytes, spread, time_in_turn
 from .record import Run, default_path
 from .trace import count_launches, record_trace
 
 # File of each operation: its SETTINGS and make_case.
 OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "masking", "embedding", "lamb")
+SMALL_OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "embedding")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench kernels", description=__doc__)
     parser.add_argument("--only", choices=OPERATIONS, action="append", help="this operation (may be repeated)")
     parser.add_argument("--model", choices=SIZES, help="sizes of this model instead of base and large")
+    parser.add_argument("--small", action="store_true", help="small calls only, against PyTorch eager")
     parser.add_argument("--quick", action="store_true", help="fewer settings and turns")
     parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after this time")
@@ -44,10 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     end = time.monotonic() + arguments.seconds
     wrong = 0
-    for name in arguments.only or OPERATIONS:
+    for name in arguments.only or (SMALL_OPERATIONS if arguments.small else OPERATIONS):
         operation = importlib.import_module(f".{name}", __package__)
         for setting in choose_settings(
-            operation.SETTINGS, quick=arguments.quick, on_gpu=device.type == "cuda", model=arguments.model
+            operation.SETTINGS,
+            quick=arguments.quick,
+            on_gpu=device.type == "cuda",
+            model=arguments.model,
+            small=arguments.small,
         ):
             if time.monotonic() > end:
                 print(f"{name} {setting}: not measured, the time is up")
@@ -70,9 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def choose_settings(
-    settings: Sequence[Setting], *, quick: bool, on_gpu: bool, model: str | None = None
+    settings: Sequence[Setting], *, quick: bool, on_gpu: bool, model: str | None = None, small: bool = False
 ) -> list[Setting]:
-    """All of them. With `quick`, those of roberta-base, and on a CPU only one layout of sequences."""
+    """All of them. With `quick`, those of roberta-base, and on a CPU only one layout of sequences.
+
+    With `small`, full sequences of the sizes in SMALL, for the operations that work on rows.
+    """
+    if small:
+        settings = [s for s in settings if s.layout in ("full", "plain")]
+        return list(dict.fromkeys(s._replace(model=name) for name in SMALL for s in settings))
     if quick:
         settings = [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain"))]
     return list(dict.fromkeys(s._replace(model=model or s.model) for s in settings))
@@ -82,7 +94,10 @@ def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, 
     """A line for each implementation: it is checked and, if right, timed in turn with the others."""
     lines: dict[str, dict[str, Any]] = {}
     functions: dict[str, Any] = {}
+    is_small = case.setting.model in SMALL
     for name in case.implementations:
+        if is_small and name not in (EAGER, OURS):
+            continue
         line = lines[name] = {
             "operation": case.operation,
             "setting": case.setting._asdict(),
@@ -113,7 +128,8 @@ def measure_case(case: Case, device: torch.device, ceilings: dict[str, Any], *, 
 
     runs = {name: bind(name) for name in functions}
     on_gpu = device.type == "cuda"
-    times = time_in_turn(runs, device, rounds=5 if quick else 9, repeats=5 if on_gpu else 1)
+    repeats = 50 if is_small else 5 if on_gpu else 1
+    times = time_in_turn(runs, device, rounds=5 if quick else 9, repeats=repeats)
     for name, turns in times.items():
         line = lines[name]
         totals = [sum(parts) for parts in turns]

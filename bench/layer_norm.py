@@ -11,17 +11,16 @@ from torch import Tensor
 from .case import (
     COMPILED,
     EAGER,
-    LENGTH,
     MODELS,
     OURS,
-    SIZES,
     Absent,
     Build,
     Case,
     Setting,
     Work,
     compile_function,
-    count_sequences,
+    find_layout,
+    find_size,
     make_random,
     need_package,
 )
@@ -36,7 +35,8 @@ SETTINGS = [
 
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
-    rows, columns = count_sequences(device) * LENGTH, SIZES[setting.model].hidden
+    sequences, length = find_layout(setting, device)
+    rows, columns = sequences * length, find_size(setting).hidden
     plain = setting.layout == "plain"
     x, residual, upstream = (make_random((rows, columns), dtype, device, seed) for seed in range(3))
     with torch.no_grad():

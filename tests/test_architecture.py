@@ -28,8 +28,11 @@ KERNEL_FLOORS = [
     ["philox", "_rows"],
     ["_attention_cpu", "_attention_window_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb", "rotary"],
     ["attention", "cross_entropy"],
+    ["_exchange"],
+    ["_hf_attention", "_masked_lm"],
+    ["_bert"],
+    ["_distilbert", "_mpnet", "_esm", "_modernbert"],
     ["huggingface"],
-    ["_modernbert"],
 ]
 
 
@@ -122,7 +125,7 @@ def test_kernels_stand_alone():
         allowed = standard | {"triton"} if path.stem == "_dispatch" else standard
         if path.stem == "_cuda":
             allowed = standard | {"cuda"}
-        if path.stem in ("huggingface", "_modernbert"):
+        if path.stem in ("huggingface", "_hf_attention", "_masked_lm", "_modernbert"):
             allowed = standard | {"transformers"}
         assert roots <= allowed, f"{path.name} imports {roots - allowed}"
 

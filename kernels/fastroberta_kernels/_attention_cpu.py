@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE, without_autocast
+from ._dispatch import NAMESPACE, is_transforming, without_autocast
 
 # Scores of a piece, per thread: they and their derivatives stay in a core's cache, and each thread has a head of its own
 # in the matrix products.
 SCORES_AT_ONCE = 262_144
+NO_TRANSFORM = "{}: torch.func cannot transform this call; use {} inside its transforms"
 
 
 def attention_torch(
@@ -39,12 +40,14 @@ def attention_torch(
     # up to 2.5 times as long.
     is_narrow = q.dtype in (torch.bfloat16, torch.float16)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if dropout_p > 0 or (is_narrow and needs_gradient):
+    if is_transforming() and dropout_p > 0:
+        raise ValueError(NO_TRANSFORM.format("attention", "dropout_p=0"))
+    if dropout_p > 0 or (is_narrow and needs_gradient and not is_transforming()):
         seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
         return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
     mask = has_keys = None
     # Where the host may read lengths, it saves the work that only some of them need.
-    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transforming()
     if key_lengths is not None and not (may_look and bool((key_lengths >= k.shape[1]).all())):
         # What is ignored is set to zero, as zero times NaN or infinity would be NaN.
         is_key = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
@@ -75,6 +78,8 @@ def varlen_attention_torch(
     seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`varlen_attention` in PyTorch operations."""
+    if is_transforming():
+        raise ValueError(NO_TRANSFORM.format("varlen_attention", "attention with key_lengths"))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
     return attention_torch_forward(

@@ -53,6 +53,11 @@ def is_interpreting() -> bool:
     return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def is_transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp and their like) is running."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) -> bool:
     """Whether `operation` uses Triton for `tensors`. The first tensor determines the device; others may be None.
 
@@ -70,6 +75,8 @@ def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) 
         raise ValueError(f"{operation}: impl={impl!r} is unknown; use None, 'triton' or 'torch'")
     if impl == "torch" or (impl is None and device.type != "cuda"):
         return False
+    if is_transforming():
+        raise ValueError(f"{operation}: torch.func cannot transform the Triton kernel; pass impl='torch'")
     if triton is None:
         raise ValueError(
             f"{operation}: the package triton is not installed; install triton>=3.6 (Linux), or pass impl='torch'"

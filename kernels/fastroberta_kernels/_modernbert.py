@@ -18,35 +18,19 @@ Masks
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ._dispatch import NAMESPACE
+from ._exchange import Family, Part, draw_seed, find_activation_obstacle, find_gelu_form
+from ._hf_attention import KeyPadding, describe_padding
+from ._masked_lm import IGNORED_LABEL, Head, masked_lm
 from .attention import HEAD_DIMS, attention, varlen_attention
-from .cross_entropy import linear_cross_entropy
-from .gelu import bias_gelu, geglu
-from .huggingface import (
-    IGNORED_LABEL,
-    Applied,
-    KeyPadding,
-    _describe_padding,
-    _draw_seed,
-    _exchange_forward,
-    _gelu_form,
-    _has_hooks,
-    _is_plain,
-    _is_replaced,
-    _may_look,
-    _name,
-    _original_class,
-)
+from .gelu import geglu
 from .layer_norm import layer_norm
 from .rotary import apply_rotary
 
@@ -68,7 +52,7 @@ def register_attention(impl: str | None) -> str:
     def make_mask(*args, attention_mask=None, local_size=None, use_vmap=False, **kwargs):
         if use_vmap:  # somebody's own function of the indices is in the mask
             return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, use_vmap=True, **kwargs)
-        padding = None if attention_mask is None else _describe_padding(attention_mask)
+        padding = None if attention_mask is None else describe_padding(attention_mask)
         return None if padding is None and local_size is None else Visibility(padding, local_size)
 
     def attend_in_full(module, query, key, value, attention_mask, **kwargs):
@@ -126,7 +110,7 @@ def attend(q, k, v, mask, dropout_p, impl, cu_seq_lens_q=None, cu_seq_lens_k=Non
     padding, window = (None, None) if mask is None else mask
     options = {"dropout_p": dropout_p, "impl": impl, "window_size": (-1, -1) if window is None else (window, window)}
     if dropout_p > 0:
-        options["seed"] = _draw_seed(q.device)
+        options["seed"] = draw_seed(q.device)
     if cu_seq_lens_q is not None:
         bounds = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32), int(max_length_q), int(max_length_k)
         return varlen_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *bounds, **options).view(q.shape)
@@ -172,157 +156,40 @@ def make_layer_forward(original: Callable, impl: str | None) -> Callable:
 
 def make_mlp_forward(original: Callable, impl: str | None) -> Callable:
     def forward(self, hidden_states):
-        activated = geglu(self.Wi(hidden_states), approximate=_gelu_form(self.act), impl=impl)
+        activated = geglu(self.Wi(hidden_states), approximate=find_gelu_form(self.act), impl=impl)
         return self.Wo(self.drop(activated))
 
     return forward
 
 
-def find_mlp_obstacle(module: Any) -> str | None:
-    return None if _gelu_form(module.act) else f"its activation {_name(module.act)} is not GELU"
-
-
-# ---- head ------------------------------------------------------------------------------------------------------------
-
-
-def make_masked_lm_forward(original: Callable, impl: str | None) -> Callable:
-    from transformers.modeling_outputs import MaskedLMOutput
-    from transformers.utils.generic import can_return_tuple
-
-    names = list(inspect.signature(original).parameters)[1:]
-
-    @can_return_tuple
-    def forward_training(self, labels, num_items_in_batch=None, **kwargs):
-        outputs = self.base_model(**kwargs, return_dict=True)
-        hidden, labels = outputs.last_hidden_state.flatten(0, 1), labels.flatten()
-        if _may_look(labels):
-            rows = (labels != IGNORED_LABEL).nonzero()[:, 0]
-            labels = labels[rows]
-            hidden = hidden.index_select(0, rows.to(hidden.device))
-        dense, norm = self.head.dense, self.head.norm
-        activated = bias_gelu(
-            F.linear(hidden, dense.weight), dense.bias, approximate=_gelu_form(self.head.act), impl=impl
-        )
-        loss = linear_cross_entropy(
-            layer_norm(activated, norm.weight, norm.bias, eps=norm.eps, impl=impl),
-            self.decoder.weight, self.decoder.bias, labels.to(hidden.device), ignore_index=IGNORED_LABEL,
-            reduction="mean" if num_items_in_batch is None else "sum", impl=impl,
-        ).loss  # fmt: skip
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return MaskedLMOutput(
-            loss=loss if num_items_in_batch is None else loss / num_items_in_batch,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def forward(self, *args, **kwargs):
-        arguments = dict(zip(names, args)) | kwargs
-        if not self.training or arguments.get("labels") is None:
-            return original(self, *args, **kwargs)
-        return forward_training(self, **arguments)
-
-    return forward
-
-
-def find_head_obstacle(model: Any) -> str | None:
-    if not _gelu_form(model.head.act):
-        return f"its activation {_name(model.head.act)} is not GELU"
-    if model.config.sparse_pred_ignore_index != IGNORED_LABEL:
-        return f"its labels are ignored at {model.config.sparse_pred_ignore_index}, not {IGNORED_LABEL}"
-    return "its head has hooks" if _has_hooks(model.head) else None
-
-
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """How the modules of one class are replaced.
-
-    Attributes:
-        make_forward: given the original forward and `impl`, returns the new forward.
-        list_layers: the layers whose parameters the new forward uses without calling them.
-        find_obstacle: why this module cannot be replaced, or None. It is asked again at each call.
-    """
-
-    kind: str
-    make_forward: Callable[[Callable, str | None], Callable]
-    list_layers: Callable[[Any], tuple[nn.Module, ...]] = lambda module: ()
-    find_obstacle: Callable[[Any], str | None] = lambda module: None
+def find_head(model: Any) -> Head:
+    dense, norm, decoder = model.head.dense, model.head.norm, model.decoder
+    return Head((model.head,), dense, find_gelu_form(model.head.act), norm, decoder, decoder.bias)
 
 
-PARTS = {
-    "ModernBertAttention": Part("attention", make_attention_forward, find_obstacle=find_attention_obstacle),
-    "ModernBertEncoderLayer": Part("layer_norm", make_layer_forward, list_norms),
-    "ModernBertMLP": Part("gelu", make_mlp_forward, find_obstacle=find_mlp_obstacle),
-    "ModernBertForMaskedLM": Part(
-        "mlm_head", make_masked_lm_forward, lambda model: (model.head.dense, model.head.norm, model.decoder),
-        find_head_obstacle,
-    ),
-}  # fmt: skip
+def find_label_obstacle(model: Any) -> str | None:
+    ignored = model.config.sparse_pred_ignore_index
+    return None if ignored == IGNORED_LABEL else f"its labels are ignored at {ignored}, not {IGNORED_LABEL}"
 
 
-def find_obstacle(part: Part, module: Any) -> str | None:
-    """Why a module cannot be replaced, or None if it can."""
-    changed = [_name(layer) for layer in part.list_layers(module) if not _is_plain(layer)]
-    return part.find_obstacle(module) or (f"{changed[0]} is no plain layer, or has hooks" if changed else None)
-
-
-def apply_to_modernbert(
-    model: nn.Module,
-    *,
-    attention: bool = True,
-    layer_norm: bool = True,
-    gelu: bool = True,
-    mlm_head: bool = True,
-    impl: str | None = None,
-) -> Applied:
-    """`huggingface.apply` for a transformers ModernBERT model, or a module that contains one.
-
-    Returns:
-        A report of what was replaced and what was left alone, with `.revert()`.
-    Raises:
-        ValueError: the model contains no part of ModernBERT, or `impl` is unknown.
-        ImportError: transformers is not installed.
-    """
-    from transformers.models.modernbert import modeling_modernbert
-
-    if impl not in (None, "triton", "torch"):
-        raise ValueError(f"huggingface.apply: impl={impl!r} is unknown; use None, 'triton' or 'torch'")
-    wanted = {"attention": attention, "layer_norm": layer_norm, "gelu": gelu, "mlm_head": mlm_head}
-    parts = {getattr(modeling_modernbert, name).forward: part for name, part in PARTS.items()}
-    applied = Applied(type(model).__name__)
-    applied.replaced.update({kind: 0 for kind, is_wanted in wanted.items() if is_wanted})
-    found = [
-        (module, parts[forward]) for module in model.modules() if (forward := _original_class(module).forward) in parts
-    ]
-    if not found:
-        raise ValueError(f"huggingface.apply: {type(model).__name__} holds no part of a transformers ModernBERT model")
-    configs: dict[int, Any] = {}
-    for module, part in found:
-        if not wanted[part.kind]:
-            continue
-        reason = "replaced before" if _is_replaced(module) else find_obstacle(part, module)
-        if reason is None and "forward" in vars(module):
-            reason = "its forward was exchanged by something else"
-        if reason is not None:
-            applied.left_alone[part.kind, reason] += 1
-            continue
-        applied.replaced[part.kind] += 1
-        _exchange_forward(module, guard(part, impl, type(module).forward), applied)
-        if part.kind == "attention":
-            configs[id(module.config)] = module.config
-    for config in configs.values():
-        applied._undo.append(functools.partial(setattr, config, "_attn_implementation", config._attn_implementation))
-        config._attn_implementation = register_attention(impl)
-    return applied
-
-
-def guard(part: Part, impl: str | None, original: Callable) -> Callable:
-    """The new forward where nothing stands against it, else the original one."""
-    forward = part.make_forward(original, impl)
-
-    def choose(original, self, *args, **kwargs):
-        return (forward if find_obstacle(part, self) is None else original)(self, *args, **kwargs)
-
-    return choose
+MODERNBERT = Family(
+    "ModernBERT",
+    "transformers.models.modernbert.modeling_modernbert",
+    {
+        "ModernBertAttention": Part(
+            "attention", make_attention_forward, find_obstacle=find_attention_obstacle,
+            register_attention=register_attention,
+        ),
+        "ModernBertEncoderLayer": Part("layer_norm", make_layer_forward, list_norms),
+        "ModernBertMLP": Part("gelu", make_mlp_forward, find_obstacle=lambda module: find_activation_obstacle(module.act)),
+        "ModernBertForMaskedLM": masked_lm(find_head, find_label_obstacle),
+    },
+    "ModernBertForMaskedLM",
+    {
+        "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2,
+    },
+)  # fmt: skip

@@ -46,12 +46,22 @@ numbers.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from ._dispatch import NAMESPACE, align, cast_for_autocast, jit, launch, tl, use_triton, without_autocast
+from ._dispatch import (
+    NAMESPACE,
+    align,
+    cast_for_autocast,
+    is_transforming,
+    jit,
+    launch,
+    tl,
+    use_triton,
+    without_autocast,
+)
 from ._rows import KERNEL_DTYPES
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
@@ -80,6 +90,7 @@ class Gradients(NamedTuple):
 _ROWS_IN_CACHE = 16
 _CLASSES_IN_CACHE = 4096
 _CHUNK_ROWS_TORCH = 512
+_FEW_LOGITS = 262_144  # up to here, what the steps of a chunk cost to call outweighs what they save
 
 
 def _loss_and_gradients_torch(
@@ -487,6 +498,29 @@ def _backward(ctx, loss_gradient, *_):
 torch.library.register_autograd(f"{NAMESPACE}::linear_cross_entropy_forward", _backward, setup_context=_setup_context)
 
 
+def _compute_whole(
+    hidden, weight, bias, targets, ignore_index, label_smoothing, z_loss, reduction, num_classes
+) -> LinearCrossEntropyOutput:
+    """All logits at once in PyTorch's own operations: for few of them, and for torch.func, which sees into no other."""
+    shape, targets = targets.shape, targets.flatten().long()
+    kept = targets != ignore_index
+    hidden = hidden.reshape(targets.numel(), hidden.shape[-1]).masked_fill(~kept[:, None], 0.0)  # they may hold NaN
+    weight, bias = (None if tensor is None else tensor[:num_classes].to(hidden.dtype) for tensor in (weight, bias))
+    x = F.linear(hidden, weight, bias).to(_sum_dtype(hidden))
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(x, targets, reduction="none" if reduction == "none" or z_loss else "sum", **options)
+    if z_loss:
+        loss = loss + z_loss * (x.logsumexp(1) * kept).square()
+    num_targets = kept.sum()
+    if reduction == "none":
+        loss = loss.view(shape)
+    elif z_loss:
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / num_targets.clamp(min=1)
+    return LinearCrossEntropyOutput(loss, ((x.argmax(1) == targets) & kept).sum(), num_targets)
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -512,7 +546,8 @@ def linear_cross_entropy(
         reduction: "mean" over rows that are not ignored (zero, not NaN, if there are none), "sum", or "none", which
             computes the logits again in the backward.
         num_classes: how many rows of weight are classes; the others are padding. By default all of them.
-        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch".
+        impl: None (Triton on CUDA, else PyTorch), "triton" or "torch". With None on a CPU, up to 262,144 logits, unless
+            in fp16, go through torch.nn.functional.cross_entropy at once; inside transforms of torch.func, any number.
     Returns:
         loss: fp32 (fp64 for fp64), () or the shape of targets. num_correct: rows whose target is the first largest logit.
         num_targets: rows that are not ignored.
@@ -551,6 +586,15 @@ def linear_cross_entropy(
             f"{name}: hidden is {hidden.dtype}; use float32, bfloat16 or float16, or float64 with impl='torch'"
         )
     (hidden,) = cast_for_autocast(hidden)
+    is_small = impl is None and not torch.compiler.is_compiling() and targets.numel() * num_classes <= _FEW_LOGITS
+    may_underflow = hidden.dtype == torch.float16  # the gradient of the logits, scaled by that of the mean
+    if is_transforming() or (is_small and not use_kernel and not may_underflow):
+        settings = ignore_index, label_smoothing, z_loss, reduction, num_classes
+        try:
+            return _compute_whole(hidden, weight, bias, targets, *settings)
+        except IndexError:
+            _check_targets(targets, ignore_index, num_classes)
+            raise
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
@@ -590,6 +634,7 @@ class MaskedLMHead(torch.nn.Module):
     Args:
         vocab_size: rows of the decoder's weight, padding included.
         hidden_act: "gelu" (erf), or "gelu_new" or "gelu_pytorch_tanh" (tanh approximation).
+        bias: False leaves out all three biases, the decoder's included.
     Raises:
         ValueError: an unknown hidden_act.
     """
@@ -601,6 +646,7 @@ class MaskedLMHead(torch.nn.Module):
         *,
         layer_norm_eps: float = 1e-5,
         hidden_act: str = "gelu",
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -608,17 +654,20 @@ class MaskedLMHead(torch.nn.Module):
         if hidden_act not in _APPROXIMATE:
             raise ValueError(f"MaskedLMHead: hidden_act={hidden_act!r} is unknown; use {', '.join(_APPROXIMATE)}")
         self.approximate = _APPROXIMATE[hidden_act]
-        self.dense = torch.nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype)
-        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, device=device, dtype=dtype)
-        self.bias = torch.nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype))
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.vocab_size = vocab_size
+        self.dense = torch.nn.Linear(hidden_size, hidden_size, **options)
+        self.layer_norm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, **options)
+        self.bias = torch.nn.Parameter(torch.zeros(vocab_size, device=device, dtype=dtype)) if bias else None
 
     def reset_parameters(self) -> None:
         self.dense.reset_parameters()
         self.layer_norm.reset_parameters()
-        torch.nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        return f"vocab_size={self.bias.numel()}, approximate={self.approximate!r}"
+        return f"vocab_size={self.vocab_size}, approximate={self.approximate!r}, bias={self.bias is not None}"
 
     def transform(self, hidden: torch.Tensor, *, impl: str | None = None) -> torch.Tensor:
         """What the decoder multiplies, (N, d), from hidden states (N, d): dense, GELU, LayerNorm."""
@@ -659,7 +708,7 @@ class MaskedLMHead(torch.nn.Module):
                     f"{tuple(labels.shape)} do not match; expected (B, L, d), (B, K) and (B, K)"
                 )
             num_sequences, length, _ = hidden.shape
-            if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            if positions.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transforming():
                 outside = positions[(positions < 0) | (positions >= length)]
                 if outside.numel():
                     raise ValueError(
@@ -690,5 +739,6 @@ class MaskedLMHead(torch.nn.Module):
         impl: str | None = None,
     ) -> torch.Tensor:
         """All logits (..., num_classes) of hidden states (..., d), for inference."""
-        weight, bias = decoder_weight[:num_classes], self.bias[:num_classes]
-        return F.linear(self.transform(hidden, impl=impl), weight.to(hidden.dtype), bias.to(hidden.dtype))
+        weight = decoder_weight[:num_classes].to(hidden.dtype)
+        bias = None if self.bias is None else self.bias[:num_classes].to(hidden.dtype)
+        return F.linear(self.transform(hidden, impl=impl), weight, bias)

@@ -73,7 +73,7 @@ def embedding_layer_norm_torch(
     position_weight: torch.Tensor,
     token_type_weight: torch.Tensor | None,
     norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
+    norm_bias: torch.Tensor | None,
     *,
     token_type_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
@@ -91,10 +91,11 @@ def embedding_layer_norm_torch(
     x = _look_up(word_weight, input_ids, padding_idx, "token id")
     x = x + _look_up(position_weight, position_ids, position_padding_idx, "position")
     if token_type_ids is not None:
-        x += _look_up(token_type_weight, token_type_ids, None, "token type")
+        x = x + _look_up(token_type_weight, token_type_ids, None, "token type")
     elif token_type_weight is not None:
-        x += token_type_weight[0]
-    y = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)
+        x = x + token_type_weight[0]
+    norm_bias = None if norm_bias is None else norm_bias.to(x.dtype)
+    y = F.layer_norm(x, x.shape[-1:], norm_weight.to(x.dtype), norm_bias, eps)
     if p > 0:
         keep = philox.dropout_keep_torch(seed, p, input_ids.numel(), y.shape[-1]).view(y.shape)
         y = y * keep.view(torch.uint8).to(y.dtype).mul_(philox.dropout_scale(p))
@@ -535,7 +536,7 @@ def embedding_layer_norm(
     position_weight: torch.Tensor,
     token_type_weight: torch.Tensor | None,
     norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
+    norm_bias: torch.Tensor | None,
     *,
     token_type_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
@@ -551,7 +552,7 @@ def embedding_layer_norm(
 
     Args:
         input_ids: int64 (B, L). word_weight, position_weight: (rows, d). token_type_weight: (rows, d) or None.
-        norm_weight, norm_bias: (d,), LayerNorm's.
+        norm_weight, norm_bias: (d,), LayerNorm's. norm_bias may be None.
         token_type_ids: int64 (B, L). None means row 0 for every token.
         position_ids: int64, (B, L) or broadcastable to it. None means that positions are counted.
         padding_idx: the id of padding, whose row of word_weight gets no gradient. None if there is no padding.
@@ -575,7 +576,7 @@ def embedding_layer_norm(
         if table is not None and (table.dim() != 2 or table.shape[1] != num_columns or table.shape[0] == 0):
             raise ValueError(f"{name}: {what}_weight is {tuple(table.shape)}, expected (rows, {num_columns})")
     for what, vector in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if vector.shape != (num_columns,):
+        if vector is not None and vector.shape != (num_columns,):
             raise ValueError(f"{name}: {what} is {tuple(vector.shape)}, expected ({num_columns},)")
     if padding_idx is not None and not 0 <= padding_idx < word_weight.shape[0]:
         raise ValueError(f"{name}: padding_idx={padding_idx} is outside the {word_weight.shape[0]} rows of word_weight")
@@ -635,6 +636,7 @@ def embedding_layer_norm(
     tables = list(tensors[:3])
     if any(table is not None and table.dtype != word_weight.dtype for table in tables):
         tables = [None if table is None else table.float() for table in tables]
+    norm_bias = torch.zeros_like(norm_weight) if norm_bias is None else norm_bias
     vectors = unify_dtypes(tables[0], norm_weight, norm_bias)
     weights = [None if tensor is None else tensor.contiguous() for tensor in (*tables, *vectors)]
     padding = -1 if padding_idx is None else padding_idx
@@ -644,8 +646,8 @@ def embedding_layer_norm(
 class Embeddings(torch.nn.Module):
     """`embedding_layer_norm` as a module: RoBERTa's embeddings, or BERT's with padding_positions=False.
 
-    Drops in training mode only. Parameters have Hugging Face's names: word_embeddings.weight, position_embeddings.weight,
-    token_type_embeddings.weight, LayerNorm.weight, LayerNorm.bias.
+    Drops in training mode only. `bias` is whether LayerNorm has one. Parameters have Hugging Face's names:
+    word_embeddings.weight, position_embeddings.weight, token_type_embeddings.weight, LayerNorm.weight, LayerNorm.bias.
     """
 
     def __init__(
@@ -659,6 +661,7 @@ class Embeddings(torch.nn.Module):
         dropout: float = 0.1,
         *,
         padding_positions: bool = True,
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -673,7 +676,7 @@ class Embeddings(torch.nn.Module):
             max_position_embeddings, hidden_size, position_padding_idx, **options
         )
         self.token_type_embeddings = torch.nn.Embedding(type_vocab_size, hidden_size, **options)
-        self.LayerNorm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, **options)
+        self.LayerNorm = torch.nn.LayerNorm(hidden_size, eps=layer_norm_eps, bias=bias, **options)
 
     def reset_parameters(self) -> None:
         for table in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):

@@ -218,25 +218,26 @@ def _check(operation: str, triton: bool, x: torch.Tensor, bias: torch.Tensor | N
 
 
 class BiasGELU(torch.nn.Module):
-    """gelu(x + bias), with a learned bias initialised to zero."""
+    """gelu(x + bias), with a learned bias initialised to zero, or without one if `bias` is False."""
 
     def __init__(
         self,
         features: int,
         approximate: str = "none",
+        bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.approximate = approximate
-        self.bias = torch.nn.Parameter(torch.empty(features, device=device, dtype=dtype))
-        self.reset_parameters()
+        self.features, self.approximate = features, approximate
+        self.bias = torch.nn.Parameter(torch.zeros(features, device=device, dtype=dtype)) if bias else None
 
     def reset_parameters(self) -> None:
-        torch.nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.bias.numel()}, approximate={self.approximate!r}"
+        return f"{self.features}, approximate={self.approximate!r}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return bias_gelu(x, self.bias, approximate=self.approximate)

@@ -135,9 +135,12 @@ def dropout_keep_torch(
     if threshold in (0, 256):
         num_rows = 0
         keep.fill_(0 if threshold else BYTE_ONES)
-    pieces = max(1, round(num_rows * num_groups * (num_heads or 1) / CALLS_AT_ONCE))
-    rows_at_once = max(1, -(-num_rows // pieces))
-    for start in range(0, num_rows, rows_at_once):
+    starts, rows_at_once = range(1), num_rows
+    if not torch.compiler.is_compiling():  # while it compiles, one piece, whose size may be symbolic
+        pieces = max(1, round(num_rows * num_groups * (num_heads or 1) / CALLS_AT_ONCE))
+        rows_at_once = max(1, -(-num_rows // pieces))
+        starts = range(0, num_rows, rows_at_once)
+    for start in starts:
         words = philox_torch((groups, heads, *split_words(rows[start : start + rows_at_once])), key, DROPOUT_ROUNDS)
         for half in (0, 1):
             eight = (words[2 * half + 1] << 32) | words[2 * half]

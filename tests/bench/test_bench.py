@@ -15,7 +15,7 @@ from bench import all as all_pieces
 from bench import case as case_module
 from bench import report
 from bench.case import EAGER, OURS, SIZES, Absent, Case, Setting, Size, Work
-from bench.kernels import OPERATIONS, measure_case, print_case
+from bench.kernels import OPERATIONS, SMALL_OPERATIONS, choose_settings, measure_case, print_case
 from bench.measure import spread, time_in_turn
 from bench.record import Run, read_lines
 from bench.trace import REGIONS, record_trace, sum_kernels, sum_regions
@@ -111,9 +111,11 @@ def test_our_kernel_is_right_in_every_setting(operation, monkeypatch):
     monkeypatch.setitem(SIZES, "base", TINY)
     monkeypatch.setitem(SIZES, "large", TINY)
     for name, value in (("LENGTH", 48), ("ROWS", 512), ("VOCABULARY", 500), ("VOCABULARY_ROWS", 512)):
-        if hasattr(module, name) and operation != "masking":
-            monkeypatch.setattr(module, name, value)
-    for setting in module.SETTINGS:
+        for target in (module, case_module):
+            if hasattr(target, name) and operation != "masking":
+                monkeypatch.setattr(target, name, value)
+    small = choose_settings(module.SETTINGS, quick=False, on_gpu=False, small=True)[:1]
+    for setting in module.SETTINGS + (small if operation in SMALL_OPERATIONS else []):
         case = module.make_case(setting, CPU, torch.float32)
         for name in (EAGER, OURS):
             verdict = case.check(name)

@@ -8,13 +8,13 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from fastroberta_kernels import _modernbert
-from fastroberta_kernels._modernbert import apply_to_modernbert
-from test_huggingface import assert_close, exchange, run
+from encoders import assert_close, only, run
+from fastroberta_kernels import _masked_lm, _modernbert, huggingface
+from test_huggingface import exchange
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification, ModernBertModel
 
 KINDS = ("attention", "layer_norm", "gelu", "mlm_head")
-COUNTS = {"attention": 3, "layer_norm": 3, "gelu": 3, "mlm_head": 1}
+COUNTS = {"attention": 3, "layer_norm": 3, "gelu": 3, "embedding": 0, "mlm_head": 1}
 VOCABULARY, LENGTH = 97, 17
 
 
@@ -61,16 +61,12 @@ def make_batch(padding="right", device="cpu"):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def only(*kinds):
-    return {kind: kind in kinds for kind in KINDS}
-
-
 @pytest.mark.parametrize("padding", ["none", "right", "anywhere"])
 @pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], KINDS], ids="+".join)
 def test_loss_and_gradients_stay_the_same(kinds, padding):
     model, batch = make_model(), make_batch(padding)
     expected = run(model, batch)
-    applied = apply_to_modernbert(model, **only(*kinds))
+    applied = huggingface.apply(model, **only(*kinds))
     assert applied.replaced == {kind: COUNTS[kind] for kind in kinds} and not applied.left_alone
     assert_close(run(model, batch), expected, 1e-5)
 
@@ -80,7 +76,7 @@ def test_biases_everywhere_and_the_tanh_form():
     model = make_model(**biases, hidden_activation="gelu_new", classifier_activation="gelu_pytorch_tanh")
     batch = make_batch()
     expected = run(model, batch)
-    assert apply_to_modernbert(model).replaced == COUNTS
+    assert huggingface.apply(model).replaced == COUNTS
     assert_close(run(model, batch), expected, 1e-5)
 
 
@@ -88,16 +84,21 @@ def test_biases_everywhere_and_the_tanh_form():
 def test_each_kind_really_runs_its_kernel(padding, windows, monkeypatch):
     """Equal results would also come from a model that was left as it was. Local layers need tokens in their places."""
     calls = {}
-    for name in ("attention", "apply_rotary", "layer_norm", "geglu", "linear_cross_entropy"):
-        operation, calls[name] = getattr(_modernbert, name), []
+    places = {
+        "attention": [_modernbert], "apply_rotary": [_modernbert], "layer_norm": [_modernbert, _masked_lm],
+        "geglu": [_modernbert], "linear_cross_entropy": [_masked_lm],
+    }  # fmt: skip
+    for name, modules in places.items():
+        operation, calls[name] = getattr(modules[0], name), []
 
         def record(*args, operation=operation, name=name, **kwargs):
             calls[name].append(kwargs)
             return operation(*args, **kwargs)
 
-        monkeypatch.setattr(_modernbert, name, record)
+        for module in modules:
+            monkeypatch.setattr(module, name, record)
     model = make_model()
-    apply_to_modernbert(model, impl="torch")
+    huggingface.apply(model, impl="torch")
     run(model, make_batch(padding))
     assert all(call["impl"] == "torch" for made in calls.values() for call in made)
     numbers = {name: len(made) for name, made in calls.items()}
@@ -110,7 +111,7 @@ def test_evaluation_gives_logits_and_hidden_states():
     model, batch = make_model().eval(), make_batch()
     with torch.no_grad():
         expected = model(**batch, output_hidden_states=True)
-        apply_to_modernbert(model)
+        huggingface.apply(model)
         found = model(**batch, output_hidden_states=True)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=0)
@@ -125,11 +126,11 @@ def test_revert_restores_everything():
     classes = {name: type(module) for name, module in model.named_modules()}
     parameters = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     loss, gradients = run(model, batch)
-    applied = apply_to_modernbert(model)
+    applied = huggingface.apply(model)
     assert model.config._attn_implementation.startswith("fastroberta_kernels")
     assert model(**batch).logits is None
-    again = apply_to_modernbert(model)
-    assert again.left_alone == {(kind, "replaced before"): count for kind, count in COUNTS.items()}
+    again = huggingface.apply(model)
+    assert again.left_alone == {(kind, "replaced before"): COUNTS[kind] for kind in KINDS}
     applied.revert()
     again.revert()
     assert model.config._attn_implementation == "sdpa"
@@ -157,14 +158,14 @@ def test_other_ways_to_call(arguments):
         batch["input_ids"], batch["labels"] = (batch[name].repeat(1, 10) for name in ("input_ids", "labels"))
         del batch["attention_mask"]
     expected = run(model, batch)
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     assert_close(run(model, batch), expected, 1e-5)
 
 
 def test_attention_weights_on_request():
     model, batch = make_model(attn_implementation="eager").eval(), make_batch()
     expected = model(**batch, output_attentions=True)
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     found = model(**batch, output_attentions=True)
     assert len(found.attentions) == 3
     for ours, theirs in zip(found.attentions, expected.attentions):
@@ -176,7 +177,7 @@ def test_packed_documents():
     model = make_model().eval()
     documents = [torch.randint(1, VOCABULARY, (1, length)) for length in (12, 1, 9)]
     expected = torch.cat([model(document).logits for document in documents], 1)
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     bounds = torch.tensor([0, 12, 13, 22])
     found = model(
         torch.cat(documents, 1), position_ids=torch.cat([torch.arange(d.shape[1]) for d in documents])[None],
@@ -188,7 +189,7 @@ def test_packed_documents():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_recomputes_the_same_dropout(use_reentrant):
     model, batch = make_model(attention_dropout=0.1, mlp_dropout=0.1), make_batch()
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     torch.manual_seed(7)
     expected = run(model, batch)
     assert not torch.equal(run(model, batch)[0], expected[0]), "dropout must be drawn anew"
@@ -211,7 +212,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_parts_that_are_changed_later_keep_working(change):
     model, reference, batch = make_model(), make_model(), make_batch()
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     for changed in (model, reference):
         torch.manual_seed(1)
         CHANGES[change](changed)
@@ -220,35 +221,32 @@ def test_parts_that_are_changed_later_keep_working(change):
 
 def test_what_is_left_alone_is_named():
     model = make_model(hidden_activation="relu", classifier_activation="silu", sparse_pred_ignore_index=-1)
-    assert str(apply_to_modernbert(model)) == (
+    assert str(huggingface.apply(model)) == (
         "ModernBertForMaskedLM with fastroberta_kernels:\n"
         "  attention: 3 replaced\n"
         "  layer_norm: 3 replaced\n"
         "  gelu: 0 replaced; 3 left alone: its activation ReLU is not GELU\n"
-        "  mlm_head: 0 replaced; 1 left alone: its activation SiLUActivation is not GELU"
+        "  embedding: 0 replaced; this model has none\n"
+        "  mlm_head: 0 replaced; 1 left alone: the activation of its head is not GELU"
     )
     model = make_model(sparse_pred_ignore_index=-1)
-    assert ("mlm_head", "its labels are ignored at -1, not -100") in apply_to_modernbert(model).left_alone
+    assert ("mlm_head", "its labels are ignored at -1, not -100") in huggingface.apply(model).left_alone
     model = make_model(ModernBertModel, hidden_size=320)
-    assert ("attention", "heads of 160 exceed the kernel's 128") in apply_to_modernbert(model).left_alone
-    with pytest.raises(ValueError, match="Linear holds no part of a transformers ModernBERT model"):
-        apply_to_modernbert(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="impl='cuda' is unknown"):
-        apply_to_modernbert(make_model(), impl="cuda")
+    assert ("attention", "heads of 160 exceed the kernel's 128") in huggingface.apply(model).left_alone
 
 
 def test_sequence_classification():
     model, batch = make_model(ModernBertForSequenceClassification, num_labels=3), make_batch()
     batch["labels"] = torch.tensor([0, 2, 1])
     expected = run(model, batch)
-    assert apply_to_modernbert(model).replaced == {**COUNTS, "mlm_head": 0}
+    assert huggingface.apply(model).replaced == {**COUNTS, "mlm_head": 0}
     assert_close(run(model, batch), expected, 1e-5)
 
 
 @pytest.mark.parametrize("padding", ["none", "right"])
 def test_compiled_as_one_graph(padding):
     model, batch = make_model(num_hidden_layers=2), make_batch(padding)
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     expected = run(model, batch)
     torch._dynamo.reset()
     found = run(torch.compile(model, fullgraph=True, backend="aot_eager"), batch)
@@ -267,7 +265,7 @@ def test_the_triton_kernels_compute_the_same(device):
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(ids < 7, ids, -100)}
     results = []
     for impl in ("torch", "triton"):
-        applied = apply_to_modernbert(model, impl=impl)
+        applied = huggingface.apply(model, impl=impl)
         assert applied.replaced["attention"] == 2
         torch.manual_seed(7)
         results.append(run(model, batch))
@@ -280,5 +278,5 @@ def test_the_triton_kernels_compute_the_same(device):
 def test_on_a_gpu_loss_and_gradients_stay_the_same(padding):
     model, batch = make_model(hidden_size=128).cuda(), make_batch(padding, "cuda")
     expected = run(model, batch)
-    apply_to_modernbert(model)
+    huggingface.apply(model)
     assert_close(run(model, batch), expected, 1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastroberta_kernels import _dispatch
 from fastroberta_kernels.attention import SelfAttention
 from fastroberta_kernels.cross_entropy import MaskedLMHead
 from fastroberta_kernels.embedding import Embeddings
@@ -18,6 +19,8 @@ MODULES = {
     LayerNorm: (8,),
     DropoutAddLayerNorm: (8,),
 }
+needs_triton = pytest.mark.skipif(_dispatch.triton is None, reason="needs the package triton")
+both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 every_module = pytest.mark.parametrize("module_class", MODULES)
 
 
@@ -42,6 +45,48 @@ def test_reset_parameters_draws_what_the_constructor_drew(module_class):
 @every_module
 def test_modules_say_how_they_were_made(module_class):
     assert module_class(*MODULES[module_class]).extra_repr()
+
+
+def test_modules_without_biases():
+    """Each has the parameters that are left, and computes what it would with biases of zero."""
+    torch.manual_seed(0)
+    hidden, decoder, labels = torch.randn(2, 3, 8), torch.randn(40, 8), torch.arange(6).view(2, 3)
+    ids = torch.tensor([[3, 4, 1], [5, 6, 7]])
+    calls = {
+        SelfAttention: lambda module: module(hidden),
+        MaskedLMHead: lambda module: module(hidden, decoder, labels).loss,
+        Embeddings: lambda module: module.eval()(ids),
+        BiasGELU: lambda module: module(hidden),
+    }
+    for module_class, call in calls.items():
+        whole, without = (module_class(*MODULES[module_class], bias=bias) for bias in (True, False))
+        for name, parameter in whole.named_parameters():
+            if "bias" in name:
+                torch.nn.init.zeros_(parameter)
+        names = [name for name, _ in without.named_parameters()]
+        assert names == [name for name, _ in whole.named_parameters() if "bias" not in name]
+        missing, unexpected = whole.load_state_dict(without.state_dict(), strict=False)
+        assert not unexpected and all("bias" in name for name in missing)
+        without.reset_parameters()
+        assert without.extra_repr()
+        without.load_state_dict({name: tensor for name, tensor in whole.state_dict().items() if name in names})
+        torch.testing.assert_close(call(without), call(whole))
+    head = MaskedLMHead(8, 40, bias=False)
+    assert head.logits(hidden, decoder).shape == (2, 3, 40)
+
+
+@both
+def test_embeddings_without_bias_compute_the_same(impl, device):
+    """A bias of zeros and none give the same gradients too."""
+    results = []
+    for bias in (True, False):
+        torch.manual_seed(0)
+        module = Embeddings(40, 8, 16, 1, 1, dropout=0.0, bias=bias).to(device if impl == "triton" else "cpu")
+        ids = torch.tensor([[3, 4, 1], [5, 6, 7]], device=module.LayerNorm.weight.device)
+        out = module(ids, impl=impl)
+        out.square().sum().backward()
+        results.append((out, module.word_embeddings.weight.grad, module.LayerNorm.weight.grad))
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}], ids=str)

@@ -170,27 +170,17 @@ def test_dynamic_shapes_are_compiled_once(impl, name, device):
         torch.testing.assert_close(gradients, others)
 
 
-# The attention kernel and the dropout of the LayerNorm twin still fix the number of rows in an exported program.
-FIXED_ROWS = {
-    ("triton", "attention"),
-    ("triton", "attention with dropout"),
-    ("triton", "attention in a window"),
-    ("torch", "dropout_add_layer_norm"),
-}
-
-
 @both
 @every_operation
 def test_dynamic_shapes_are_exported(impl, name, device):
-    if (impl, name) in FIXED_ROWS:
-        pytest.xfail("exported with a fixed number of rows")
     function, inputs = make_inputs(name, device=device if impl == "triton" else "cpu")
 
     class Module(torch.nn.Module):
         def forward(self, *tensors):
             return function(*tensors, impl=impl)
 
-    names = {B: torch.export.Dim("batch"), L: torch.export.Dim("length")}
+    # A launch has at most 65,535 blocks along the batch; export wants that said.
+    names = {B: torch.export.Dim("batch", max=65_532), L: torch.export.Dim("length")}
     shapes = [{i: names[size] for i, size in enumerate(shape) if size in names} for shape in OPERATIONS[name][1]]
     inputs = [tensor.detach() for tensor in inputs]
     exported = torch.export.export(Module(), tuple(inputs), dynamic_shapes=(tuple(shapes),)).module()
@@ -214,3 +204,41 @@ def test_per_sample_gradients_of_twins(name):
     for index in range(inputs[0].shape[0]):
         sample = [tensor[index] if dim == 0 else tensor for tensor, dim in zip(inputs, dims)]
         torch.testing.assert_close(got[index], torch.func.grad(loss)(*sample))
+
+
+def test_per_sample_gradients_of_embeddings_and_loss():
+    """From ids to the loss; the loop over samples runs outside torch.func."""
+    generator = torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(1, 7, (2, 3, 4), generator=generator).unbind()
+    targets = torch.where(targets < 3, -100, targets - 2)
+    _, tables = make_inputs("embedding_layer_norm")
+    weights = [torch.randn(NUM_CLASSES, WIDTH, generator=generator), torch.randn(NUM_CLASSES, generator=generator)]
+    parameters = [tensor.detach() for tensor in (*tables, *weights)]
+
+    def loss(parameters, ids, targets):
+        *tables, weight, bias = parameters
+        hidden = embedding_layer_norm(ids[None], *tables, padding_idx=1)
+        options = {"label_smoothing": 0.1, "z_loss": 0.1, "num_classes": NUM_CLASSES - 1}
+        return linear_cross_entropy(hidden[0], weight, bias, targets, **options).loss
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, ids, targets)
+    for index in range(len(ids)):
+        leaves = [tensor.clone().requires_grad_() for tensor in parameters]
+        expected = torch.autograd.grad(loss(leaves, ids[index], targets[index]), leaves)
+        for one, other in zip(got, expected):
+            torch.testing.assert_close(one[index], other)
+
+
+@needs_triton
+@every_operation
+def test_torch_func_on_a_kernel_is_refused_by_name(name, device):
+    function, inputs = make_inputs(name, device=device)
+    with pytest.raises(ValueError, match=r": torch.func cannot transform the Triton kernel; pass impl='torch'"):
+        torch.func.grad(lambda *tensors: function(*tensors, impl="triton").sum())(*inputs)
+
+
+@pytest.mark.parametrize("name", ["attention with dropout", "varlen_attention"])
+def test_torch_func_on_some_twins_is_refused_with_a_way_out(name):
+    function, inputs = make_inputs(name)
+    with pytest.raises(ValueError, match=r"attention: torch.func cannot transform this call; use .* inside"):
+        torch.func.grad(lambda *tensors: function(*tensors).sum())(*inputs)
