@@ -30,7 +30,7 @@ def setting(
 
 @dataclass
 class ModelConfig:
-    """The encoder. Fixed as in RoBERTa: exact GELU, one token type; special token ids are the tokenizer's."""
+    """The encoder. Special token ids are the tokenizer's."""
 
     vocab_size: int | None = setting(None, "vocabulary size; null: that of the data's tokenizer", valid="[6, inf)")
     hidden_size: int = setting(768, "width of the hidden states [encoder_embed_dim]", valid="[1, inf)")
@@ -48,6 +48,16 @@ class ModelConfig:
     )
     layer_norm_eps: float = setting(1e-5, "constant added to the variance in LayerNorm", valid="(0, 1)")
     initializer_range: float = setting(0.02, "standard deviation of the initial weights", valid="(0, inf)")
+    hidden_act: Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"] = setting(
+        "gelu", "activation in the layers: exact GELU, or its tanh approximation, which has three names"
+    )
+    type_vocab_size: int = setting(
+        1, "rows of the token-type table, of which pretraining uses the first", valid="[1, inf)"
+    )
+    tie_word_embeddings: bool = setting(True, "let the head predict with the word embeddings, not a matrix of its own")
+    model_type: Literal["roberta", "xlm-roberta", "camembert", "data2vec-text"] = setting(
+        "roberta", "name of the architecture, which is always the same, in the checkpoints"
+    )
 
     def check(self) -> None:
         """Refuse settings that do not fit together."""
@@ -125,7 +135,19 @@ class TrainConfig:
         "Python [data]",
     )
     output_dir: str = setting("runs/roberta", "directory of the run, which is continued if found there [save_dir]")
-    init_from: str | None = setting(None, "Hugging Face RoBERTa directory to start from; its sizes override model.*")
+    init_from: str | None = setting(
+        None, "Hugging Face directory to start from (RoBERTa, XLM-R, CamemBERT, BERT); its sizes override model.*"
+    )
+    resize_vocabulary: bool = setting(
+        False,
+        "fit the vocabulary of init_from to the tokenizer of the data: known tokens keep their embeddings, a new one gets "
+        "the mean of its parts",
+    )
+    resume_from: str | None = setting(
+        None,
+        "checkpoint of another run to continue in a new output_dir, with its optimizer's state and place in the data; "
+        "optimizer, schedule, batch and max_steps may differ",
+    )
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: on a GPU if there is one")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
@@ -211,8 +233,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse settings that do not fit together."""
-        # With init_from, the position table is the checkpoint's, which has not been read yet.
-        if self.init_from is None and self.max_seq_length + 2 > self.model.max_position_embeddings:
+        # With either of these, the position table is the checkpoint's, which has not been read yet.
+        is_new = self.init_from is None and self.resume_from is None
+        if is_new and self.max_seq_length + 2 > self.model.max_position_embeddings:
             raise ConfigurationError(
                 f"max_seq_length = {self.max_seq_length} needs model.max_position_embeddings of at least "
                 f"{self.max_seq_length + 2} (positions start at 2), not {self.model.max_position_embeddings}: "

@@ -100,7 +100,9 @@ HUGGING_FACE_NAMES = {
     "gradient_accumulation_steps x number of devices",
     "push_to_hub": _EXPORT,
     "report_to": "is tensorboard here, true or false; metrics are also written to output_dir as JSON lines",
-    "resume_from_checkpoint": _RESUME + "; to start a new run from a model, give init_from",
+    "resume_from_checkpoint": _RESUME
+    + "; to start a new run from a model, give init_from; to continue a checkpoint with "
+    "other settings, give resume_from",
     "save_strategy": "is not needed: checkpoints are written every save_steps",
     "tokenizer_name": "is tokenizer in python -m fastroberta.prepare; training takes the tokenizer of its data",
     "train_file": _PREPARE,
