@@ -310,6 +310,8 @@ def read_pretrained(directory: Path) -> Pretrained:
         )
         if config.hidden_act != "gelu":
             notes[-1] += f"; the head computes the exact GELU in place of {config.hidden_act}"
+    if others := {str(tensor.dtype)[6:] for tensor in tensors.values()} - {"float32", "int64"}:
+        notes.append(f"weights in {' and '.join(sorted(others))} become float32")
     if DECODER_BIAS in tensors:
         tensors[HEAD_BIAS] = tensors.pop(DECODER_BIAS)  # it is the one that transformers uses
     if DECODER in tensors and config.tie_word_embeddings:

@@ -174,6 +174,15 @@ def test_conversions_are_said_in_a_line(tmp_path, tokenizers, capsys):
     assert left_out == f"{tmp_path / 'bert'}: left out: roberta.pooler.dense, cls.seq_relationship"
 
 
+def test_half_precision_becomes_fp32(directory):
+    path = directory / "model.safetensors"
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    pretrained = read_pretrained(directory)
+    assert pretrained.notes == ["weights in bfloat16 become float32"]
+    assert all(parameter.dtype == torch.float32 for parameter in pretrained.build().parameters())
+
+
 def test_a_decoder_of_its_own_counts_whatever_the_config_says(directory):
     """As in transformers 5."""
     path = directory / "model.safetensors"

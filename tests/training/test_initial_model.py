@@ -77,10 +77,13 @@ def test_training_goes_on_from_a_published_model(models, tmp_path, capsys, kind,
     shutil.rmtree(checkpoint)
     assert Trainer(configure(data, run, init_from=str(copy))).step == 1
 
-    # The model's own length is the default.
-    assert evaluate([str(start), "--data", str(data), "--device", "cpu", "--eval_sequences", "2"]) == 0
+    # The model's own length is the default, and the run began with the model's own score.
+    arguments = ["--packing", "contiguous", "--precision", "fp32", "--device", "cpu", "--eval_sequences", "2"]
+    assert evaluate([str(start), "--data", str(data), *arguments]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["max_seq_length"] == 40
+    scores, first = json.loads(captured.out), json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert scores["max_seq_length"] == 40 and first["step"] == 0
+    assert scores["eval/loss"] == pytest.approx(first["eval/loss"], abs=1e-5)
     assert ("BERT becomes RoBERTa" in captured.err) == (kind == "bert")
 
 
