@@ -2,12 +2,12 @@
 
     <output_dir>/checkpoint-00001000/
         config.json  model.safetensors  tokenizer.json ...   what transformers loads; weights are the fp32 masters
-        optimizer.safetensors                                moments, by parameter name
-        trainer_state.json                                   step, configuration, scores
+        optimizer.safetensors                                the optimizer's moments, by parameter name
+        trainer_state.json                                   step, settings, scores
         manifest.json                                        size and SHA-256 of every file above
 
-A directory is written under a temporary name, synced, and renamed: a checkpoint is either whole or absent. Nothing is
-pickled. Checksums find flipped bits, which safetensors would load silently.
+A directory is written under a temporary name, synced, and renamed, so a checkpoint is complete or not there at all.
+Nothing is pickled. Checksums catch flipped bits, which safetensors would load silently.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAME = re.compile(r"checkpoint-(\d{8,})")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint directories of a run, oldest first."""
+    """The checkpoint directories of a run, oldest first."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
@@ -43,7 +43,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def get_step(checkpoint: Path) -> int:
-    """The step of a checkpoint, from its name."""
+    """The step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -62,12 +62,12 @@ def save_checkpoint(
     """Write one checkpoint.
 
     Args:
-        write_model: writes the model directory's files into the path it is given.
-        optimizer_tensors: name -> tensor. state: what else the run needs, in JSON's types.
+        write_model: writes the model's files into the directory it is given.
+        optimizer_tensors: by name. state: everything else the run needs, as JSON types.
     Returns:
         the checkpoint's directory.
     Raises:
-        CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+        CheckpointError: the disk is full or cannot be written to; earlier checkpoints are untouched.
     """
     final = get_path(output_dir, step)
     partial = output_dir / f".partial-{step:08d}-{os.getpid()}"
@@ -89,13 +89,13 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be written ({error}); make room, and the same command continues from the checkpoint before"
+            f"{final}: cannot be written ({error}); make room, and the same command continues from the previous checkpoint"
         ) from error
     return final
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the mode that the umask gives; safetensors alone makes it private to its owner."""
+    """Write a safetensors file with the permissions of the umask; safetensors itself makes files private to their owner."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -103,7 +103,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def remove_partial_checkpoints(output_dir: Path) -> None:
-    """Delete half-written checkpoints of a run that was killed."""
+    """Delete the half-written checkpoints that a killed run left behind."""
     for path in output_dir.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -124,7 +124,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(checkpoint: Path) -> None:
-    """Compare every file with the manifest.
+    """Compare every file with its checksum in the manifest.
 
     Raises:
         CheckpointError: a file is missing, or its size or checksum differs.
@@ -132,8 +132,10 @@ def verify_checkpoint(checkpoint: Path) -> None:
     path = checkpoint / MANIFEST
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {_way_out(checkpoint)}") from error
+    if not isinstance(files, dict):  # prepared data has a file of this name too
+        raise CheckpointError(f"{path}: does not belong to a checkpoint; give the directory of one")
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
@@ -146,10 +148,10 @@ def verify_directory(directory: Path) -> None:
     """`verify_checkpoint` for a checkpoint of this trainer; other Hugging Face directories have no manifest.
 
     Raises:
-        CheckpointError: also where it is a run's directory, which holds checkpoints.
+        CheckpointError: also for the directory of a run, which only contains checkpoints.
     """
     if inside := list_checkpoints(directory):
-        raise CheckpointError(f"{directory}: holds checkpoints, and is none itself; give {inside[-1]}")
+        raise CheckpointError(f"{directory}: the directory of a run, not a checkpoint; give {inside[-1]}")
     if (directory / MANIFEST).exists():
         verify_checkpoint(directory)
 
@@ -160,9 +162,9 @@ def load_optimizer_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest `eval_loss`.
+    """Delete all checkpoints except the newest `keep` and the one with the lowest `eval_loss`.
 
-    A checkpoint whose state cannot be read is left alone: it must not stop the run.
+    A checkpoint whose state cannot be read stays where it is: it must not stop the run.
     """
     checkpoints = list_checkpoints(output_dir)
     losses: dict[Path, Any] = {}
@@ -173,7 +175,7 @@ def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
     best = min(scores, key=scores.__getitem__) if scores else None
     for path in checkpoints[:-keep]:
         if path in losses and path != best:
-            # Renamed first: a directory that is being deleted must not look like a whole checkpoint.
+            # Renamed first: a half-deleted directory must not look like a complete checkpoint.
             doomed = path.with_name(f".partial-{path.name}")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -184,7 +186,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _way_out(checkpoint: Path) -> str:
-    return f"move {checkpoint.name} away to continue from the one before"
+    return f"move {checkpoint.name} away to continue from the previous checkpoint"
 
 
 def _sync(path: Path) -> None:

@@ -44,7 +44,7 @@ def setting(
 
 @dataclass
 class ModelConfig:
-    """The encoder. RoBERTa's exact GELU and single token type are fixed; special token ids come from the tokenizer."""
+    """The encoder. Special token ids come from the tokenizer."""
 
     vocab_size: int | None = setting(None, "vocabulary size; null: that of the data's tokenizer", valid="[6, inf)")
     hidden_size: int = setting(768, "width of the hidden states [encoder_embed_dim]", valid="[1, inf)")
@@ -66,6 +66,16 @@ class ModelConfig:
     )
     layer_norm_eps: float = setting(1e-5, "constant added to the variance in LayerNorm", valid="(0, 1)")
     initializer_range: float = setting(0.02, "standard deviation of the initial weights", valid="(0, inf)")
+    hidden_act: Literal["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"] = setting(
+        "gelu", "activation in the layers: exact GELU, or its tanh approximation, which has three names"
+    )
+    type_vocab_size: int = setting(
+        1, "rows of the token-type table, of which pretraining uses the first", valid="[1, inf)"
+    )
+    tie_word_embeddings: bool = setting(True, "let the head predict with the word embeddings, not a matrix of its own")
+    model_type: Literal["roberta", "xlm-roberta", "camembert", "data2vec-text"] = setting(
+        "roberta", "name of the architecture, which is always the same, in the checkpoints"
+    )
 
     def check(self) -> None:
         """Refuse settings that do not fit together."""
@@ -181,11 +191,24 @@ class TrainConfig:
         path="output",
     )
     init_from: str | None = setting(
-        None, "Hugging Face RoBERTa directory to start from; its sizes override model.*", path="model"
+        None,
+        "Hugging Face directory to start from (RoBERTa, XLM-R, CamemBERT, BERT); its sizes override model.*",
+        path="model",
     )
     distill_from: str | None = setting(
         None,
         "Hugging Face RoBERTa directory of a teacher with more layers, which the student starts from and learns from",
+        path="model",
+    )
+    resize_vocabulary: bool = setting(
+        False,
+        "fit the vocabulary of init_from to the tokenizer of the data: known tokens keep their embeddings, a new one gets "
+        "the mean of its parts",
+    )
+    resume_from: str | None = setting(
+        None,
+        "checkpoint of another run to continue in a new output_dir, with its optimizer's state and place in the data; "
+        "optimizer, schedule, batch and max_steps may differ",
         path="model",
     )
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
@@ -277,7 +300,8 @@ class TrainConfig:
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
-        if self.model.max_position_embeddings is None:
+        # What init_from has is known when it is read; more than that is used only if asked for.
+        if self.model.max_position_embeddings is None and self.init_from is None:
             self.model = dataclasses.replace(self.model, max_position_embeddings=self.max_seq_length + 2)
         if self.num_train_epochs is None:
             self.settle_steps(self.max_steps)
@@ -318,8 +342,11 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuse settings that do not fit together."""
-        # With init_from, the position table is the checkpoint's, which has not been read yet.
-        if self.init_from is None and self.max_seq_length + 2 > self.model.max_position_embeddings:
+        if self.resume_from is not None and self.num_train_epochs is not None:
+            raise ConfigurationError("num_train_epochs and resume_from cannot be combined: give max_steps")
+        # With either of these, the position table is the checkpoint's, which has not been read yet.
+        is_new = self.init_from is None and self.resume_from is None
+        if is_new and self.max_seq_length + 2 > self.model.max_position_embeddings:
             raise ConfigurationError(
                 f"max_seq_length = {self.max_seq_length} needs model.max_position_embeddings of at least "
                 f"{self.max_seq_length + 2} (positions start at 2), not {self.model.max_position_embeddings}: "
@@ -358,29 +385,3 @@ class TrainConfig:
                 f"lr_scheduler.warmup_steps = {self.lr_scheduler.warmup_steps} is more than max_steps = "
                 f"{self.max_steps}: lower it too, for example --lr_scheduler.warmup_steps {self.max_steps // 10}"
             )
-
-
-@dataclass
-class ClusterConfig:
-    """The machines that a run is planned for. Bandwidths are those measured, which are below the datasheet's."""
-
-    nodes: int = setting(1, "number of machines", valid="[1, inf)")
-    gpus: int = setting(8, "number of GPUs per machine", valid="[1, inf)")
-    gpu_name: str = setting("H200", "GPU, named as PyTorch names it; decides the peak FLOP/s")
-    gpu_memory: float | None = setting(
-        None, "memory per GPU in GiB, a tenth of which is kept free; null: that of gpu_name", valid="(0, inf)"
-    )
-    gpu_bandwidth: float | None = setting(
-        None, "memory bandwidth of a GPU in TB/s; null: 5/6 of gpu_name's peak", valid="(0, inf)"
-    )
-    mfu: float = setting(
-        0.4,
-        "fraction of the peak FLOP/s that forward and backward passes reach; measure it for your run",
-        valid="(0, 1]",
-    )
-    node_bandwidth: float | None = setting(
-        None, "bandwidth in GB/s from a GPU to the next in its machine; null: 80% of gpu_name's link", valid="(0, inf)"
-    )
-    network_bandwidth: float = setting(
-        40.0, "bandwidth in GB/s per GPU to other machines; 40 is 80% of a 400 Gbit/s card per GPU", valid="(0, inf)"
-    )

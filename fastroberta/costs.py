@@ -13,11 +13,11 @@ from .config import ModelConfig, TrainConfig
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Number of parameters, head included, tied decoder counted once; roberta-base with 50265 ids has 124,697,433."""
+    """Number of parameters with the head, a tied decoder counted once; roberta-base with 50265 ids has 124,697,433."""
     d, vocabulary = model.hidden_size, _vocabulary(model)
     norm = 2 * d
-    embeddings = (vocabulary + model.max_position_embeddings + 1) * d + norm
-    head = (d * d + d) + norm + vocabulary
+    embeddings = (vocabulary + model.max_position_embeddings + model.type_vocab_size) * d + norm
+    head = (d * d + d) + norm + vocabulary + (0 if model.tie_word_embeddings else vocabulary * d)
     return embeddings + model.num_hidden_layers * num_layer_parameters(model) + head
 
 

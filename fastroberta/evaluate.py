@@ -1,6 +1,6 @@
 """`python -m fastroberta.evaluate CHECKPOINT --data DIR`: held-out loss, perplexity and accuracy under fixed masks.
 
-CHECKPOINT is a checkpoint of this trainer or any Hugging Face RoBERTa directory.
+CHECKPOINT is a checkpoint of this trainer, or the Hugging Face directory of a RoBERTa, XLM-R, CamemBERT or BERT.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .cli.arguments import parse_arguments
 from .cli.program import run
 from .config import setting
 
-# What a checkpoint was trained with is what it is scored with, unless asked for otherwise; these, where it does not say.
-USUAL = {"max_seq_length": 512, "packing": "full-sentences", "attention_scope": "block", "mlm_probability": 0.15}
+# A checkpoint is scored as it was trained, unless asked for otherwise; these hold where it does not say.
+USUAL = {"packing": "full-sentences", "attention_scope": "block", "mlm_probability": 0.15}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class EvaluateConfig:
     """One evaluation."""
 
     checkpoint: str = setting(
-        help="checkpoint of this trainer, or a Hugging Face RoBERTa directory", positional=True, path="model"
+        help="checkpoint of this trainer, or a Hugging Face directory", positional=True, path="model"
     )
     data: list[str] = setting(
         help="directory written by fastroberta.prepare, whose held-out documents are scored; several: --data DIR --data "
@@ -33,7 +33,7 @@ class EvaluateConfig:
         path="data",
     )
     max_seq_length: int | None = setting(
-        None, "number of tokens per sequence; null: as in training, or 512 if unknown", valid="[8, inf)"
+        None, "number of tokens per sequence; null: as in training, or the model's most if unknown", valid="[8, inf)"
     )
     packing: Literal["full-sentences", "doc-sentences", "contiguous"] | None = setting(
         None, "how sequences are filled; null: as in training, or full-sentences if unknown"
@@ -56,12 +56,12 @@ class EvaluateConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EvaluateConfig, description=__doc__)
-    # After the arguments: importing torch takes a second that --help should not.
+    # After the arguments: importing torch takes a second, and --help should not.
     from .checkpoint import STATE, read_state, verify_directory
     from .corpus.tokenizer import load_tokenizer, tokenizer_hash
     from .data import heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
     from .errors import ConfigurationError
-    from .hf import load_huggingface
+    from .hf import read_pretrained
     from .model import COMPUTE_DTYPES
     from .parallel.processes import select_device
     from .precision import settle_precision
@@ -70,29 +70,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = Path(config.checkpoint)
     verify_directory(checkpoint)
     trained = read_state(checkpoint)["config"] if (checkpoint / STATE).exists() else {}
+    pretrained = read_pretrained(checkpoint)
+    for note in pretrained.notes:
+        print(f"{checkpoint}: {note}", file=sys.stderr)
+    model = pretrained.build().eval()
+    longest = model.config.max_position_embeddings - 2
     settings: dict[str, Any] = {}
-    for name, usual in USUAL.items():
+    for name, usual in {"max_seq_length": longest, **USUAL}.items():
         given = getattr(config, name)
         settings[name] = trained.get(name, usual) if given is None else given
-    model = load_huggingface(checkpoint)
     corpora = load_corpora(config.data)
     manifest = corpora[0].manifest
     has_tokenizer = (checkpoint / "tokenizer.json").is_file() or (checkpoint / "vocab.json").is_file()
     if has_tokenizer and tokenizer_hash(load_tokenizer(checkpoint)) != manifest.tokenizer_sha256:
         raise ConfigurationError(
-            f"{manifest.directory}: prepared with another tokenizer than {checkpoint}'s; run prepare with "
+            f"{manifest.directory}: was prepared with another tokenizer than that of {checkpoint}; run prepare with "
             f"--tokenizer {checkpoint}"
         )
     assert model.config.vocab_size is not None
     if manifest.vocab_size > model.config.vocab_size:
         raise ConfigurationError(
-            f"{manifest.directory}: a vocabulary of {manifest.vocab_size}, the model has {model.config.vocab_size}; run "
-            "prepare with the model's tokenizer"
+            f"{manifest.directory}: has a vocabulary of {manifest.vocab_size}, but the model has "
+            f"{model.config.vocab_size}; run prepare with the model's tokenizer"
         )
-    longest = model.config.max_position_embeddings - 2
     if settings["max_seq_length"] > longest:
         raise ConfigurationError(
-            f"max_seq_length: {settings['max_seq_length']} tokens, the model has positions for {longest}; give at most that"
+            f"max_seq_length: {settings['max_seq_length']} tokens, but the model has positions for {longest}; give fewer"
         )
     device = select_device(config.device)
     model.to(device)

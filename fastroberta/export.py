@@ -1,8 +1,8 @@
 """`python -m fastroberta.export CHECKPOINT OUT`: a checkpoint as a directory that transformers or onnxruntime loads.
 
-`--format huggingface` (a checkpoint of this trainer): what `AutoModelForMaskedLM`, `AutoTokenizer` and
-`pipeline("fill-mask")` load, and none of the optimizer's state. `--format onnx` (also a fine-tuned transformers directory):
-`model.onnx`, checked against PyTorch, and its tokenizer.
+`--format huggingface` (a checkpoint of this trainer, or any masked LM that it can start from): what `AutoModelForMaskedLM`,
+`AutoTokenizer` and `pipeline("fill-mask")` load, without the optimizer's state. `--format onnx` (also a fine-tuned
+transformers directory): `model.onnx`, checked against PyTorch, and its tokenizer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ExportConfig:
     quantize: Literal["none", "int8"] = setting("none", "how to store the weights of the ONNX file; none: as fp32")
     file: str | None = setting(
         None,
-        "held-out texts, on which int8 is compared with fp32: one per line; for a classifier, also .tsv with labels",
+        "held-out texts to compare int8 with fp32 on, one per line; for a classifier, also .tsv with labels",
     )
 
     def check(self) -> None:
@@ -41,7 +41,7 @@ class ExportConfig:
         if self.quantize != "none" and self.format != "onnx":
             raise ConfigurationError(f"quantize = {self.quantize}: only an ONNX file is quantized; add --format onnx")
         if self.file is not None and self.quantize == "none":
-            raise ConfigurationError(f"file = {self.file}: held-out texts serve int8 only; add --quantize int8")
+            raise ConfigurationError(f"file = {self.file}: held-out texts are for int8 only; add --quantize int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .checkpoint import STATE, read_state, verify_directory
     from .corpus.tokenizer import load_tokenizer
     from .errors import CheckpointError
-    from .hf import load_huggingface, save_huggingface
+    from .hf import read_pretrained, save_huggingface
     from .tasks.onnx_export import describe_report, export_onnx
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = f"ready for onnxruntime\n{describe_report(report)}"
         else:
             verify_directory(checkpoint)
-            save_huggingface(load_huggingface(checkpoint), load_tokenizer(checkpoint), partial)
-            done = "ready for transformers' AutoModelForMaskedLM and AutoTokenizer"
+            pretrained = read_pretrained(checkpoint)
+            save_huggingface(pretrained.build(), load_tokenizer(checkpoint), partial)
+            notes = [f"{checkpoint}: {note}" for note in pretrained.notes]
+            done = "\n".join(["ready for transformers' AutoModelForMaskedLM and AutoTokenizer", *notes])
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: cannot be written ({error}); make room, or give another") from error

@@ -1,7 +1,7 @@
 """RoBERTa for masked language modelling, built on the public functions of `fastroberta_kernels`.
 
 The post-layer-norm encoder of BERT (Devlin et al., arXiv 1810.04805; Liu et al., arXiv 1907.11692), without next-sentence
-prediction and with a single token type. Two shortcuts save work and change neither the loss nor its gradients: the head
+prediction; every token is of type 0. Two shortcuts save work and change neither the loss nor its gradients: the head
 sees masked tokens only, and the last layer computes its queries, projection and MLP for masked rows only.
 
 Shape suffixes: b sequences, l tokens per sequence, k masked slots per sequence, d hidden size. Parameters are fp32;
@@ -69,6 +69,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
+        self.gelu_approximation = "none" if config.hidden_act == "gelu" else "tanh"
         size_d, dropout, eps = config.hidden_size, config.hidden_dropout_prob, config.layer_norm_eps
         self.query_key_value = nn.Linear(size_d, 3 * size_d)
         self.attention_output = nn.Linear(size_d, size_d)
@@ -115,7 +116,8 @@ class EncoderLayer(nn.Module):
 
         projected = linear(context, self.attention_output.weight)
         attended = self.attention_norm(projected, residual, self.attention_output.bias, seeds[1])
-        activated = bias_gelu(linear(attended, self.intermediate.weight), self.intermediate.bias)
+        widened = linear(attended, self.intermediate.weight)
+        activated = bias_gelu(widened, self.intermediate.bias, approximate=self.gelu_approximation)
         return self.output_norm(linear(activated, self.output.weight), attended, self.output.bias, seeds[2])
 
 
@@ -147,11 +149,18 @@ class RobertaForMaskedLM(nn.Module):
         self.compute_dtype = torch.float32
         rows = math.ceil(config.vocab_size / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         self.embeddings = Embeddings(
-            rows, config.hidden_size, config.max_position_embeddings, 1, pad_token_id,
+            rows, config.hidden_size, config.max_position_embeddings, config.type_vocab_size, pad_token_id,
             layer_norm_eps=config.layer_norm_eps, dropout=config.hidden_dropout_prob,
         )  # fmt: skip
         self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.lm_head = MaskedLMHead(config.hidden_size, rows, layer_norm_eps=config.layer_norm_eps)
+        if not config.tie_word_embeddings:
+            self.decoder = nn.Linear(config.hidden_size, rows, bias=False)  # its bias is the head's
+
+    @property
+    def decoder_weight(self) -> Tensor:
+        """What the head multiplies by, (rows, d): the word embeddings, or a matrix of its own where they are not tied."""
+        return self.embeddings.word_embeddings.weight if self.config.tie_word_embeddings else self.decoder.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -169,7 +178,8 @@ class RobertaForMaskedLM(nn.Module):
                 drawn = torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range, generator=generator)
                 parameter.copy_(drawn)
         self.embeddings.word_embeddings.weight[self.pad_token_id] = 0
-        self.embeddings.word_embeddings.weight[self.config.vocab_size :] = 0
+        for table in (self.embeddings.word_embeddings.weight, self.decoder_weight):
+            table[self.config.vocab_size :] = 0
         self.embeddings.position_embeddings.weight[self.pad_token_id] = 0
 
     def dropout_keys(self, seed: int | Tensor, device: torch.device) -> Tensor:
@@ -240,7 +250,7 @@ class RobertaForMaskedLM(nn.Module):
             order = (~is_token).long().argsort(dim=1, stable=True)
             scope = AttentionScope(key_lengths=is_token.sum(dim=1, dtype=torch.int32))
         hidden = self.encode(input_ids, scope, order=order)
-        return self.lm_head.logits(hidden, self.embeddings.word_embeddings.weight, self.config.vocab_size).float()
+        return self.lm_head.logits(hidden, self.decoder_weight, self.config.vocab_size).float()
 
     def loss(
         self,
@@ -260,8 +270,5 @@ class RobertaForMaskedLM(nn.Module):
         """
         hidden_bkd = self.encode(input_ids, scope, dropout_keys, first_sample, positions)
         return self.lm_head(
-            hidden_bkd.flatten(0, 1),
-            self.embeddings.word_embeddings.weight,
-            labels.flatten(),
-            num_classes=self.config.vocab_size,
+            hidden_bkd.flatten(0, 1), self.decoder_weight, labels.flatten(), num_classes=self.config.vocab_size
         )

@@ -38,20 +38,24 @@ class BatchSchedule:
     """Which sequences each step takes, and how many: `train_batch_size`, or fewer during the batch ramp.
 
     The batch is k times `batch_ramp.start`, where k grows linearly with the tokens seen, from 1 to
-    train_batch_size / start after `batch_ramp.tokens`. A function of the configuration alone: neither devices nor
+    train_batch_size / start after `batch_ramp.tokens`. A function of its arguments alone: neither devices nor
     micro-batches change it.
+
+    Args:
+        start: a step, and the sample that it begins with; steps before it are not asked for. Other than (0, 0) where a run
+            continues one that had another batch size.
     """
 
-    def __init__(self, config: TrainConfig):
-        start, full = config.smallest_batch_size, config.train_batch_size
+    def __init__(self, config: TrainConfig, start: tuple[int, int] = (0, 0)):
+        smallest, full = config.smallest_batch_size, config.train_batch_size
         # First step, first sample and batch size of each level.
-        self._levels = [(0, 0, start)]
+        self._levels = [(*start, smallest)]
         ramp_samples = config.batch_ramp.tokens / config.max_seq_length
-        for size in range(start, full, start):
+        for size in range(smallest, full, smallest):
             step, sample, _ = self._levels[-1]
-            reached = ramp_samples * (size / start) / (full / start - 1)
+            reached = ramp_samples * (size / smallest) / (full / smallest - 1)
             steps = max(0, math.ceil((reached - sample) / size))
-            self._levels.append((step + steps, sample + steps * size, size + start))
+            self._levels.append((step + steps, sample + steps * size, size + smallest))
 
     def samples(self, step: int) -> range:
         """The numbers, in training order, of the sequences of a step, counted from 0."""

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from .cli.arguments import parse_arguments
 from .cli.program import run
-from .config import ClusterConfig, TrainConfig
+from .config import TrainConfig, setting
 from .costs import (
     choose_micro_batch_size,
     estimate_memory,
@@ -56,11 +56,39 @@ UPDATE_BYTES = 44  # read and written per parameter by AdamW and LAMB, norm, sca
 
 
 @dataclass
+class ClusterConfig:
+    """The machines that a run is planned for. Bandwidths are those measured, which are below the datasheet's."""
+
+    nodes: int = setting(1, "number of machines", valid="[1, inf)")
+    gpus: int = setting(8, "number of GPUs per machine", valid="[1, inf)")
+    gpu_name: str = setting("H200", "GPU, named as PyTorch names it; decides the peak FLOP/s")
+    gpu_memory: float | None = setting(
+        None, "memory per GPU in GiB, a tenth of which is kept free; null: that of gpu_name", valid="(0, inf)"
+    )
+    gpu_bandwidth: float | None = setting(
+        None, "memory bandwidth of a GPU in TB/s; null: 5/6 of gpu_name's peak", valid="(0, inf)"
+    )
+    mfu: float = setting(
+        0.4,
+        "fraction of the peak FLOP/s that forward and backward passes reach; measure it for your run",
+        valid="(0, 1]",
+    )
+    node_bandwidth: float | None = setting(
+        None, "bandwidth in GB/s from a GPU to the next in its machine; null: 80% of gpu_name's link", valid="(0, inf)"
+    )
+    network_bandwidth: float = setting(
+        40.0, "bandwidth in GB/s per GPU to other machines; 40 is 80% of a 400 Gbit/s card per GPU", valid="(0, inf)"
+    )
+
+
+@dataclass
 class PlanConfig(TrainConfig, ClusterConfig):
     """A training run and the cluster that it is planned for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model.max_position_embeddings is None:  # that of init_from, which a plan does not read
+            self.model = replace(self.model, max_position_embeddings=self.max_seq_length + 2)
         gpu = find_gpu(self.gpu_name or "")
         if gpu is None:
             return

@@ -16,6 +16,7 @@ from fastroberta.costs import (
     num_parameters,
     peak_flops,
 )
+from fastroberta.model import RobertaForMaskedLM
 from fastroberta.precision import measure_matmul_flops
 
 BASE = ModelConfig(vocab_size=50265, max_position_embeddings=514)
@@ -52,6 +53,8 @@ def test_flops_are_those_that_pytorch_counts():
 def test_number_of_parameters():
     assert num_parameters(BASE) == 124_697_433  # measured on transformers' model
     assert num_parameters(LARGE) == 355_412_057
+    untied = ModelConfig(vocab_size=128, num_hidden_layers=1, tie_word_embeddings=False, type_vocab_size=2)
+    assert num_parameters(untied) == sum(one.numel() for one in RobertaForMaskedLM(untied).parameters())
     with pytest.raises(ValueError, match="vocab_size is not set"):
         num_parameters(ModelConfig())
 

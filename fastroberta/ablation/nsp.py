@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from fastroberta_kernels.cross_entropy import LinearCrossEntropyOutput
 from fastroberta_kernels.embedding import Embeddings, embedding_layer_norm
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoint import list_checkpoints, write_tensors
+from ..checkpoint import write_tensors
 from ..config import TrainConfig
 from ..corpus.manifest import Manifest
 from ..data import Batch, heldout_batches, move_ahead
-from ..hf import read_tensors
 from ..model import WHOLE_SEQUENCE, AttentionScope, RobertaForMaskedLM
 from ..training.initial_model import build_model
 from ..training.trainer import Trainer
@@ -120,16 +120,19 @@ class RobertaForPairs(RobertaForMaskedLM):
         return result._replace(loss=result.loss + of_pairs * result.num_targets)
 
 
-def build_pair_model(config: TrainConfig, manifest: Manifest) -> RobertaForPairs:
-    """The model for pairs; what is its own comes from the run's last checkpoint, if there is one.
+def build_pair_model(
+    config: TrainConfig, manifest: Manifest, checkpoint: Path | None = None
+) -> tuple[RobertaForPairs, list[str]]:
+    """The model for pairs, and what is to be said about it; what is its own comes from the checkpoint, if there is one.
 
     Raises:
         CheckpointError, ConfigurationError: see `build_model`.
     """
-    model = RobertaForPairs(build_model(config, manifest), manifest.special_token_ids["eos_token_id"], config.seed)
-    if checkpoints := list_checkpoints(Path(config.output_dir)):
-        model.load_state_dict(read_tensors(checkpoints[-1] / FILE), strict=False)
-    return model
+    ordinary, notes = build_model(config, manifest, checkpoint)
+    model = RobertaForPairs(ordinary, manifest.special_token_ids["eos_token_id"], config.seed)
+    if checkpoint is not None:
+        model.load_state_dict(load_file(checkpoint / FILE), strict=False)
+    return model, notes
 
 
 class PairTrainer(Trainer):

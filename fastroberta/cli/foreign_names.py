@@ -5,8 +5,6 @@ Each text completes "NAME ...". A name is looked up by its last part, and only i
 
 from __future__ import annotations
 
-from ..config import ClusterConfig
-
 _STEP = "has no counterpart: it follows from micro_batch_size and train_batch_size, the sequences of a whole step, "
 _PREPARE = "has no counterpart: prepare the text with python -m fastroberta.prepare, and give its directory as data"
 _RESUME = "is not needed: a run found in output_dir continues by itself"
@@ -99,7 +97,9 @@ HUGGING_FACE_NAMES = {
     "per_device_train_batch_size": "is micro_batch_size here; train_batch_size = per_device_train_batch_size x "
     "gradient_accumulation_steps x number of devices",
     "push_to_hub": _EXPORT,
-    "resume_from_checkpoint": _RESUME + "; to start a new run from a model, give init_from",
+    "resume_from_checkpoint": _RESUME
+    + "; to start a new run from a model, give init_from; to continue a checkpoint with "
+    "other settings, give resume_from",
     "run_name": "is the last part of output_dir here",
     "save_strategy": "is not needed: checkpoints are written every save_steps",
     "tokenizer_name": "is tokenizer in python -m fastroberta.prepare; training takes the tokenizer of its data",
@@ -112,4 +112,7 @@ FORMER_NAMES = {"tensorboard": _TENSORBOARD}
 
 _PLAN = "belongs to python -m fastroberta.plan, which predicts a run and does not train"
 HINTS = FAIRSEQ_NAMES | HUGGING_FACE_NAMES | FORMER_NAMES
-HINTS |= dict.fromkeys(["plan", *ClusterConfig.__dataclass_fields__], _PLAN)
+CLUSTER_NAMES = (
+    "nodes", "gpus", "gpu_name", "gpu_memory", "gpu_bandwidth", "mfu", "node_bandwidth", "network_bandwidth",
+)  # fmt: skip
+HINTS |= dict.fromkeys(["plan", *CLUSTER_NAMES], _PLAN)

@@ -50,6 +50,8 @@ def count_buckets(model: ModelConfig) -> int:
     d, f = model.hidden_size, model.intermediate_size
     head, layer, positions = [d * d], [d * f, d * f, d * d, 3 * d * d], [model.max_position_embeddings * d]
     count, filled = 2, BUCKET_BYTES  # one for the word table, one for all vectors
+    if not model.tie_word_embeddings:
+        count += 1  # the decoder's
     for size in [*head, *model.num_hidden_layers * layer, *positions]:
         if filled + 4 * size > BUCKET_BYTES:
             count, filled = count + 1, 0

@@ -70,8 +70,9 @@ def predict_masks(model: RobertaForMaskedLM, sequences: list[list[int]], mask_to
     most = max(map(len, places))
     positions = torch.tensor([found + found[-1:] * (most - len(found)) for found in places], device=device)
     hidden = model.encode(input_ids, scope, positions=positions)
-    table = model.embeddings.word_embeddings.weight
-    probabilities = model.lm_head.logits(hidden, table, model.config.vocab_size).float().softmax(dim=-1).cpu()
+    probabilities = (
+        model.lm_head.logits(hidden, model.decoder_weight, model.config.vocab_size).float().softmax(dim=-1).cpu()
+    )
     return [rows[: len(found)] for rows, found in zip(probabilities, places)]
 
 

@@ -19,14 +19,16 @@ CPU_TOKENS = 4096  # more tokens at once do not make a CPU faster
 class MicroBatches:
     """This process's share of every step, cut into micro-batches of one size.
 
+    Args:
+        start: see `BatchSchedule`.
     Attributes:
         size: sequences of a micro-batch. It starts as configured, or with `auto` at the largest size that should fit,
             and is halved when memory runs out.
     """
 
-    def __init__(self, config: TrainConfig, blocks: Blocks, processes: Processes):
+    def __init__(self, config: TrainConfig, blocks: Blocks, processes: Processes, start: tuple[int, int] = (0, 0)):
         self._config, self._blocks, self._processes = config, blocks, processes
-        self._schedule = BatchSchedule(config)
+        self._schedule = BatchSchedule(config, start)
         # A micro-batch that does not fit can be halved if its size was left open. Not under FSDP2: the other processes
         # would wait for this one in every layer.
         uses_fsdp = config.sharding == "full" and (processes.size > 1 or config.cpu_offload)

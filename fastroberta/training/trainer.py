@@ -50,7 +50,7 @@ from .micro_batches import MicroBatches
 from .picture import draw_losses, draw_sparkline, read_losses
 from .profile import profile_steps
 from .report import RunLog, describe_model, describe_result, fill_in, say
-from .resume import describe_run, flatten, load_weights
+from .resume import describe_run, find_checkpoint, flatten, load_weights
 from .score import Scores, evaluate_model
 
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
@@ -102,36 +102,38 @@ class Trainer:
         )
 
         self.epochs_note = settle_epochs(config, len(self.blocks))
-
-        checkpoints = list_checkpoints(self.output_dir)
-        before = read_state(checkpoints[-1])["config"].get("precision") if checkpoints else None
+        checkpoint = find_checkpoint(config)
+        before = read_state(checkpoint)["config"].get("precision") if checkpoint else None
         # The first process decides: the others may have measured on a busier CPU.
         chosen = self.processes.collect(settle_precision(config.precision, self.device, before))[0]
         config.precision, self.precision_reason = chosen
-        self.model = self.build_model(config, self.manifest).train()
+        self.model, self.notes = self.build_model(config, self.manifest, checkpoint)
+        self.model.train()
         self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
         self.distillation = prepare_distillation(self.model, config, self.manifest, self.device)
         validate(config)  # again, now that the sizes of the data and of the initial model are known
-        self.step = 0
+        self.step, self.start = 0, (0, 0)  # for `start` see BatchSchedule
         self.eval_loss: dict[int, float] = {}  # of the last step that was scored
         self.score_seconds = float("inf")  # of that; unknown before
         if self.processes.is_first and not config.dry_run:
             remove_partial_checkpoints(self.output_dir)
-        if checkpoints:
-            self.step = load_weights(checkpoints[-1], self.model, self._describe_run(), len(self.corpora) > 1)
+        if checkpoint:
+            is_mixture = len(self.corpora) > 1
+            self.step, self.start, note = load_weights(checkpoint, self.model, self._describe_run(), config, is_mixture)
+            self.notes += [note] if note else []
         self._check_processes()
         self.optimizer: DistributedOptimizer = distribute(self.model, config, self.processes)
         self.loss: Callable[..., LinearCrossEntropyOutput] = (self.distillation or self.model).loss
         if config.torch_compile:
             self.loss = torch.compile(self.loss)
         self.scaler = LossScaler(self.device, enabled=config.precision == "fp16")
-        if checkpoints:
-            self._load_optimizer(checkpoints[-1])
+        if checkpoint:
+            self._load_optimizer(checkpoint, before)
 
         self.mask_seed = fold_seed(config.seed, MASK_STREAM, device=self.device)
         dropout_seed = fold_seed(config.seed, DROPOUT_STREAM, device=self.device)
         self.dropout_keys = self.model.dropout_keys(dropout_seed, self.device)
-        self.batches = MicroBatches(config, self.blocks, self.processes)
+        self.batches = MicroBatches(config, self.blocks, self.processes, self.start)
         self.stop = StopRequest()
         self.votes = StopVotes(self.processes, lambda: self.stop.number is not None)
 
@@ -198,6 +200,8 @@ class Trainer:
         """Say what is trained on what."""
         say(self.processes, describe_model(self.config, self.processes, self.blocks, self.batches.size))
         say(self.processes, f"{', '.join(self.config.data or [])}: {self.blocks.describe_verified()}")
+        for note in self.notes:
+            say(self.processes, note)
         if len(self.corpora) > 1:
             epochs = self.blocks.count_epochs(self.batches.num_sequences_until(self.config.max_steps))
             for (manifest, weight), size, count in zip(self.corpora, self.blocks.corpus_sizes, epochs):
@@ -345,13 +349,16 @@ class Trainer:
         save_huggingface(self.model, self.tokenizer, path, weights)
 
     def _describe_run(self) -> dict[str, Any]:
-        run = describe_run(self.step, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config)
+        run = describe_run(
+            self.step, self.start, self.eval_loss.get(self.step), self.manifest, self.blocks.num_tokens, self.config
+        )
         return run if self.distillation is None else {**run, "teacher": self.distillation.sha256}
 
-    def _load_optimizer(self, checkpoint: Path) -> None:
+    def _load_optimizer(self, checkpoint: Path, precision: str | None) -> None:
         tensors = load_optimizer_tensors(checkpoint)
-        for name, tensor in self.scaler.state().items():
-            tensor.copy_(tensors[name])
+        if precision == self.config.precision:  # a loss scale is that of a precision
+            for name, tensor in self.scaler.state().items():
+                tensor.copy_(tensors[name])
         self.optimizer.load_tensors(tensors, str(checkpoint))
 
     # Several processes

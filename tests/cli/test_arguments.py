@@ -17,9 +17,10 @@ from fastroberta.cli.arguments import from_dict, parse_arguments, to_dict, valid
 from fastroberta.cli.foreign_names import FAIRSEQ_NAMES, FORMER_NAMES, HUGGING_FACE_NAMES
 from fastroberta.cli.program import run
 from fastroberta.cli.yaml_settings import PRESETS
-from fastroberta.config import ClusterConfig, LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig, setting
+from fastroberta.config import LRSchedulerConfig, ModelConfig, OptimizerConfig, TrainConfig, setting
 from fastroberta.costs import num_parameters
 from fastroberta.errors import ConfigurationError
+from fastroberta.plan import ClusterConfig
 
 
 @dataclass

@@ -160,6 +160,19 @@ def test_a_single_process_offloads_to_the_host(data, tmp_path):
         from_dict(TrainConfig, make_settings(data, tmp_path, cpu_offload=True))
 
 
+@pytest.mark.slow(reason="20 seconds")
+def test_an_untied_decoder_is_sharded_like_every_other_parameter(data, tmp_path):
+    untied = {"model": {**SETTINGS["model"], "tie_word_embeddings": False}}
+    Trainer(from_dict(TrainConfig, make_settings(data, tmp_path / "single", **untied))).train()
+    modes = ("none", "optimizer", "full")
+    tasks = [{"config": make_settings(data, tmp_path / mode, sharding=mode, **untied)} for mode in modes]
+    results = run_tasks(2, tmp_path, tasks)
+    assert all("error" not in result for result in results[0]), results[0]
+    for mode in modes:
+        assert "exp_avg.decoder.weight" in read(tmp_path / mode)
+        assert largest_difference(tmp_path / mode, tmp_path / "single") < 1e-6, mode
+
+
 def test_half_precision_sharding_resumes_to_the_bit_and_faults_are_named(data, tmp_path):
     """bf16 weights on the wire, fp32 masters in the checkpoint; and what must not pass unnoticed."""
     changes = {"precision": "bf16", "sharding": "optimizer", "optimizer": {"learning_rate": 5e-3}}

@@ -127,7 +127,7 @@ def test_another_output_is_refused_and_leaves_nothing(checkpoint, tmp_path, caps
     ("head", "arguments", "code", "message"),
     [
         (None, ["--quantize", "int8"], 2, "quantize = int8: only an ONNX file is quantized"),
-        (None, ["--format", "onnx", "--file", "t.txt"], 2, "file = t.txt: held-out texts serve int8 only"),
+        (None, ["--format", "onnx", "--file", "t.txt"], 2, "file = t.txt: held-out texts are for int8 only"),
         (
             "NextSentencePrediction",
             [],
