@@ -14,9 +14,8 @@ from torch.autograd import DeviceType
 
 from ..log import print_line
 
-SKIPPED = (
-    3  # steps: the first ones compile kernels and fill the allocator's cache, the last warms up the profiler itself
-)
+# The first steps compile kernels and fill the allocator's cache; in the last of these the profiler itself warms up.
+SKIPPED = 3
 TRACE, TABLE = "trace.json.gz", "operations.txt"
 STEP = "ProfilerStep"
 
