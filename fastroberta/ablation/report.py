@@ -113,8 +113,8 @@ def describe_noise(rows: list[list[dict[str, Any]]]) -> str:
     if len(losses[0]) == 1:
         return f"Variants differ by up to {between:.3f} nats."
     noise = max(max(row) - min(row) for row in losses)
-    verdict = "no more than seeds do: this shows no effect" if between <= noise else "more than seeds do"
-    return f"Seeds of a variant differ by up to {noise:.3f} nats, variants by up to {between:.3f}, {verdict}."
+    verdict = "more than noise" if between > 2 * noise else "no clear effect"
+    return f"Seeds of a variant differ by up to {noise:.3f} nats, variants by up to {between:.3f}: {verdict}."
 
 
 def format_mean(values: list[float], digits: int) -> str:
