@@ -38,7 +38,8 @@ from ..model import WHOLE_SEQUENCE, AttentionScope, RobertaForMaskedLM
 
 # What teacher and student must have in common: the student starts from parameters of these shapes.
 SHARED_SIZES = (
-    "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings", "layer_norm_eps",
+    "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "layer_norm_eps", "hidden_act",
+    "type_vocab_size", "tie_word_embeddings",
 )  # fmt: skip
 CHUNK_ROWS = 512  # of logits at a time: 0.5 GB with 50,304 classes
 ROWS_IN_CACHE = 16  # a CPU takes the softmax of so many at a time
@@ -231,6 +232,12 @@ def prepare_distillation(
                 f"model.{name} = {ours}, but the teacher {directory} has {theirs}, and a student shares everything with its "
                 f"teacher but the number of layers: set model.{name} to {theirs}"
             )
+    positions = teacher.config.max_position_embeddings
+    if config.model.max_position_embeddings > positions:
+        raise ConfigurationError(
+            f"model.max_position_embeddings = {config.model.max_position_embeddings}, but the teacher {directory} has only "
+            f"{positions}: lower max_seq_length to {positions - 2} at most"
+        )
     depth = config.distillation.teacher_layers = teacher.config.num_hidden_layers
     if config.model.num_hidden_layers > depth:
         raise ConfigurationError(
@@ -239,7 +246,8 @@ def prepare_distillation(
         )
     if config.init_from is None:
         start_from_teacher(student, teacher)
-    sha256 = file_sha256(directory / "model.safetensors")
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    sha256 = ",".join(map(file_sha256, weights))
     return Distillation(student, teacher.to(device), config.distillation, sha256)
 
 
@@ -250,11 +258,17 @@ def choose_layers(teacher_layers: int, student_layers: int) -> list[int]:
 
 @torch.no_grad()
 def start_from_teacher(student: RobertaForMaskedLM, teacher: RobertaForMaskedLM) -> None:
-    """Copy the teacher's embeddings, its head, and those of its layers that `choose_layers` names."""
-    for part in ("embeddings", "lm_head"):
-        getattr(student, part).load_state_dict(getattr(teacher, part).state_dict())
-    for index, layer in zip(choose_layers(len(teacher.layer), len(student.layer)), student.layer):
-        layer.load_state_dict(teacher.layer[index].state_dict())
+    """Copy the teacher's embeddings, its head, and those of its layers that `choose_layers` names.
+
+    A student for shorter sequences takes the first rows of the position table.
+    """
+    theirs, chosen = teacher.state_dict(), choose_layers(len(teacher.layer), len(student.layer))
+    for name, tensor in student.state_dict().items():
+        first, _, rest = name.partition(".")
+        if first == "layer":
+            index, _, rest = rest.partition(".")
+            name = f"layer.{chosen[int(index)]}.{rest}"
+        tensor.copy_(theirs[name][: len(tensor)])
 
 
 def describe_teacher(config: TrainConfig) -> str:

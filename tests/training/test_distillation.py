@@ -243,7 +243,9 @@ def test_micro_batches_and_recomputation_change_nothing_beyond_rounding(data, te
     changes = {"micro_batch_size": 8, "gradient_checkpointing": True}
     Trainer(configure(data, tmp_path, distill_from=str(teacher), **changes)).train()
     ours, theirs = read_weights(tmp_path), read_weights(finished)
-    assert max((ours[name] - theirs[name]).abs().max() for name in ours if "exp" not in name) < 2e-4
+    assert (
+        max((ours[name] - theirs[name]).abs().max() for name in ours if "exp" not in name) < 1e-3
+    )  # a step moves them by 5e-3
 
 
 def test_bf16_follows_fp32(data, teacher, finished, tmp_path):
