@@ -7,18 +7,18 @@ its weights, its optimizer's moments and its step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastroberta_kernels.cross_entropy import LinearCrossEntropyOutput
 from fastroberta_kernels.masking import mask_tokens
 from fastroberta_kernels.philox import fold_seed
-from torch import Tensor
 from torch.profiler import record_function
 
 from ..checkpoint import (
@@ -43,6 +43,7 @@ from ..parallel.distribute import DistributedOptimizer, distribute
 from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.votes import StopVotes
 from ..precision import settle_precision
+from .graph import Replayed, keep_on_device, set_learning_rate
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
@@ -52,14 +53,6 @@ from .resume import describe_run, flatten, load_weights
 from .score import Scores, evaluate_model
 
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
-
-
-class StepSums(NamedTuple):
-    """What the micro-batches of a step add up to, besides the gradient."""
-
-    totals: Tensor  # fp64 (4,): loss, correct and masked tokens, processes that were asked to stop
-    expected_masked: float
-    sizes: list[tuple[int, int]]  # tokens, and sum of squared lengths, of each micro-batch
 
 
 class Trainer:
@@ -118,6 +111,16 @@ class Trainer:
         dropout_seed = fold_seed(config.seed, DROPOUT_STREAM, device=self.device)
         self.dropout_keys = self.model.dropout_keys(dropout_seed, self.device)
         self.batches = MicroBatches(config, self.blocks, self.processes)
+        # Of the step under way, in tensors that stay where they are, as a CUDA graph needs it. The totals are the loss, the
+        # correct and the masked tokens, and the processes that were asked to stop.
+        self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.expected_masked = torch.ones((), device=self.device)
+        self.found_inf = torch.zeros((), device=self.device)
+        self._add_gradients: Callable[[Batch], None] = self.add_gradients
+        self._update: Callable[[], None] = self.update
+        self.is_replayed = False
+        if config.cuda_graph and self.device.type == "cuda" and self.processes.size == 1:
+            self.replay_steps()
         self.stop = StopRequest()
         self.votes = StopVotes(self.processes, lambda: self.stop.number is not None)
 
@@ -186,6 +189,8 @@ class Trainer:
                 )
         if self.precision_reason != "as asked":
             say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
+        if self.config.cuda_graph and not self.is_replayed:
+            say(self.processes, "cuda_graph: not used, since it needs a GPU and a single process")
         if self.step:
             say(self.processes, f"{self.output_dir}: continuing after step {self.step}")
 
@@ -201,43 +206,42 @@ class Trainer:
             DeviceMemoryError: out of memory, and the micro-batch cannot be halved.
         """
         self.processes.note_progress(f"step {self.step + 1}")
-        while (sums := self._accumulate_gradients()) is None:
+        while (sizes := self._accumulate_gradients()) is None:
             pass  # some process ran out of memory; now with half the micro-batch
         with record_function("reduce"):
-            self.processes.add_up(sums.totals)
+            self.processes.add_up(self.totals)
         self.processes.note_progress(f"the end of step {self.step + 1}")
+        set_learning_rate(self.optimizer.param_groups, learning_rate(self.step, self.config))
         with record_function("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.config)
-            num_masked = sums.totals[2].float()
-            self.optimizer.step(grad_scale=self.scaler.scale * num_masked / sums.expected_masked)
-        norm = self.optimizer.last_grad_norm
-        found_inf = (~torch.isfinite(norm)).float()
-        self.scaler.update(found_inf)
-        self.votes.cast(sums.totals[3])
+            self._update()
+        self.votes.cast(self.totals[3])
         if meter is not None:
-            meter.add(sums.totals[:3], norm, found_inf, sums.sizes)
+            meter.add(self.totals[:3], self.optimizer.last_grad_norm, self.found_inf, sizes)
 
-    def _accumulate_gradients(self) -> StepSums | None:
-        """The gradient of this step's batch, before it is scaled; None if it is to be done again with less memory."""
+    def _accumulate_gradients(self) -> list[tuple[int, int]] | None:
+        """The gradient of this step's batch, before it is scaled; None if it is to be done again with less memory.
+
+        Returns:
+            tokens, and the sum of squared lengths, of each micro-batch.
+        """
         # The loss of a step is the sum over its masked tokens divided by their number, which is known only when the last
         # micro-batch is masked. Until then it is divided by the expected number, to keep fp16 gradients in range.
         num_sequences = self.batches.num_sequences(self.step)
-        expected_masked = num_sequences * self.config.max_seq_length * self.config.mlm_probability
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.expected_masked.fill_(num_sequences * self.config.max_seq_length * self.config.mlm_probability)
+        self.totals.zero_()
         sizes = []
         self.optimizer.zero_grad()
+        # A graph casts for itself, and FSDP2 frees weights between uses.
+        casts_once = not self.is_replayed and (self.config.sharding != "full" or self.processes.size == 1)
         is_last = is_short = False
         try:
-            for batch, is_last in self.batches.of_step(self.step):
-                # Around the forward too: if memory runs out in it, the other processes still wait for gradients.
-                with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
-                    result = self.forward(batch)
-                    with record_function("backward"):
-                        (result.loss * (self.scaler.scale / expected_masked)).backward()
-                totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
-                sizes.append((batch.num_tokens, batch.sum_squared_lengths))
-                self.processes.note_progress(f"micro-batch {len(sizes) + 1} of step {self.step + 1}")
+            with self.model.cast_once() if casts_once else contextlib.nullcontext():
+                for batch, is_last in self.batches.of_step(self.step):
+                    # Around the forward too: if memory runs out in it, the other processes still wait for gradients.
+                    with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
+                        self._add_gradients(batch)
+                    sizes.append((batch.num_tokens, batch.sum_squared_lengths))
+                    self.processes.note_progress(f"micro-batch {len(sizes) + 1} of step {self.step + 1}")
         except torch.OutOfMemoryError as error:
             if not self.batches.may_halve:
                 raise DeviceMemoryError(
@@ -254,8 +258,35 @@ class Trainer:
                 say(self.processes, self.batches.halve(self.step, short), sys.stderr)
                 torch.cuda.empty_cache()
                 return None
-        totals[3] += self.stop.number is not None
-        return StepSums(totals, expected_masked, sizes)
+        self.totals[3] += self.stop.number is not None
+        return sizes
+
+    def replay_steps(self, **options: Any) -> None:
+        """From now on, replay micro-batches and updates as CUDA graphs, once each has run a few times.
+
+        Args:
+            options: of `Replayed`.
+        """
+        self.is_replayed = True
+        keep_on_device(self.optimizer.param_groups, self.device)
+        self._add_gradients = Replayed(self.add_gradients, functools.partial(self._explain, "micro-batches"), **options)
+        self._update = Replayed(self.update, functools.partial(self._explain, "updates"), **options)
+
+    def _explain(self, what: str, reason: str) -> None:
+        say(self.processes, f"step {self.step + 1}: {what} go on without a CUDA graph: {reason}", sys.stderr)
+
+    def add_gradients(self, batch: Batch) -> None:
+        """Forward and backward of a micro-batch. Its gradient and its totals are added to those of the step."""
+        result = self.forward(batch)
+        with record_function("backward"):
+            (result.loss * (self.scaler.scale / self.expected_masked)).backward()
+        self.totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
+
+    def update(self) -> None:
+        """New weights from the gradient of the whole batch."""
+        self.optimizer.step(grad_scale=self.scaler.scale * self.totals[2].float() / self.expected_masked)
+        self.found_inf.copy_(~torch.isfinite(self.optimizer.last_grad_norm))
+        self.scaler.update(self.found_inf)
 
     def forward(self, batch: Batch) -> LinearCrossEntropyOutput:
         """The summed loss of a micro-batch, under its masks and its dropout."""
