@@ -116,7 +116,10 @@ def run_steps(trainer, count=EAGER_CALLS + 3):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"batch_ramp": {"start": 4, "tokens": 32 * 16}},  # the expected number of masked tokens changes
+        {
+            "batch_ramp": {"start": 4, "tokens": 32 * 16},
+            "optimizer": {"learning_rate": 5e-3},
+        },  # the expected number of masked tokens changes
         {"precision": "bf16", "attention_scope": "document", "gradient_checkpointing": True},
         {"precision": "fp16", "packing": "doc-sentences"},
     ],
