@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import gzip
 import importlib
 import json
@@ -33,6 +34,7 @@ from .trainers import MLM_PROBABILITY, WAYS, Ours, Task, run_steps
 
 REPEATS = 20  # of a kernel, whose results must agree to the bit
 MAX_PROCESSES = 16
+GRAPH = "fastroberta, CUDA graph"
 # The hot kernels of a training step: file of the operation, dropout, layout.
 HOT = (
     ("attention", 0.1, "full"), ("attention", 0.0, "full"), ("attention", 0.1, "packed"), ("layer_norm", 0.1, "full"),
@@ -230,17 +232,10 @@ def list_tensors(value: Any) -> list[torch.Tensor]:
 
 
 def measure_step(session: Session) -> None:
-    """Tokens/s, MFU and memory of whole steps; then time by kernel beside its floor, and by region of the step."""
+    """Tokens/s, MFU and memory of whole steps; then time by kernel beside its floor, and by region of the step; last, on a
+    GPU, the same steps replayed as CUDA graphs."""
     ceilings, task = session.read_ceilings(), session.make_task()
-    trainer = Ours(task, WAYS[OURS])
-    run_steps(trainer, 3 if session.on_gpu else 1)
-    turns = [run_steps(trainer, 10 if session.on_gpu else 1) for _ in range(5 if session.on_gpu else 2)]
-    line = {"implementation": OURS, "status": "ok"} | train.summarize(task, turns, [], ceilings)
-    line["mean_loss"] = statistics.mean(turn["loss"] for turn in turns)
-    session.add("train", model=session.model, task=task._asdict() | {"data": Path(task.data).name}, **line)
-    train.print_comparison(f"roberta-{session.model}", task, [line])
-    step = line["seconds_per_step"]["median"]
-    print(f"  a step {step * 1e3:,.1f} ms; the host needs {line['host_seconds_per_step'] * 1e3:,.1f} ms to launch it")
+    trainer = measure_way(session, task, OURS, ceilings)
     if not session.has_time("profile"):
         return
     steps = 3 if session.on_gpu else 1
@@ -250,6 +245,25 @@ def measure_step(session: Session) -> None:
         with open(trace, "rb") as source, gzip.open(session.out / "step-trace.json.gz", "wb") as target:
             shutil.copyfileobj(source, target)
     report_profile(session, task, events, steps, ceilings)
+    if session.on_gpu and session.has_time(GRAPH):
+        del trainer
+        gc.collect()  # it and the generator of its batches hold each other
+        torch.cuda.empty_cache()
+        measure_way(session, task, GRAPH, ceilings)
+
+
+def measure_way(session: Session, task: Task, name: str, ceilings: dict[str, Any]) -> Ours:
+    """Time the steps of one of our ways to train. Returns its trainer."""
+    trainer = Ours(task, WAYS[name])
+    run_steps(trainer, 5 if session.on_gpu else 1)  # the fourth records a graph
+    turns = [run_steps(trainer, 10 if session.on_gpu else 1) for _ in range(5 if session.on_gpu else 2)]
+    line = {"implementation": name, "status": "ok"} | train.summarize(task, turns, [], ceilings)
+    line["mean_loss"] = statistics.mean(turn["loss"] for turn in turns)
+    session.add("train", model=session.model, task=task._asdict() | {"data": Path(task.data).name}, **line)
+    train.print_comparison(f"roberta-{session.model}", task, [line])
+    step = line["seconds_per_step"]["median"]
+    print(f"  a step {step * 1e3:,.1f} ms; the host needs {line['host_seconds_per_step'] * 1e3:,.1f} ms to launch it")
+    return trainer
 
 
 def report_profile(

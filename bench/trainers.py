@@ -68,6 +68,7 @@ class Way(NamedTuple):
     ours: bool = False
     attention: str = "sdpa"
     compiled: bool = False
+    graph: bool = False  # ours, replayed as CUDA graphs
     kernels: bool = False  # our kernels inside transformers' model
     keep_memory: bool = False  # transformers with `keep_freed_memory`
     precision: str | None = None  # instead of the task's
@@ -76,6 +77,7 @@ class Way(NamedTuple):
 WAYS = {
     "fastroberta": Way(ours=True),
     "fastroberta, torch.compile": Way(ours=True, compiled=True),
+    "fastroberta, CUDA graph": Way(ours=True, graph=True),
     "transformers eager": Way(attention="eager"),
     "transformers eager, memory kept": Way(attention="eager", keep_memory=True),
     "transformers sdpa": Way(),
@@ -87,7 +89,7 @@ WAYS = {
 EXACT = "exact"  # transformers in fp64, for checking
 
 
-def build_config(task: Task, output_dir: str, *, compiled: bool = False) -> TrainConfig:
+def build_config(task: Task, output_dir: str, *, compiled: bool = False, graph: bool = False) -> TrainConfig:
     """Our trainer's configuration for a task."""
     model = ModelConfig(
         vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
@@ -97,7 +99,7 @@ def build_config(task: Task, output_dir: str, *, compiled: bool = False) -> Trai
     return TrainConfig(
         data=[task.data], output_dir=output_dir, seed=SEED, precision=task.precision,
         max_seq_length=task.length, packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=task.sequences,
-        micro_batch_size=task.sequences, torch_compile=compiled, model=model,
+        micro_batch_size=task.sequences, torch_compile=compiled, cuda_graph=graph, model=model,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         lr_scheduler=LRSchedulerConfig(name="constant", warmup_steps=0),
     )  # fmt: skip
@@ -126,8 +128,10 @@ class Ours:
     def __init__(self, task: Task, way: Way):
         self.folder = tempfile.TemporaryDirectory()
         if not torch.cuda.is_available():
+            if way.graph:
+                raise Absent("needs a GPU")
             keep_freed_memory()  # as `fastroberta.train` does
-        self.trainer = Trainer(build_config(task, self.folder.name, compiled=way.compiled))
+        self.trainer = Trainer(build_config(task, self.folder.name, compiled=way.compiled, graph=way.graph))
         self.device = self.trainer.device
         self.masked, self.count = Data(task).mask_one_sequence()
         self.tokens = task.sequences * task.length

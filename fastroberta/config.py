@@ -272,6 +272,10 @@ class TrainConfig:
         False, "recompute activations in the backward pass: less memory, a third more time [checkpoint_activations]"
     )
     torch_compile: bool = setting(False, "compile the model with torch.compile")
+    cuda_graph: bool = setting(
+        False,
+        "on a single GPU, replay steps as CUDA graphs, which spares small models and batches most of the host's time",
+    )
 
     logging_steps: int = setting(50, "number of steps between log lines [log_interval]", valid="[1, inf)")
     eval_steps: int = setting(1000, "number of steps between evaluations [validate_interval_updates]", valid="[1, inf)")
@@ -373,6 +377,8 @@ class TrainConfig:
             raise ConfigurationError(f"cpu_offload needs sharding = full, not {self.sharding}: set both, or neither")
         if self.sharding == "full" and self.torch_compile:
             raise ConfigurationError("sharding = full and torch_compile cannot be combined: leave one out")
+        if self.cuda_graph and self.torch_compile:
+            raise ConfigurationError("cuda_graph and torch_compile cannot be combined: leave one out")
         if self.distill_from is None and self.distillation != DistillationConfig():
             raise ConfigurationError(
                 "distillation has settings, but there is no teacher: give --distill_from DIRECTORY"

@@ -5,14 +5,16 @@ prediction; every token is of type 0. Two shortcuts save work and change neither
 sees masked tokens only, and the last layer computes its queries, projection and MLP for masked rows only.
 
 Shape suffixes: b sequences, l tokens per sequence, k masked slots per sequence, d hidden size. Parameters are fp32;
-matrix products run in `compute_dtype`, to which weights are cast where they are used.
+matrix products run in `compute_dtype`, to which weights are cast at each use, or once for a whole step (`cast_once`).
 
 Dropout follows `training`, as in any PyTorch module. In training mode it needs the keys that `dropout_keys` makes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,11 +49,7 @@ class AttentionScope(NamedTuple):
 
 
 WHOLE_SEQUENCE = AttentionScope()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias in the dtype of x. Only here are fp32 parameters cast to the compute dtype."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+NO_DROPOUT = (None,) * DROPOUT_SITES
 
 
 def gather_rows(hidden_bld: Tensor, positions_bk: Tensor) -> Tensor:
@@ -77,48 +75,58 @@ class EncoderLayer(nn.Module):
         self.intermediate = nn.Linear(size_d, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, size_d)
         self.output_norm = DropoutAddLayerNorm(size_d, dropout, eps)
+        self.casts: tuple[Tensor, ...] | None = None  # set by `RobertaForMaskedLM.cast_once`
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What takes part in matrix products, in a dtype: the weight and bias of queries, keys and values, and the
+        weights of the other three linear layers, whose biases belong to fused kernels."""
+        qkv = self.query_key_value
+        parameters = (qkv.weight, qkv.bias, self.attention_output.weight, self.intermediate.weight, self.output.weight)
+        return tuple(parameter.to(dtype) for parameter in parameters)
 
     def forward(
         self,
         hidden_bld: Tensor,
         scope: AttentionScope,
-        dropout_seeds: Tensor | None = None,
+        dropout_seeds: Sequence[Tensor | None] = NO_DROPOUT,
         positions_bk: Tensor | None = None,
     ) -> Tensor:
         """Args:
-            dropout_seeds: int64 (3, 2), a key and a first row for each site. Needed in training mode with dropout.
+            dropout_seeds: int64 (2,), a key and a first row, for each of the three sites. Needed in training mode with
+                dropout.
             positions_bk: compute the output at these positions only. Keys and values still come from all positions.
         Returns:
             (b, l, d), or (b, k, d) if positions are given.
         """
         size_b, size_l, size_d = hidden_bld.shape
-        weight, bias = self.query_key_value.weight, self.query_key_value.bias
+        weight, bias, w_attention, w_up, w_down = self.casts or self.cast(hidden_bld.dtype)
         heads = (self.num_heads, size_d // self.num_heads)
         if positions_bk is None:
             residual = hidden_bld
-            q, k, v = linear(hidden_bld, weight, bias).view(size_b, size_l, 3, *heads).unbind(2)
+            q, k, v = F.linear(hidden_bld, weight, bias).view(size_b, size_l, 3, *heads).unbind(2)
         else:
             residual = gather_rows(hidden_bld, positions_bk)
-            q = linear(residual, weight[:size_d], bias[:size_d]).view(size_b, -1, *heads)
-            k, v = linear(hidden_bld, weight[size_d:], bias[size_d:]).view(size_b, size_l, 2, *heads).unbind(2)
+            (w_q, w_kv), (b_q, b_kv) = (tensor.split((size_d, 2 * size_d)) for tensor in (weight, bias))
+            q = F.linear(residual, w_q, b_q).view(size_b, -1, *heads)
+            k, v = F.linear(hidden_bld, w_kv, b_kv).view(size_b, size_l, 2, *heads).unbind(2)
 
-        seeds = (None, None, None) if dropout_seeds is None else dropout_seeds.unbind(0)
         dropout_p = self.attention_dropout if self.training else 0.0
         if scope.cu_seqlens is None:
-            context = attention(q, k, v, dropout_p=dropout_p, seed=seeds[0], key_lengths=scope.key_lengths)
+            context = attention(q, k, v, dropout_p=dropout_p, seed=dropout_seeds[0], key_lengths=scope.key_lengths)
         else:
             context = varlen_attention(
                 q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
                 scope.cu_seqlens if positions_bk is None else count_rows_before(positions_bk, size_l, scope.cu_seqlens),
-                scope.cu_seqlens, q.shape[1], size_l, dropout_p=dropout_p, seed=seeds[0],
+                scope.cu_seqlens, q.shape[1], size_l, dropout_p=dropout_p, seed=dropout_seeds[0],
             )  # fmt: skip
         context = context.reshape(size_b, -1, size_d)
 
-        projected = linear(context, self.attention_output.weight)
-        attended = self.attention_norm(projected, residual, self.attention_output.bias, seeds[1])
-        widened = linear(attended, self.intermediate.weight)
+        attended = self.attention_norm(
+            F.linear(context, w_attention), residual, self.attention_output.bias, dropout_seeds[1]
+        )
+        widened = F.linear(attended, w_up)
         activated = bias_gelu(widened, self.intermediate.bias, approximate=self.gelu_approximation)
-        return self.output_norm(linear(activated, self.output.weight), attended, self.output.bias, seeds[2])
+        return self.output_norm(F.linear(activated, w_down), attended, self.output.bias, dropout_seeds[2])
 
 
 def count_rows_before(positions_bk: Tensor, size_l: int, cu_seqlens: Tensor) -> Tensor:
@@ -182,6 +190,25 @@ class RobertaForMaskedLM(nn.Module):
             table[self.config.vocab_size :] = 0
         self.embeddings.position_embeddings.weight[self.pad_token_id] = 0
 
+    @contextlib.contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """In the block, which must not change the weights, layers share one cast of their matrices for all uses.
+
+        For the micro-batches of a step. Each backward passes through the cast again, so gradients are the same to the bit.
+        With gradient checkpointing, where memory counts more, layers go on casting at each use.
+        """
+        if self.compute_dtype == torch.float32 or self.gradient_checkpointing:
+            yield
+            return
+        layers: list[EncoderLayer] = list(self.layer)  # type: ignore[arg-type]
+        try:
+            for layer in layers:
+                layer.casts = layer.cast(self.compute_dtype)
+            yield
+        finally:
+            for layer in layers:
+                layer.casts = None
+
     def dropout_keys(self, seed: int | Tensor, device: torch.device) -> Tensor:
         """int64 (layers + 1, 3): an independent key for each dropout site. The last row belongs to the embeddings."""
         layers = torch.arange(self.config.num_hidden_layers + 1, device=device)[:, None]
@@ -208,31 +235,29 @@ class RobertaForMaskedLM(nn.Module):
         """
         size_l = input_ids.shape[1]
         num_layers = len(self.layer)
-        seeds: list[Tensor | None] = [None] * (num_layers + 1)
+        seeds: Sequence[Tensor | None] = NO_DROPOUT * (num_layers + 1)  # three for each layer, then for the embeddings
         if dropout_keys is not None and first_sample is not None:
             rows_per_sample = torch.full_like(dropout_keys, size_l)
             if positions is not None:
-                rows_per_sample[num_layers - 1] = positions.shape[1]  # the last layer works on k rows per sequence
-            seeds = list(torch.stack((dropout_keys, rows_per_sample * first_sample), dim=-1).unbind(0))
+                rows_per_sample[num_layers - 1].fill_(positions.shape[1])  # the last layer works on k rows per sequence
+            seeds = torch.stack((dropout_keys, rows_per_sample * first_sample), dim=-1).flatten(0, 1).unbind(0)
         elif self.training and max(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) > 0:
             raise ValueError(
                 "RobertaForMaskedLM: dropout needs dropout_keys and first_sample; pass both, or call eval()"
             )
-        embedding_seed = seeds[num_layers]
-        hidden = self.embeddings(
-            input_ids, seed=None if embedding_seed is None else embedding_seed[0], dtype=self.compute_dtype
-        )
+        hidden = self.embeddings(input_ids, seed=seeds[DROPOUT_SITES * num_layers], dtype=self.compute_dtype)
         if order is not None:
             hidden = gather_rows(hidden, order)
         for index, layer in enumerate(self.layer):
             chosen = positions if index == num_layers - 1 else None
+            layer_seeds = seeds[DROPOUT_SITES * index : DROPOUT_SITES * (index + 1)]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Dropout is a function of its seed: recomputing repeats it without the generator's state.
                 hidden = checkpoint(
-                    layer, hidden, scope, seeds[index], chosen, use_reentrant=False, preserve_rng_state=False
+                    layer, hidden, scope, layer_seeds, chosen, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden = layer(hidden, scope, seeds[index], chosen)
+                hidden = layer(hidden, scope, layer_seeds, chosen)
         return hidden if order is None else gather_rows(hidden, order.argsort(dim=1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

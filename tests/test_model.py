@@ -1,5 +1,7 @@
 """The model is RoBERTa: held against transformers' RobertaForMaskedLM with the same weights."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,6 +248,35 @@ def test_gradient_checkpointing_recomputes_the_same_dropout():
         model.loss(*make_batch(), AttentionScope(), keys, first).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_cast_once_give_the_same_bits(compiled):
+    """Losses and gradients of two micro-batches; a change of the weights after the block is seen."""
+    model = make_model(hidden_dropout_prob=0.1).train()
+    model.compute_dtype = torch.bfloat16
+    loss = torch.compile(model.loss, backend="aot_eager") if compiled else model.loss
+    keys = model.dropout_keys(1, torch.device("cpu"))
+
+    def run(context):
+        model.zero_grad()
+        with context:
+            losses = []
+            for first in (0, 4):
+                losses.append(loss(*make_batch(first_sample=first), AttentionScope(), keys, torch.tensor(first)).loss)
+                losses[-1].backward()
+        return torch.stack(losses), [parameter.grad.clone() for parameter in model.parameters()]
+
+    for _ in range(2):
+        (once, gradients), (at_each_use, others) = run(model.cast_once()), run(contextlib.nullcontext())
+        assert torch.equal(once, at_each_use)
+        assert all(map(torch.equal, gradients, others))
+        with torch.no_grad():
+            model.layer[0].output.weight.add_(0.5)
+    with pytest.raises(KeyError), model.cast_once():
+        assert model.layer[0].casts[0].dtype == torch.bfloat16
+        raise KeyError
+    assert model.layer[0].casts is None
 
 
 def test_bf16_is_close_to_fp32():

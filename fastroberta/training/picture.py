@@ -50,3 +50,10 @@ def draw_losses(output_dir: Path, title: str, entropy: float) -> Path | None:
     except OSError:  # the run is done and its checkpoint saved; a full disk costs only the picture
         return None
     return path
+
+
+def show_losses(output_dir: Path, title: str, entropy: float) -> str:
+    """The loss curve in a line of text, which names the picture that is also drawn, if it can be."""
+    _, losses = read_losses(output_dir, "train/loss")
+    picture = draw_losses(output_dir, title, entropy)
+    return f"loss: {draw_sparkline(losses)}" + (f"  ({picture})" if picture else "")

@@ -93,6 +93,18 @@ def describe_model(config: TrainConfig, processes: Processes, blocks: Blocks, mi
     )
 
 
+def describe_data(corpora: Sequence[Corpus], blocks: Blocks, num_samples: int) -> list[str]:
+    """Lines on the directories that a run reads, and on how often it sees each of several."""
+    lines = [f"{', '.join(str(corpus.manifest.directory) for corpus in corpora)}: {blocks.describe_verified()}"]
+    if len(corpora) > 1:
+        epochs = blocks.count_epochs(num_samples)
+        lines += [
+            f"  {manifest.directory}, weight {weight:g}: {size:,} sequences, {count:.2f} epochs in all"
+            for (manifest, weight), size, count in zip(corpora, blocks.corpus_sizes, epochs)
+        ]
+    return lines
+
+
 def describe_result(
     seconds: float, before: Scores | None, after: Scores, entropy: float, sentences: list[str], checkpoint: Path
 ) -> str:

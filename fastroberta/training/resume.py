@@ -25,7 +25,7 @@ from ..optim import BatchSchedule
 # Any run may be continued with other values of these: they change neither the order of the data nor the result of a step,
 # beyond the rounding of sums taken in another order.
 MAY_CHANGE = (
-    "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "logging_steps", "eval_steps",
+    "device", "micro_batch_size", "gradient_checkpointing", "torch_compile", "cuda_graph", "logging_steps", "eval_steps",
     "eval_sequences", "save_steps", "save_total_limit", "report_to", "dry_run", "data", "output_dir", "init_from",
     "distill_from", "resize_vocabulary", "resume_from", "sharding", "hang_timeout", "profile", "cpu_offload",
 )  # fmt: skip

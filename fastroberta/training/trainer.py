@@ -7,12 +7,13 @@ its weights, its optimizer's moments and its step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastroberta_kernels.cross_entropy import LinearCrossEntropyOutput
@@ -44,25 +45,18 @@ from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.votes import StopVotes
 from ..precision import settle_precision
 from .distillation import describe_teacher, prepare_distillation
+from .graph import Replayed, keep_on_device, set_learning_rate
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
-from .picture import draw_losses, draw_sparkline, read_losses
+from .picture import show_losses
 from .profile import profile_steps
-from .report import RunLog, describe_model, describe_result, fill_in, say
+from .report import RunLog, describe_data, describe_model, describe_result, fill_in, say
 from .resume import describe_run, find_checkpoint, flatten, load_weights
 from .score import Scores, evaluate_model
 
 MASK_STREAM, DROPOUT_STREAM = 1, 2  # keys derived from the seed
 STOP_SECONDS = 20  # from noticing a signal to the end, of the 30 that most schedulers grant
-
-
-class StepSums(NamedTuple):
-    """What the micro-batches of a step add up to, besides the gradient."""
-
-    totals: Tensor  # fp64 (4,): loss, correct and masked tokens, processes that were asked to stop
-    expected_masked: float
-    sizes: list[tuple[int, int]]  # tokens, and sum of squared lengths, of each micro-batch
 
 
 class Trainer:
@@ -101,16 +95,20 @@ class Trainer:
             for split, make in (("train", make_blocks), ("heldout", Blocks))
         )
 
-        self.epochs_note = settle_epochs(config, len(self.blocks))
+        epochs_note = settle_epochs(config, len(self.blocks))
         checkpoint = find_checkpoint(config)
         before = read_state(checkpoint)["config"].get("precision") if checkpoint else None
         # The first process decides: the others may have measured on a busier CPU.
         chosen = self.processes.collect(settle_precision(config.precision, self.device, before))[0]
-        config.precision, self.precision_reason = chosen
+        config.precision, reason = chosen
         self.model, self.notes = self.build_model(config, self.manifest, checkpoint)
+        precision_note = "" if reason == "as asked" else f"precision {config.precision}: {reason}"
+        self.notes += filter(None, (epochs_note, precision_note))
         self.model.train()
         self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
         self.distillation = prepare_distillation(self.model, config, self.manifest, self.device)
+        if self.distillation is not None:
+            self.notes.append(describe_teacher(config))
         validate(config)  # again, now that the sizes of the data and of the initial model are known
         self.step, self.start = 0, (0, 0)  # for `start` see BatchSchedule
         self.eval_loss: dict[int, float] = {}  # of the last step that was scored
@@ -118,8 +116,8 @@ class Trainer:
         if self.processes.is_first and not config.dry_run:
             remove_partial_checkpoints(self.output_dir)
         if checkpoint:
-            is_mixture = len(self.corpora) > 1
-            self.step, self.start, note = load_weights(checkpoint, self.model, self._describe_run(), config, is_mixture)
+            run, is_mixture = self._describe_run(), len(self.corpora) > 1
+            self.step, self.start, note = load_weights(checkpoint, self.model, run, config, is_mixture)
             self.notes += [note] if note else []
         self._check_processes()
         self.optimizer: DistributedOptimizer = distribute(self.model, config, self.processes)
@@ -134,6 +132,18 @@ class Trainer:
         dropout_seed = fold_seed(config.seed, DROPOUT_STREAM, device=self.device)
         self.dropout_keys = self.model.dropout_keys(dropout_seed, self.device)
         self.batches = MicroBatches(config, self.blocks, self.processes, self.start)
+        # Of the step under way, in tensors that stay where they are, as a CUDA graph needs it. The totals are the loss, the
+        # correct and the masked tokens, and the processes that were asked to stop.
+        self.totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.expected_masked = torch.ones((), device=self.device)
+        self.found_inf = torch.zeros((), device=self.device)
+        self._add_gradients: Callable[[Batch], None] = self.add_gradients
+        self._update: Callable[[], None] = self.update
+        self.is_replayed = False
+        if config.cuda_graph and self.device.type == "cuda" and self.processes.size == 1:
+            self.replay_steps()
+        elif config.cuda_graph:
+            self.notes.append("cuda_graph: not used, since it needs a GPU and a single process")
         self.stop = StopRequest()
         self.votes = StopVotes(self.processes, lambda: self.stop.number is not None)
 
@@ -183,11 +193,8 @@ class Trainer:
         entropy = self.heldout.unigram_entropy()
         say(self.processes, describe_result(seconds, before, after, entropy, sentences, checkpoint))
         if self.processes.is_first:
-            _, losses = read_losses(self.output_dir, "train/loss")
-            picture = draw_losses(
-                self.output_dir, f"{self.output_dir.name}: {config.precision} on {self.device}", entropy
-            )
-            say(self.processes, f"loss: {draw_sparkline(losses)}" + (f"  ({picture})" if picture else ""))
+            title = f"{self.output_dir.name}: {config.precision} on {self.device}"
+            say(self.processes, show_losses(self.output_dir, title, entropy))
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.max_steps
@@ -198,23 +205,10 @@ class Trainer:
 
     def describe(self) -> None:
         """Say what is trained on what."""
+        num_samples = self.batches.num_sequences_until(self.config.max_steps)
         say(self.processes, describe_model(self.config, self.processes, self.blocks, self.batches.size))
-        say(self.processes, f"{', '.join(self.config.data or [])}: {self.blocks.describe_verified()}")
-        for note in self.notes:
-            say(self.processes, note)
-        if len(self.corpora) > 1:
-            epochs = self.blocks.count_epochs(self.batches.num_sequences_until(self.config.max_steps))
-            for (manifest, weight), size, count in zip(self.corpora, self.blocks.corpus_sizes, epochs):
-                say(
-                    self.processes,
-                    f"  {manifest.directory}, weight {weight:g}: {size:,} sequences, {count:.2f} epochs in all",
-                )
-        if self.epochs_note:
-            say(self.processes, self.epochs_note)
-        if self.distillation is not None:
-            say(self.processes, describe_teacher(self.config))
-        if self.precision_reason != "as asked":
-            say(self.processes, f"precision {self.config.precision}: {self.precision_reason}")
+        for line in [*describe_data(self.corpora, self.blocks, num_samples), *self.notes]:
+            say(self.processes, line)
         if self.step:
             say(self.processes, f"{self.output_dir}: continuing after step {self.step}")
 
@@ -230,43 +224,42 @@ class Trainer:
             DeviceMemoryError: out of memory, and the micro-batch cannot be halved.
         """
         self.processes.note_progress(f"step {self.step + 1}")
-        while (sums := self._accumulate_gradients()) is None:
+        while (sizes := self._accumulate_gradients()) is None:
             pass  # some process ran out of memory; now with half the micro-batch
         with record_function("reduce"):
-            self.processes.add_up(sums.totals)
+            self.processes.add_up(self.totals)
         self.processes.note_progress(f"the end of step {self.step + 1}")
+        set_learning_rate(self.optimizer.param_groups, learning_rate(self.step, self.config))
         with record_function("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.config)
-            num_masked = sums.totals[2].float()
-            self.optimizer.step(grad_scale=self.scaler.scale * num_masked / sums.expected_masked)
-        norm = self.optimizer.last_grad_norm
-        found_inf = (~torch.isfinite(norm)).float()
-        self.scaler.update(found_inf)
-        self.votes.cast(sums.totals[3])
+            self._update()
+        self.votes.cast(self.totals[3])
         if meter is not None:
-            meter.add(sums.totals[:3], norm, found_inf, sums.sizes)
+            meter.add(self.totals[:3], self.optimizer.last_grad_norm, self.found_inf, sizes)
 
-    def _accumulate_gradients(self) -> StepSums | None:
-        """The gradient of this step's batch, before it is scaled; None if it is to be done again with less memory."""
+    def _accumulate_gradients(self) -> list[tuple[int, int]] | None:
+        """The gradient of this step's batch, before it is scaled; None if it is to be done again with less memory.
+
+        Returns:
+            tokens, and the sum of squared lengths, of each micro-batch.
+        """
         # The loss of a step is the sum over its masked tokens divided by their number, which is known only when the last
         # micro-batch is masked. Until then it is divided by the expected number, to keep fp16 gradients in range.
         num_sequences = self.batches.num_sequences(self.step)
-        expected_masked = num_sequences * self.config.max_seq_length * self.config.mlm_probability
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.expected_masked.fill_(num_sequences * self.config.max_seq_length * self.config.mlm_probability)
+        self.totals.zero_()
         sizes = []
         self.optimizer.zero_grad()
+        # A graph casts for itself, and FSDP2 frees weights between uses.
+        casts_once = not self.is_replayed and (self.config.sharding != "full" or self.processes.size == 1)
         is_last = is_short = False
         try:
-            for batch, is_last in self.batches.of_step(self.step):
-                # Around the forward too: if memory runs out in it, the other processes still wait for gradients.
-                with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
-                    result = self.forward(batch)
-                    with record_function("backward"):
-                        (result.loss * (self.scaler.scale / expected_masked)).backward()
-                totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
-                sizes.append((batch.num_tokens, batch.sum_squared_lengths))
-                self.processes.note_progress(f"micro-batch {len(sizes) + 1} of step {self.step + 1}")
+            with self.model.cast_once() if casts_once else contextlib.nullcontext():
+                for batch, is_last in self.batches.of_step(self.step):
+                    # Around the forward too: if memory runs out in it, the other processes still wait for gradients.
+                    with self.optimizer.last_backward() if is_last else contextlib.nullcontext():
+                        self._add_gradients(batch)
+                    sizes.append((batch.num_tokens, batch.sum_squared_lengths))
+                    self.processes.note_progress(f"micro-batch {len(sizes) + 1} of step {self.step + 1}")
         except torch.OutOfMemoryError as error:
             if not self.batches.may_halve:
                 raise DeviceMemoryError(
@@ -283,8 +276,35 @@ class Trainer:
                 say(self.processes, self.batches.halve(self.step, short), sys.stderr)
                 torch.cuda.empty_cache()
                 return None
-        totals[3] += self.stop.number is not None
-        return StepSums(totals, expected_masked, sizes)
+        self.totals[3] += self.stop.number is not None
+        return sizes
+
+    def replay_steps(self, **options: Any) -> None:
+        """From now on, replay micro-batches and updates as CUDA graphs, once each has run a few times.
+
+        Args:
+            options: of `Replayed`.
+        """
+        self.is_replayed = True
+        keep_on_device(self.optimizer.param_groups, self.device)
+        self._add_gradients = Replayed(self.add_gradients, functools.partial(self._explain, "micro-batches"), **options)
+        self._update = Replayed(self.update, functools.partial(self._explain, "updates"), **options)
+
+    def _explain(self, what: str, reason: str) -> None:
+        say(self.processes, f"step {self.step + 1}: {what} go on without a CUDA graph: {reason}", sys.stderr)
+
+    def add_gradients(self, batch: Batch) -> None:
+        """Forward and backward of a micro-batch. Its gradient and its totals are added to those of the step."""
+        result = self.forward(batch)
+        with record_function("backward"):
+            (result.loss * (self.scaler.scale / self.expected_masked)).backward()
+        self.totals[:3] += torch.stack((result.loss.detach().double(), result.num_correct, result.num_targets))
+
+    def update(self) -> None:
+        """New weights from the gradient of the whole batch."""
+        self.optimizer.step(grad_scale=self.scaler.scale * self.totals[2].float() / self.expected_masked)
+        self.found_inf.copy_(~torch.isfinite(self.optimizer.last_grad_norm))
+        self.scaler.update(self.found_inf)
 
     def forward(self, batch: Batch) -> LinearCrossEntropyOutput:
         """The summed loss of a micro-batch, under its masks and its dropout."""
@@ -333,13 +353,8 @@ class Trainer:
             weights = self.optimizer.weights()
             tensors = self.optimizer.tensors() | self.scaler.state()
             if self.processes.is_first:
-                save_checkpoint(
-                    self.output_dir,
-                    self.step,
-                    lambda path: self.write_model(path, weights),
-                    tensors,
-                    self._describe_run(),
-                )
+                write = functools.partial(self.write_model, weights=weights)
+                save_checkpoint(self.output_dir, self.step, write, tensors, self._describe_run())
                 remove_old_checkpoints(self.output_dir, self.config.save_total_limit)
             self.processes.wait_for_all()
         return get_path(self.output_dir, self.step)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE, is_transforming, without_autocast
+from ._dispatch import is_transforming, operator, without_autocast
 
 # Scores of a piece, per thread: they and their derivatives stay in a core's cache, and each thread has a head of its own
 # in the matrix products.
@@ -137,7 +137,7 @@ def put_piece(tensor_thd: torch.Tensor, rows: slice, heads: slice, count: int, p
     tensor_thd[rows, heads].unflatten(0, (count, -1)).copy_(piece.unflatten(0, (count, -1)).transpose(1, 2))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_torch_forward", mutates_args=())
+@operator("attention_torch_forward")
 @without_autocast
 def attention_torch_forward(
     q: torch.Tensor,
@@ -196,7 +196,7 @@ def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropou
     return q.new_empty(q.shape), q.new_empty(q.numel() // q.shape[-1] * max_seqlen_k)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_torch_backward", mutates_args=())
+@operator("attention_torch_backward")
 @without_autocast
 def attention_torch_backward(
     grad: torch.Tensor,

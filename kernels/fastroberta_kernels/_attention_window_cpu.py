@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import philox
-from ._dispatch import NAMESPACE, without_autocast
+from ._dispatch import operator, without_autocast
 
 QUERIES = 64  # of a block at least; half a window if that is more
 SCORES_AT_ONCE = 262_144  # of a block, per thread: they stay in a core's cache
@@ -130,7 +130,7 @@ def as_batch(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor if tensor.dim() == 4 else tensor[None] for tensor in tensors]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::window_attention_torch", mutates_args=())
+@operator("window_attention_torch")
 @without_autocast
 def window_attention_torch(
     q: torch.Tensor,
@@ -175,7 +175,7 @@ def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropou
     return q.new_empty(q.shape), q.new_empty(count_saved(q, max_seqlen_k, left, right))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::window_attention_torch_backward", mutates_args=())
+@operator("window_attention_torch_backward")
 @without_autocast
 def window_attention_torch_backward(
     grad: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Choice of implementation, and the single entry point through which every Triton kernel is launched.
+"""Choice of implementation, how operators reach PyTorch, and the one place where Triton kernels are launched.
 
 Each operation has two implementations, a Triton kernel and one in PyTorch operations. `impl=None` picks Triton for CUDA
 tensors and PyTorch for all others. `impl="triton"` and `impl="torch"` are honoured or refused, never replaced silently.
@@ -6,6 +6,11 @@ tensors and PyTorch for all others. `impl="triton"` and `impl="torch"` are honou
 Triton is optional. Without it `jit` returns the function unchanged, nothing launches it, and PyTorch does all the work.
 With `TRITON_INTERPRET=1` in the environment before the first import, Triton kernels run on CPU tensors in Triton's
 interpreter; that is how the tests compare both implementations on machines without a GPU.
+
+Operators (`operator`) are registered with torch.library, because torch.compile, torch.export and torch.func need a name
+and a schema for what they cannot look into. A registered operator goes through PyTorch's dispatcher and several layers of
+Python, which costs the host more than everything else in a training step of small batches. Plain eager calls therefore go
+straight to the function.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 try:
     import triton
@@ -34,6 +40,7 @@ except ImportError:  # a platform without Triton
 # Names in torch.library are global to a process. They are derived from the package, so that a copy of these files in
 # another package can be imported beside the original.
 NAMESPACE = (__package__ or "fastroberta_kernels").replace(".", "_")
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Launch(NamedTuple):
@@ -73,7 +80,7 @@ def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) 
             )
     if impl not in (None, "triton", "torch"):
         raise ValueError(f"{operation}: impl={impl!r} is unknown; use None, 'triton' or 'torch'")
-    if impl == "torch" or (impl is None and device.type != "cuda"):
+    if impl == "torch" or (impl is None and device.type != "cuda" and _record is None):
         return False
     if is_transforming():
         raise ValueError(f"{operation}: torch.func cannot transform the Triton kernel; pass impl='torch'")
@@ -89,13 +96,18 @@ def use_triton(operation: str, impl: str | None, *tensors: torch.Tensor | None) 
     return True
 
 
+def is_autocasting(device_type: str) -> bool:
+    """Whether autocast is enabled. Meta tensors, which stand in for others, have none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def cast_for_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as an operation made of matrix products takes them: in the dtype of autocast where it is enabled.
 
     As in PyTorch's own autocast, fp64 stays as it is.
     """
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not is_autocasting(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -109,12 +121,75 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(first, *arguments):
-        if not torch.is_autocast_enabled(first.device.type):
+        if not is_autocasting(first.device.type):
             return function(first, *arguments)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *arguments)
 
     return run
+
+
+class Operator:
+    """A function of tensors that PyTorch's compilers see as one node, and that eager code calls directly.
+
+    Attributes:
+        registered: the operator as torch.library knows it.
+    """
+
+    def __init__(self, name: str, function: Callable):
+        self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        self._function = function
+        self._differentiable: type[torch.autograd.Function] | None = None
+
+    def register_fake(self, function: Callable) -> Callable:
+        """As `register_fake` of torch.library: the shapes of the results. Returns the function."""
+        self.registered.register_fake(function)
+        return function
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As `register_autograd` of torch.library."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        function = self._function
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = function(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(function.__name__, (torch.autograd.Function,), members)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_traced():
+            return self.registered(*arguments)
+        needs_gradient = False
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                if type(argument) not in PLAIN:
+                    return self.registered(*arguments)
+                needs_gradient |= argument.requires_grad
+        if not (needs_gradient and torch.is_grad_enabled()):
+            return self._function(*arguments)
+        if self._differentiable is None:  # PyTorch says what is missing, should anyone differentiate the result
+            return self.registered(*arguments)
+        return self._differentiable.apply(*arguments)
+
+
+def operator(name: str) -> Callable[[Callable], Operator]:
+    """Decorator: makes an `Operator` of a function that changes none of its arguments and returns new tensors.
+
+    Its parameters and result need the annotations of torch.library.custom_op.
+    """
+    return lambda function: Operator(name, function)
+
+
+def _is_traced() -> bool:
+    """Whether something other than torch.compile follows the operations: torch.func, a dispatch mode, torch.jit.trace."""
+    return (
+        is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def align(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -123,10 +198,9 @@ def align(tensor: torch.Tensor | None) -> torch.Tensor | None:
     For other pointers, such as views into a larger tensor, Triton would compile one more kernel for each combination of
     arguments, slower and with more registers. A copy is cheaper.
     """
-    if tensor is None:
-        return None
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -140,7 +214,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         _record(Launch(kernel, arguments, options))
         return
     first = next(argument for argument in arguments if isinstance(argument, torch.Tensor))
-    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](*arguments, **options)
+    else:
         kernel[grid](*arguments, **options)
 
 
@@ -157,7 +234,8 @@ def _read_capability(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def record_launches(capability: int = 80) -> Iterator[list[Launch]]:
-    """Inside the context, launches are collected instead of started. Outputs stay unwritten.
+    """Inside the context, launches are collected instead of started, and all tensors count as a GPU's. Outputs stay
+    unwritten.
 
     Every configuration can thus be compiled ahead of time with the very arguments that the wrappers pass. They choose
     what a chip of `capability` (ten times the compute capability) would get.

@@ -57,7 +57,7 @@ from torch import nn
 from . import philox
 from ._attention_cpu import attention_torch, varlen_attention_torch
 from ._attention_window_cpu import window_attention_torch
-from ._dispatch import NAMESPACE, align, cast_for_autocast, get_capability, jit, launch, tl, use_triton
+from ._dispatch import align, cast_for_autocast, get_capability, jit, launch, operator, tl, use_triton
 from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
@@ -408,7 +408,7 @@ def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: floa
     return (q if seed is None else align(seed)), philox.dropout_scale(dropout_p), philox.dropout_threshold(dropout_p)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_forward", mutates_args=())
+@operator("attention_forward")
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -457,7 +457,7 @@ def _(q, k, v, cu_seqlens_q, lengths_k, seed, max_seqlen_q, max_seqlen_k, dropou
     return q.new_empty(q.shape), q.new_empty((q.shape[-2], num_rows), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+@operator("attention_backward")
 def attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,

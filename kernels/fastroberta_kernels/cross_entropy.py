@@ -52,12 +52,12 @@ import torch
 from torch.nn import functional as F
 
 from ._dispatch import (
-    NAMESPACE,
     align,
     cast_for_autocast,
     is_transforming,
     jit,
     launch,
+    operator,
     tl,
     use_triton,
     without_autocast,
@@ -352,7 +352,7 @@ def _loss_and_gradients_triton(
 
 
 def _check_targets(targets: torch.Tensor, ignore_index: int, num_classes: int) -> None:
-    if targets.is_cuda:
+    if targets.device.type != "cpu":
         return  # checking would wait for the device
     bad = targets[(targets != ignore_index) & ((targets < 0) | (targets >= num_classes))]
     if bad.numel():
@@ -362,7 +362,7 @@ def _check_targets(targets: torch.Tensor, ignore_index: int, num_classes: int) -
         )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_forward", mutates_args=())
+@operator("linear_cross_entropy_forward")
 @without_autocast
 def _forward_op(
     hidden: torch.Tensor,
@@ -417,7 +417,7 @@ def _(
     return loss, *counts, *_empty_gradients(hidden, weight, needs, use_kernel)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_backward", mutates_args=())
+@operator("linear_cross_entropy_backward")
 @without_autocast
 def _backward_op(
     hidden: torch.Tensor,
@@ -495,7 +495,7 @@ def _backward(ctx, loss_gradient, *_):
     return *results, *(None,) * 9
 
 
-torch.library.register_autograd(f"{NAMESPACE}::linear_cross_entropy_forward", _backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _compute_whole(

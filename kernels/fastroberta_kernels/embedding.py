@@ -40,7 +40,7 @@ import torch
 from torch.nn import functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._dispatch import align, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, unify_dtypes
 
 MAX_COLUMNS = 4096  # the width of XLM-R XXL. Rows stay in registers, and the backward of longer ones spills
@@ -361,14 +361,14 @@ def _empty_tables(word_weight, position_weight, token_type_weight, needs) -> lis
 
 
 def _check_ids(ids: torch.Tensor | None, table: torch.Tensor | None, what: str) -> None:
-    if ids is None or table is None or ids.is_cuda:
+    if ids is None or table is None or ids.device.type != "cpu":
         return
     bad = ids[(ids < 0) | (ids >= table.shape[0])]
     if bad.numel():
         raise ValueError(f"embedding_layer_norm: {what} {bad[0].item()} is outside the table of {table.shape[0]} rows")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::embedding_layer_norm_forward", mutates_args=())
+@operator("embedding_layer_norm_forward")
 def _forward_op(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
@@ -430,7 +430,7 @@ def _(
     return y, input_ids.new_empty(input_ids.shape, dtype=torch.int32)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::embedding_layer_norm_backward", mutates_args=())
+@operator("embedding_layer_norm_backward")
 def _backward_op(
     dy: torch.Tensor,
     input_ids: torch.Tensor,
@@ -527,7 +527,7 @@ def _backward(ctx, dy, _):
     return *nothing[:3], *tables, dweight, dbias, *nothing[8:]
 
 
-torch.library.register_autograd(f"{NAMESPACE}::embedding_layer_norm_forward", _backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def embedding_layer_norm(

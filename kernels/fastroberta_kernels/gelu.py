@@ -34,7 +34,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._dispatch import align, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
 TILE = {"ROWS": 8, "BLOCK": 256}  # for eight warps; 256 columns are 512 bytes of a bf16 row
@@ -119,7 +119,7 @@ def _bias_gelu_backward_kernel(
         tl.store(partials_ptr + columns, tl.sum(dbias, axis=0), mask=column_mask)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_forward", mutates_args=())
+@operator("bias_gelu_forward")
 def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
     y = _allocate_forward(x, bias, tanh)
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
@@ -137,7 +137,7 @@ def _allocate_forward(x, bias, tanh):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_backward", mutates_args=())
+@operator("bias_gelu_backward")
 def _bias_gelu_backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -312,7 +312,7 @@ def _geglu_backward_kernel(
         tl.store(partials_ptr + num_columns + columns, tl.sum(sum_b, axis=0), mask=column_mask)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::geglu_forward", mutates_args=())
+@operator("geglu_forward")
 def _geglu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
     y = _allocate_geglu_forward(x, bias, tanh)
     num_rows, num_columns = math.prod(x.shape[:-1]), y.shape[-1]
@@ -330,7 +330,7 @@ def _allocate_geglu_forward(x, bias, tanh):
     return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::geglu_backward", mutates_args=())
+@operator("geglu_backward")
 def _geglu_backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._dispatch import align, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 
 LONGEST_WHOLE_ROW = 4096  # longer rows do not fit in the registers of one program
@@ -317,7 +317,7 @@ def _whole_tile(num_columns: int) -> dict[str, int]:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block}
 
 
-@torch.library.custom_op(f"{NAMESPACE}::layer_norm_forward", mutates_args=())
+@operator("layer_norm_forward")
 def _layer_norm_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -353,7 +353,7 @@ def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
     return y, torch.zeros((3, -(-math.prod(x.shape[:-1]) // 16) * 16), dtype=torch.float32, device=x.device)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::layer_norm_backward", mutates_args=())
+@operator("layer_norm_backward")
 def _layer_norm_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

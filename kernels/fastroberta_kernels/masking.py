@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._dispatch import NAMESPACE, align, jit, launch, tl, use_triton
+from ._dispatch import align, jit, launch, operator, tl, use_triton
 from .philox import as_seed, load_seed, philox, philox_torch, split_words
 
 IGNORED_LABEL = -100  # the default ignore_index of torch.nn.functional.cross_entropy
@@ -185,7 +185,7 @@ def _mask_tokens_kernel(
     tl.store(labels_ptr + slot, zeros.to(tl.int64) - 100, mask=unused)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_tokens", mutates_args=())
+@operator("mask_tokens")
 def _mask_tokens_op(
     input_ids: torch.Tensor,
     sample_ids: torch.Tensor,

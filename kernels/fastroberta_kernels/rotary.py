@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import torch
 
-from ._dispatch import NAMESPACE, jit, launch, tl, use_triton
+from ._dispatch import jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES
 
 ELEMENTS = 1024  # of half a tile, for four warps; twice as many spill on sm_120
@@ -129,7 +129,7 @@ def flatten_rows(tensor: torch.Tensor, num_inner: int) -> torch.Tensor:
     return flat if is_aligned and flat.stride(-1) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rotary", mutates_args=())
+@operator("rotary")
 def _rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from tiny import prepare_text
 
 from bench import all as all_pieces
 from bench import case as case_module
-from bench import report
+from bench import host, report
 from bench.case import EAGER, OURS, SIZES, Absent, Case, Setting, Size, Work
 from bench.kernels import OPERATIONS, SMALL_OPERATIONS, choose_settings, measure_case, print_case
 from bench.measure import spread, time_in_turn
@@ -354,13 +355,24 @@ def test_a_piece_that_takes_too_long_is_ended_with_its_children(tmp_path):
 
 def test_command_line_names_the_pieces():
     done = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True)
-    assert done.returncode == 2 and "kernels,train,prepare,duplicates,resources,report,all,gpu" in done.stderr
+    assert done.returncode == 2 and "kernels,train,host,prepare,duplicates,resources,report,all,gpu" in done.stderr
     done = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True)
     assert (
         done.returncode == 0
-        and "kernels,train,prepare,duplicates,resources,report,all,gpu" in done.stdout
+        and "kernels,train,host,prepare,duplicates,resources,report,all,gpu" in done.stdout
         and not done.stderr
     )
+
+
+def test_the_hosts_share_is_counted(capsys):
+    assert host.main(["--layers", "2", "--rounds", "1"]) == 0
+    shown = capsys.readouterr().out
+    # Forward and backward: 8 operators a layer, of which four backwards sum partial results in a second kernel; embedding
+    # and head.
+    assert "2 layers, milliseconds of one core" in shown and "a micro-batch: " in shown
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (\w[\w ]*)", shown.split("a micro-batch: ")[1])}
+    assert counts["accumulations"] == len(dict(host.make_work(2)[0].named_parameters()))
+    assert counts["Triton launches"] > 2 * 10 and counts["products"] >= 2 * 12 and counts["operations in all"] > 100
 
 
 def test_tables_print(capsys):

@@ -559,13 +559,15 @@ def test_opcheck(impl, device):
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     seed = torch.tensor([1, 0], device=device)
     operator = _attention_cpu.attention_torch_forward if impl == "torch" else attention.attention_forward
-    torch.library.opcheck(operator, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
+    torch.library.opcheck(operator.registered, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
     windowed = _attention_window_cpu.window_attention_torch if impl == "torch" else operator
-    torch.library.opcheck(windowed, (*inputs, None, None, seed, 5, 18, 0.1, 0.2, 4, 3))
+    torch.library.opcheck(windowed.registered, (*inputs, None, None, seed, 5, 18, 0.1, 0.2, 4, 3))
     if impl == "triton":
         bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
         q, k, v, _ = (tensor[0] for tensor in make_inputs(1, 5, 5, 1, 32, torch.float32, device))
-        torch.library.opcheck(operator, (q, k, v, bounds, bounds, None, 2, 2, 0.0, 0.2), test_utils="test_faketensor")
+        torch.library.opcheck(
+            operator.registered, (q, k, v, bounds, bounds, None, 2, 2, 0.0, 0.2), test_utils="test_faketensor"
+        )
 
 
 def test_errors_say_what_to_change(device):

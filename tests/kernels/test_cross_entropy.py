@@ -290,13 +290,13 @@ def test_library_registration(impl, device):
     for reduction in ("mean", "none"):
         settings = (-100, 0.1, 1e-3, 37)
         torch.library.opcheck(
-            cross_entropy._forward_op,
+            cross_entropy._forward_op.registered,
             (hidden, weight, bias, targets, *settings, reduction, [True] * 3, False, impl == "triton"),
         )
     inputs = [tensor.detach() for tensor in (hidden, weight, bias)]
     row_gradient = torch.rand(5, device=device)
     torch.library.opcheck(
-        cross_entropy._backward_op, (*inputs, targets, row_gradient, *settings, [True] * 3, impl == "triton")
+        cross_entropy._backward_op.registered, (*inputs, targets, row_gradient, *settings, [True] * 3, impl == "triton")
     )
 
 

@@ -13,7 +13,8 @@ import fastroberta_kernels
 import pytest
 import torch
 from fastroberta_kernels import _dispatch
-from fastroberta_kernels._dispatch import get_capability, jit, launch, record_launches, tl, use_triton
+from fastroberta_kernels._dispatch import get_capability, jit, launch, operator, record_launches, tl, use_triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGE = Path(fastroberta_kernels.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -61,7 +62,7 @@ def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
     with pytest.raises(ValueError, match=r"^op: Triton kernels need CUDA tensors, these are on cpu; .*TRITON_INT"):
         use_triton("op", "triton", ON_CPU)
     with record_launches():
-        assert use_triton("op", "triton", ON_CPU)
+        assert use_triton("op", "triton", ON_CPU) and use_triton("op", None, ON_CPU)
     with pytest.raises(ValueError, match="need CUDA tensors"):
         use_triton("op", "triton", ON_CPU)
 
@@ -110,6 +111,86 @@ def test_recording_stands_in_for_another_chip():
     with record_launches(90):
         assert get_capability(ON_CPU.device) == 90
     assert get_capability(ON_CPU.device) == 80
+
+
+@operator("test_scale")
+def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x * factor
+
+
+@scale.register_fake
+def _(x, factor):
+    return torch.empty_like(x)
+
+
+@operator("test_scale_backward")
+def scale_backward(dy: torch.Tensor, factor: float) -> torch.Tensor:
+    return dy * factor
+
+
+scale_backward.register_fake(lambda dy, factor: torch.empty_like(dy))
+
+
+def save_factor(ctx, inputs, output):
+    ctx.factor = inputs[1]
+
+
+scale.register_autograd(
+    lambda ctx, dy: (scale_backward(dy, ctx.factor), None) if dy is not None else (None, None),
+    setup_context=save_factor,
+)
+
+
+class Follow(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.seen.add(function)
+        return function(*arguments, **(options or {}))
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+def list_dispatched(work):
+    """Which of the two operators the profiler sees: those that went through PyTorch's dispatcher."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    return {event.name.split("::")[1] for event in profiler.events() if event.name.startswith(_dispatch.NAMESPACE)}
+
+
+def test_eager_calls_of_an_operator_go_around_the_dispatcher():
+    x = torch.randn(3, requires_grad=True)
+    assert list_dispatched(lambda: scale(x, 2.0).sum().backward()) == set()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+    assert list_dispatched(lambda: scale(x.detach(), 2.0)) == set()
+    assert list_dispatched(lambda: scale.registered(x, 2.0)) == {"test_scale"}, (
+        "this is what the profiler shows otherwise"
+    )
+
+
+def test_whoever_follows_the_operations_sees_an_operator():
+    x = torch.randn(3, requires_grad=True)
+    with Follow() as mode:
+        scale(x, 2.0).sum().backward()
+    ours = getattr(torch.ops, _dispatch.NAMESPACE)
+    assert {ours.test_scale.default, ours.test_scale_backward.default} <= mode.seen
+    assert list_dispatched(lambda: scale(x.detach().as_subclass(Odd), 2.0)) == {"test_scale"}
+    with pytest.raises(RuntimeError, match="functorch"):  # which no registered operator supports
+        torch.func.grad(lambda y: scale(y, 2.0).sum())(x.detach())
+    x.grad = None
+    torch.compile(lambda x: scale(x, 3.0), fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 3.0))
+
+
+def test_a_missing_second_derivative_is_an_error():
+    x = torch.randn(3, requires_grad=True)
+    (dx,) = torch.autograd.grad(scale(x, 2.0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dx.sum().backward()
 
 
 def test_importing_the_kernels_imports_no_trainer_and_no_transformers():

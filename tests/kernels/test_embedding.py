@@ -208,12 +208,14 @@ def test_library_registration(device):
     weights = make_weights(29, 20, 2, 16, device=device)
     types = (ids > 4).long()
     seed = philox.as_seed(3, device)
-    torch.library.opcheck(embedding._forward_op, (ids, None, types, *weights, seed, 1, True, 0.2, 1e-5, torch.bfloat16))
+    torch.library.opcheck(
+        embedding._forward_op.registered, (ids, None, types, *weights, seed, 1, True, 0.2, 1e-5, torch.bfloat16)
+    )
     weights = [weight.detach() for weight in weights]
     positions = create_positions_torch(ids, 1).int()
     dy = torch.randn((2, 7, 16), device=device)
     arguments = (dy, ids, positions, types, *weights, seed, 1, True, 0.2, 1e-5)
-    torch.library.opcheck(embedding._backward_op, (*arguments, [True, False, True]))
+    torch.library.opcheck(embedding._backward_op.registered, (*arguments, [True, False, True]))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -147,8 +147,10 @@ def test_compiled_equals_eager(impl, approximate, device):
 def test_operators_are_registered_rightly(dtypes, device):
     inputs, dy = make_inputs((5, 48), DTYPES[dtypes], device)
     x, bias = inputs["x"], inputs.get("bias")
-    torch.library.opcheck(gelu._bias_gelu_forward, (x, bias, False))
-    torch.library.opcheck(gelu._bias_gelu_backward, (dy, x.detach(), None if bias is None else bias.detach(), True))
+    torch.library.opcheck(gelu._bias_gelu_forward.registered, (x, bias, False))
+    torch.library.opcheck(
+        gelu._bias_gelu_backward.registered, (dy, x.detach(), None if bias is None else bias.detach(), True)
+    )
 
 
 def test_module_adds_its_bias():
@@ -251,8 +253,8 @@ def test_geglu_under_every_way_to_call_it(impl, device):
 @needs_triton
 def test_geglu_is_registered_rightly_and_saves_its_inputs_only(device):
     inputs, dy = make_gated_inputs((5, 24), DTYPES["bf16, fp32 bias"], device)
-    torch.library.opcheck(gelu._geglu_forward, (*inputs.values(), False))
-    torch.library.opcheck(gelu._geglu_backward, (dy, *(t.detach() for t in inputs.values()), True))
+    torch.library.opcheck(gelu._geglu_forward.registered, (*inputs.values(), False))
+    torch.library.opcheck(gelu._geglu_backward.registered, (dy, *(t.detach() for t in inputs.values()), True))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         geglu(**inputs, impl="triton")

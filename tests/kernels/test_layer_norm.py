@@ -262,10 +262,10 @@ def test_operators_are_registered_rightly(p, dtypes, device):
     inputs, dy = make_inputs((5, 48), DTYPES[dtypes], device)
     seed = torch.tensor([5, 0], device=device) if p else None
     order = ("x", "residual", "x_bias", "weight", "bias")
-    torch.library.opcheck(layer_norm._layer_norm_forward, (*(inputs[name] for name in order), seed, p, 1e-5))
+    torch.library.opcheck(layer_norm._layer_norm_forward.registered, (*(inputs[name] for name in order), seed, p, 1e-5))
     values = [inputs[name].detach() for name in order]
     _, statistics = layer_norm._layer_norm_forward(*values, seed, p, 1e-5)
-    torch.library.opcheck(layer_norm._layer_norm_backward, (dy, *values, seed, statistics, p))
+    torch.library.opcheck(layer_norm._layer_norm_backward.registered, (dy, *values, seed, statistics, p))
 
 
 def test_modules_are_drop_in():

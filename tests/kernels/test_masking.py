@@ -374,7 +374,7 @@ def test_opcheck(device):
     ids = make_batch(2, 20).to(device)
     samples, seed = torch.arange(2, device=device), torch.tensor([1, 0], device=device)
     special = torch.tensor(SPECIAL, device=device)
-    torch.library.opcheck(masking._mask_tokens_op, (ids, samples, seed, special, MASK, VOCAB, 0.15))
+    torch.library.opcheck(masking._mask_tokens_op.registered, (ids, samples, seed, special, MASK, VOCAB, 0.15))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
