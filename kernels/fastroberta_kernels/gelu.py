@@ -248,7 +248,10 @@ class BiasGELU(torch.nn.Module):
 
 def geglu_torch(x: torch.Tensor, bias: torch.Tensor | None, approximate: str = "none") -> torch.Tensor:
     """`geglu` in PyTorch operations."""
-    a, b = (x if bias is None else x + bias.to(x.dtype)).chunk(2, -1)
+    s = x if bias is None else x + bias.to(x.dtype)
+    half = s.shape[-1] // 2
+    # The backward of chunk concatenates, which autocast on a CPU refuses for fp16.
+    a, b = (s[..., :half], s[..., half:]) if s.dtype == torch.float16 else s.chunk(2, -1)
     return F.gelu(a, approximate=approximate) * b
 
 

@@ -252,7 +252,7 @@ def test_window_is_as_exact_as_torch(impl, dtype, dropout_p, window, device):
 
 
 @both
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow(reason="3 seconds")), 0.3])
 def test_window_ends_with_the_keys(impl, dropout_p, device):
     """Lengths 0, partial, all. Queries that see no key give zeros; they and ignored keys may hold NaN."""
     lengths, window = [0, 33, 5, 70], (9, 3)
@@ -283,7 +283,7 @@ def test_window_ends_with_the_keys(impl, dropout_p, device):
 
 
 @both
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dropout_p", [pytest.param(0.0, marks=pytest.mark.slow(reason="3 seconds")), 0.3])
 def test_window_inside_documents(impl, dropout_p, device):
     inputs, lengths = make_packed(torch.float32, device if impl == "triton" else torch.device("cpu"))
 
@@ -560,8 +560,11 @@ def test_opcheck(impl, device):
     seed = torch.tensor([1, 0], device=device)
     operator = _attention_cpu.attention_torch_forward if impl == "torch" else attention.attention_forward
     torch.library.opcheck(operator.registered, (*inputs, None, None, seed, 5, 18, 0.1, 0.2))
-    windowed = _attention_window_cpu.window_attention_torch if impl == "torch" else operator
-    torch.library.opcheck(windowed.registered, (*inputs, None, None, seed, 5, 18, 0.1, 0.2, 4, 3))
+    arguments = (*inputs, None, None, seed, 5, 18, 0.1, 0.2, 4, 3)
+    if impl == "torch":
+        torch.library.opcheck(_attention_window_cpu.window_attention_torch.registered, arguments)
+    else:
+        torch.library.opcheck(operator.registered, arguments, test_utils=("test_schema", "test_faketensor"))
     if impl == "triton":
         bounds = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
         q, k, v, _ = (tensor[0] for tensor in make_inputs(1, 5, 5, 1, 32, torch.float32, device))

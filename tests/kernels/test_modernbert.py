@@ -243,7 +243,7 @@ def test_sequence_classification():
     assert_close(run(model, batch), expected, 1e-5)
 
 
-@pytest.mark.parametrize("padding", ["none", "right"])
+@pytest.mark.parametrize("padding", [pytest.param("none", marks=pytest.mark.slow(reason="5 seconds")), "right"])
 def test_compiled_as_one_graph(padding):
     model, batch = make_model(num_hidden_layers=2), make_batch(padding)
     huggingface.apply(model)
