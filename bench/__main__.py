@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("kernels", "train", "prepare", "duplicates", "resources", "report", "all", "gpu")
+NAMES = ("kernels", "train", "learn", "prepare", "duplicates", "resources", "report", "all", "gpu")
 
 
 def main() -> int:
