@@ -7,6 +7,7 @@ Without arguments a small model learns from the documentation that comes with Py
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from .config import TrainConfig
 from .plan import main as plan
 
 QUICKSTART_VOCABULARY = 512
+# How often an idle thread of PyTorch's looks for work before it sleeps. OpenMP's own 300,000 take milliseconds, in which it
+# keeps a core from whoever it waits for; these take a fraction of one (bench/LOG.md, section 11).
+SPINS = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return plan([word for word in argv if word != "--plan"])  # with settings of its own
     config = parse_arguments(argv, TrainConfig, description=__doc__ or "", default_preset="quickstart")
 
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read by OpenMP when torch is imported
     # After the settings: importing torch takes a second that --help and a mistyped option should not.
     from .parallel.processes import join_processes, keep_freed_memory
     from .training.dry_run import rehearse
