@@ -214,7 +214,7 @@ def build_config(plan: Plan, output_dir: str) -> TrainConfig:
     return TrainConfig(
         data=plan.data, output_dir=output_dir, seed=plan.seed, precision=plan.precision, max_seq_length=plan.length,
         packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=plan.sequences, max_steps=plan.steps,
-        tensorboard=False, model=model, optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
+        model=model, optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         lr_scheduler=LRSchedulerConfig(warmup_steps=plan.steps // 10),
     )  # fmt: skip
 
