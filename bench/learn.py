@@ -265,6 +265,7 @@ def train_theirs(connection: Connection, plan: Plan, attention: str) -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     manifest = load_manifest(plan.data)
     config = build_config(plan, "")
     config.model.vocab_size = manifest.vocab_size
@@ -303,11 +304,13 @@ def train_theirs(connection: Connection, plan: Plan, attention: str) -> None:
             train_sampling_strategy="sequential", remove_unused_columns=False, dataloader_pin_memory=on_gpu,
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        transformers.Trainer(
+        trainer = transformers.Trainer(
             model, arguments, train_dataset=list_examples(plan), optimizers=(optimizer, schedule),
             data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MLM_PROBABILITY),
             callbacks=[Interruption()],
-        ).train()  # fmt: skip
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
 
 
 def collect(lines: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
