@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("kernels", "train", "host", "prepare", "duplicates", "resources", "report", "all", "gpu")
+NAMES = ("kernels", "train", "learn", "host", "prepare", "duplicates", "resources", "report", "all", "gpu")
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""Results as a table in Markdown and as charts, for the README.
+"""Results as Markdown tables and charts, for the README.
 
-Writes <name>.md and <name>-*.png beside a results file, and puts the tables between these two lines where a README has
-them: `<!-- benchmarks: begin -->` and `<!-- benchmarks: end -->`. Of several runs in a file, the newest measurement of
-each thing counts.
+Writes <name>.md and <name>-*.png beside a results file. A README that has the lines `<!-- benchmarks: begin -->` and
+`<!-- benchmarks: end -->` gets the tables between them. If a file holds several runs, the newest measurement of each
+thing counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .record import DIRECTORY, read_lines
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 OURS = "fastroberta"
-# What tells two measurements apart; of those that agree in it, the last counts.
+# Measurements that agree in all of these are of the same thing, and the last one counts.
 KEYS = {
     "kernel": ("operation", "setting", "shape", "implementation"),
     "train": ("model", "task", "implementation"),
@@ -68,7 +68,7 @@ def find_newest() -> list[Path]:
 
 
 def read_results(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines by kind; each line's "run" is replaced by the line that describes the run."""
+    """Lines by kind; in each, "run" is replaced by the line that describes the run."""
     runs: dict[str, dict[str, Any]] = {}
     latest: dict[tuple, dict[str, Any]] = {}
     for line in read_lines(path):
@@ -104,12 +104,12 @@ def group_kernels(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict
 
 
 def total_seconds(line: dict[str, Any]) -> dict[str, float]:
-    """Of forward and backward, or of forward where there is no other."""
+    """Of forward and backward together, or of the forward if there is no backward."""
     return line["seconds"].get("both") or line["seconds"]["forward"]
 
 
 def write_tables(path: Path, results: dict[str, list[dict[str, Any]]]) -> str:
-    """The tables that the results give; nothing is said that no line shows."""
+    """The tables of a results file."""
     everything = [line for lines in results.values() for line in lines]
     if not everything:
         return f"No results in {path.name}.\n"
@@ -221,7 +221,7 @@ def draw_charts(path: Path, results: dict[str, list[dict[str, Any]]]) -> list[Pa
 
 
 def title_of(line: dict[str, Any], sizes: str) -> str:
-    """What every chart says of its machine: name, CPU or GPU, precision, sizes and date."""
+    """A chart's title: the machine's name, CPU or GPU, precision, sizes and date."""
     run = line["run"]
     kind = "GPU" if run["device"] == "cuda" else f"CPU, {run['cpu']['cores']} cores"
     dtype = str(run.get("ceilings", {}).get("dtype", "")).removeprefix("torch.")
@@ -231,7 +231,7 @@ def title_of(line: dict[str, Any], sizes: str) -> str:
 
 
 def draw_roofline(plt, results):
-    """Each of our kernels below what the machine's memory and multipliers allow."""
+    """Our kernels against what the machine's memory and arithmetic allow."""
     lines = [line for line in results["kernel"] if line["implementation"] == OURS and line.get("seconds")]
     lines = [line for line in lines if line["flops_per_second"] > 0 or line["bytes_per_second"] > 0]
     if not lines:
@@ -288,7 +288,7 @@ def draw_roofline(plt, results):
 
 
 def draw_bars(plt, results, value, label):
-    """A bar for each way to train; models below each other, on one scale."""
+    """A bar for each trainer; a panel for each model, all on one scale."""
     lines = [line for line in results["train"] if "tokens_per_second" in line and line["status"] == "ok"]
     if not lines:
         return None
@@ -314,7 +314,7 @@ def draw_bars(plt, results, value, label):
 
 
 def colour_of(implementation: str) -> str:
-    """Ours in our colour, and so is another's model with our kernels, lighter."""
+    """Our colour for ours, a lighter shade of it for transformers with our kernels, grey for the rest."""
     if implementation.startswith(OURS):
         return OUR_COLOUR
     return OUR_LIGHT_COLOUR if "our kernels" in implementation else PEER_COLOUR
@@ -329,7 +329,7 @@ def draw_memory(plt, results):
 
 
 def draw_growth(plt, results):
-    """Time of a step against what grows."""
+    """The time of a step against the sequence length, the batch and the number of layers."""
     lines = [line for line in results["growth"] if line["status"] == "ok"]
     kinds = list(dict.fromkeys(line["grows"] for line in lines))
     if not kinds:
@@ -364,7 +364,7 @@ def draw_growth(plt, results):
 
 
 def put_into_readme(text: str) -> None:
-    """Replace what lies between the two marks; a README without them stays as it is."""
+    """Replace the text between the two marks; a README without them is left as it is."""
     content = README.read_text(encoding="utf-8")
     if BEGIN not in content or END not in content:
         return

@@ -43,14 +43,18 @@ TOKENIZER_SIZE = 8192
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench train", description=__doc__)
     parser.add_argument("--data", help="directory written by fastroberta.prepare; without: the texts inside Python")
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part (may be repeated)")
-    parser.add_argument("--model", choices=SIZES, action="append", help="may be repeated; default: base, on a GPU both")
-    parser.add_argument("--way", choices=WAYS, action="append", help="compare ours with this one (may be repeated)")
-    parser.add_argument("--sequences", type=int, help="sequences of a step; default: 4 on a CPU, 64 on a GPU")
-    parser.add_argument("--rounds", type=int, help="turns; default: 9, or 5 where it shall be quick")
-    parser.add_argument("--quick", action="store_true", help="fewer ways and turns")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part only (may be repeated)")
+    parser.add_argument(
+        "--model", choices=SIZES, action="append", help="may be repeated; default: base, and large on a GPU"
+    )
+    parser.add_argument(
+        "--way", choices=WAYS, action="append", help="compare our trainer with this one (may be repeated)"
+    )
+    parser.add_argument("--sequences", type=int, help="sequences per step; default: 4 on a CPU, 64 on a GPU")
+    parser.add_argument("--rounds", type=int, help="number of turns; default: 9, or 5 with --quick")
+    parser.add_argument("--quick", action="store_true", help="compare fewer trainers, in fewer turns")
     parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after this time")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start nothing new after so many seconds")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -67,15 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "compare" in wanted:
         for model in arguments.model or (["base", "large"] if on_gpu and not arguments.quick else ["base"]):
             if time.monotonic() > end:
-                print(f"{model}: not measured, the time is up")
+                print(f"{model}: not measured: the time is up")
                 continue
             task = make_task(data, model, device, dtype, sequences=arguments.sequences)
             names = [OURS, *(arguments.way or choose_ways(quick=arguments.quick, on_gpu=on_gpu))]
-            # Half a minute on a GPU and two on a CPU are what the other parts need.
+            # The other parts need half a minute on a GPU and two on a CPU.
             rest = 0 if wanted == ["compare"] else 30 if on_gpu else 110
             lines = compare(task, list(dict.fromkeys(names)), rounds, on_gpu, ceilings, end - rest)
             if not arguments.way:
-                reason = "left out to be quick; --way measures it"
+                reason = "left out by --quick; --way measures it"
                 lines += [{"implementation": n, "status": "skipped", "reason": reason} for n in WAYS if n not in names]
             for line in lines:
                 run.add("train", model=model, task=task._asdict() | {"data": Path(task.data).name}, **line)
@@ -90,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare_python_texts() -> str:
-    """The texts inside Python, tokenized with a tokenizer trained on them; kept for the next time.
+    """The texts inside Python, tokenized with a tokenizer trained on them, and kept for the next run.
 
-    The ids are of a smaller vocabulary than roberta-base's, for which 2 MB of text are too little; the model's table
-    and head have roberta-base's size nevertheless, so the work is the same.
+    Two megabytes of text are too little for a vocabulary of roberta-base's size. The model's word table and head still
+    have that size, so the work is the same.
     """
     directory = ROOT / "data" / f"python-texts-{TOKENIZER_SIZE}"
     if not (directory / "manifest.json").exists():
@@ -124,7 +128,7 @@ def make_task(
 
 
 def choose_ways(*, quick: bool, on_gpu: bool) -> list[str]:
-    """All; where it shall be quick without those that are known to be slower there than another of the same kind."""
+    """All of them; with `quick`, those known to be slower here than another of their kind are left out."""
     if not quick:
         return list(WAYS)
     if on_gpu:
@@ -136,7 +140,7 @@ def choose_ways(*, quick: bool, on_gpu: bool) -> list[str]:
 def compare(
     task: Task, names: Sequence[str], rounds: int, on_gpu: bool, ceilings: dict[str, Any], end: float
 ) -> list[dict[str, Any]]:
-    """A line for each way."""
+    """Measure the ways that `names` lists; returns a result line for each."""
     lines: dict[str, dict[str, Any]] = {name: {"implementation": name, "status": "ok"} for name in names}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -155,7 +159,7 @@ def compare(
                     if not results[name]:
                         lines[name] |= {"status": "skipped", "reason": "the time is up"}
                 continue
-            # Building and compiling take a processor each: on a CPU one after the other, beside a GPU all at once.
+            # Building and compiling keep a core busy: one at a time on a CPU, all at once where a GPU trains.
             for wave in [group] if on_gpu else [[name] for name in group]:
                 begun = time.monotonic()
                 ready = {name: stack.enter_context(Worker(name)) for name in wave}
@@ -202,7 +206,7 @@ def compare(
 
 
 def finish_reference(worker: Worker) -> dict[str, float]:
-    """Loss and gradient norm of the model in fp64, whose worker then ends."""
+    """Loss and gradient norm of the model in fp64; its worker then ends."""
     with worker:
         try:
             worker.hear()
@@ -212,15 +216,15 @@ def finish_reference(worker: Worker) -> dict[str, float]:
 
 
 def divide(names: Sequence[str], on_gpu: bool) -> list[list[str]]:
-    """Ours beside two others at a time: more than three trainers of roberta-base fill 24 GB. On a GPU of less than
-    100 GB beside one, because transformers takes some 40 GB for the logits of all tokens."""
+    """Groups that are measured together: ours and two others, because four trainers of roberta-base do not fit into
+    24 GB. On a GPU of less than 100 GB ours and one other: transformers takes some 40 GB for the logits of all tokens."""
     small = on_gpu and torch.cuda.get_device_properties(0).total_memory < 100e9
     others, count = [name for name in names if name != OURS], 1 if small else 2
     return [[OURS, *others[first : first + count]] for first in range(0, len(others), count)] or [[OURS]]
 
 
 def judge(found: dict[str, float], exact: dict[str, float]) -> dict[str, Any]:
-    """The relative errors of loss and gradient norm, and whether they are to be expected."""
+    """The relative errors of loss and gradient norm, and the status "wrong" if they are too large."""
     error = {name: abs(found[name] / exact[name] - 1) for name in exact}
     bounds = {"loss": MAX_LOSS_ERROR, "gradient_norm": MAX_NORM_ERROR}
     bad = [name for name in exact if not error[name] <= bounds[name]]
@@ -299,7 +303,7 @@ def print_comparison(title: str, task: Task, lines: Sequence[dict[str, Any]]) ->
 
 
 def measure_data(run: Run, task: Task) -> None:
-    """Reading and masking batches alone, on the CPU, with nothing else to do."""
+    """The rate of reading and masking batches on the CPU, with no training beside it."""
     steps = max(8, 512 // task.sequences)
     rates: dict[str, list[float]] = {}
     data = Data(task)
@@ -329,7 +333,7 @@ def measure_data(run: Run, task: Task) -> None:
 
 
 def list_growth(device: torch.device, quick: bool) -> Iterator[tuple[str, dict[str, int]]]:
-    """What grows, and the sizes of each step of it. Tokens of a step stay the same where the length grows."""
+    """What grows, and the sizes at each point. Where the length grows, the tokens of a step stay the same."""
     on_gpu = device.type == "cuda"
     tokens = 32768 if on_gpu else 1024
     layers = 12 if on_gpu else 2
@@ -350,7 +354,7 @@ def measure_growth(run: Run, data: str, device: torch.device, dtype: torch.dtype
         workers = {name: stack.enter_context(Worker(name)) for name in names}
         for grows, sizes in list_growth(device, quick):
             if time.monotonic() > end:
-                print("  the rest is not measured, the time is up")
+                print("  the rest is not measured: the time is up")
                 break
             task = make_task(data, "base", device, dtype, **sizes)
             seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -1,14 +1,15 @@
-"""The ways to train that are compared, each in its own process: ours, and transformers in several configurations.
+"""The trainers that are compared, each in its own process: ours, and transformers in several configurations.
 
-All train the same model from the same weights on the same blocks in the same order, with 15% of the tokens masked and the
-same dropout, precision (fp32 weights and moments, matrix products in bf16) and fused AdamW on all parameters. Ours masks
-exactly 15% of each sequence and computes the head for those tokens alone. transformers' collator draws each token
-independently, and its head computes the logits of all tokens. What is learned is the same.
+All train the same model from the same weights on the same blocks in the same order, with 15% of the tokens masked, the
+same dropout, the same precision (fp32 weights and moments, matrix products in bf16 where the device is fast at it) and
+fused AdamW on all parameters. Ours masks exactly 15% of each sequence and runs the head on those tokens alone.
+transformers' collator draws each token independently, and its head computes the logits of all tokens. What is learned is
+the same; `python -m bench learn` shows it.
 
 transformers is run as an expert would run it: a plain loop without the overhead of its Trainer, full blocks without an
 attention mask, special-token masks computed beforehand, and on a GPU a loader with worker processes and pinned memory.
-On a CPU our trainer makes the C library keep freed memory (`keep_freed_memory`) and transformers does not; one way shows
-what transformers would gain from it.
+On a CPU our trainer makes the C library keep freed memory (`keep_freed_memory`), which transformers does not do; one
+configuration shows what transformers would gain from it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import resource
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +45,11 @@ from .case import Absent, need_package
 from .trace import record_trace, sum_regions
 
 SEED, MLM_PROBABILITY, LEARNING_RATE = 1, 0.15, 1e-4
-SAMPLES = 200_000  # how many samples of the training order are laid out in advance
+SAMPLES = 200_000  # of the training order that are laid out in advance
 
 
 class Task(NamedTuple):
-    """One training set-up, the same for all."""
+    """What is trained; the same for all."""
 
     data: str  # prepared directory
     layers: int
@@ -63,7 +64,7 @@ class Task(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a task is done."""
+    """How it is trained."""
 
     ours: bool = False
     attention: str = "sdpa"
@@ -90,7 +91,7 @@ EXACT = "exact"  # transformers in fp64, for checking
 
 
 def build_config(task: Task, output_dir: str, *, compiled: bool = False, graph: bool = False) -> TrainConfig:
-    """Our trainer's configuration for a task."""
+    """The settings of our trainer for a task."""
     model = ModelConfig(
         vocab_size=task.vocabulary, hidden_size=task.hidden, num_hidden_layers=task.layers, num_attention_heads=task.heads,
         intermediate_size=task.intermediate, max_position_embeddings=task.length + 2,
@@ -106,7 +107,7 @@ def build_config(task: Task, output_dir: str, *, compiled: bool = False, graph: 
 
 
 class Data:
-    """The blocks of a task, as the trainer cuts them, and how they are masked."""
+    """The blocks of a task, cut and masked as our trainer does it."""
 
     def __init__(self, task: Task):
         self.manifest = load_manifest(task.data)
@@ -116,14 +117,14 @@ class Data:
         )
 
     def mask_one_sequence(self) -> tuple[Any, int]:
-        """A masked sequence to check by, the same for every way, and how many of its tokens are masked."""
+        """A masked sequence to check with, the same for every way, and how many of its tokens are masked."""
         batch = next(training_batches(self.blocks, [0], 1, seed=SEED))
         masked = mask_tokens(batch.input_ids, seed=SEED, sample_ids=batch.sample_ids, **self.masking)
         return masked, int((masked.labels >= 0).sum())
 
 
 class Ours:
-    """The product's trainer and its own step."""
+    """Our trainer, whose own step is timed."""
 
     def __init__(self, task: Task, way: Way):
         self.folder = tempfile.TemporaryDirectory()
@@ -138,7 +139,7 @@ class Ours:
         self.last_loss: Any = None
 
     def add(self, totals: Any, *_: Any) -> None:
-        """What the trainer tells its meter after a step: the loss is kept, on the device."""
+        """In place of a meter, which the trainer tells its sums after a step: keep the loss, on the device."""
         self.last_loss = totals[0] / totals[2]
 
     def check(self) -> dict[str, float]:
@@ -246,7 +247,7 @@ class Transformers:
 def load_batches(data: Data, task: Task, *, workers: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of transformers' collator: our trainer's blocks in our trainer's order.
 
-    Blocks and masks of special tokens lie in memory already, which a data set of a user would not.
+    All blocks and their special-token masks are in memory beforehand, as a user's data set would not be.
     """
     import transformers
 
@@ -272,7 +273,7 @@ def load_batches(data: Data, task: Task, *, workers: int) -> Iterator[dict[str, 
 
 
 def _serve(connection: Any, name: str) -> None:
-    """A worker: does what it is told until the pipe ends."""
+    """What a worker runs: it answers commands until its pipe is closed."""
     trainer: Any = None
     while True:
         try:
@@ -305,7 +306,7 @@ def _serve(connection: Any, name: str) -> None:
 
 
 def run_steps(trainer: Ours | Transformers, count: int) -> dict[str, float]:
-    """Seconds, those of them that the host needs to launch the work, loss and memory of so many steps."""
+    """Run so many steps; returns their seconds, how many of those the host needed to launch the work, loss and memory."""
     on_gpu = trainer.device.type == "cuda"
     monitor = None
     if on_gpu:
@@ -330,13 +331,13 @@ def run_steps(trainer: Ours | Transformers, count: int) -> dict[str, float]:
 
 
 def forget_peak_bytes() -> None:
-    """Begin to measure this process's peak memory anew, where the system lets it (Linux, proc(5), clear_refs)."""
+    """Reset this process's peak memory, where the system allows it (Linux: proc(5), clear_refs)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def read_peak_bytes() -> int:
-    """Most memory that this process had in use: since `forget_peak_bytes` on Linux, else since it began."""
+    """The most memory that this process has had in use, since `forget_peak_bytes` on Linux, elsewhere since it began."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
@@ -344,7 +345,7 @@ def read_peak_bytes() -> int:
 
 
 class Failure(Exception):
-    """A worker could not do what it was told; `status` is "absent" or "failed"."""
+    """A worker could not carry out a command; `status` is "absent" or "failed"."""
 
     def __init__(self, status: str, reason: str):
         super().__init__(reason)
@@ -352,28 +353,37 @@ class Failure(Exception):
 
 
 class Worker:
-    """A process that trains one way. It waits, and uses no processor, until it is asked."""
+    """A process that trains one way. It waits, and uses no processor, until it is asked.
 
-    def __init__(self, name: str):
+    Args:
+        name: of the way. serve: what the process runs, given its end of the pipe, the name and `arguments`. It answers
+            with pairs: "done" and a result, or "absent" or "failed" and the reason.
+    """
+
+    def __init__(self, name: str, serve: Callable[..., None] = _serve, *arguments: Any):
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         # Not a daemon: a loader's worker processes are its children.
-        self._process = context.Process(target=_serve, args=(other, name))
+        self._process = context.Process(target=serve, args=(other, name, *arguments))
         self._process.start()
         other.close()
 
     def ask(self, command: str, argument: Any = None) -> Any:
-        """Raises Failure with what the worker says, also where it died."""
+        """Send a command and wait for its answer; raises what `hear` raises."""
         self.tell(command, argument)
         return self.hear()
 
     def tell(self, command: str, argument: Any = None) -> None:
-        """Start a command and do not wait for its answer, which `hear` returns."""
+        """Send a command without waiting for its answer, which `hear` returns."""
         with contextlib.suppress(OSError):  # a dead worker is noticed by `hear`
             self._connection.send((command, argument))
 
     def hear(self) -> Any:
-        """The answer to the last command. Raises Failure with what the worker says, also where it died."""
+        """The answer to the last command.
+
+        Raises:
+            Failure: the worker could not do it, or died.
+        """
         try:
             status, answer = self._connection.recv()
         except (EOFError, OSError) as error:

@@ -355,11 +355,13 @@ def test_a_piece_that_takes_too_long_is_ended_with_its_children(tmp_path):
 
 def test_command_line_names_the_pieces():
     done = subprocess.run([sys.executable, "-m", "bench"], capture_output=True, text=True)
-    assert done.returncode == 2 and "kernels,train,host,prepare,duplicates,resources,report,all,gpu" in done.stderr
+    assert (
+        done.returncode == 2 and "kernels,train,learn,host,prepare,duplicates,resources,report,all,gpu" in done.stderr
+    )
     done = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True)
     assert (
         done.returncode == 0
-        and "kernels,train,host,prepare,duplicates,resources,report,all,gpu" in done.stdout
+        and "kernels,train,learn,host,prepare,duplicates,resources,report,all,gpu" in done.stdout
         and not done.stderr
     )
 

@@ -27,7 +27,7 @@ from fastroberta.errors import (
     Stopped,
 )
 from fastroberta.evaluate import main as evaluate
-from fastroberta.train import main
+from fastroberta.train import SPINS, main
 from fastroberta.training.trainer import Trainer
 
 SETTINGS = {
@@ -475,3 +475,15 @@ def test_precision_is_chosen_once_and_stays_with_the_run(data, tmp_path, monkeyp
     assert "precision fp32: as in the checkpoint" in capsys.readouterr().out
     state = json.loads((tmp_path / "checkpoint-00000012" / "trainer_state.json").read_text())
     assert state["config"]["precision"] == "fp32"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has GNU OpenMP on Linux only")
+def test_idle_threads_do_not_spin_for_long(tmp_path):
+    """OpenMP prints its settings when it is loaded, which is after ours must have been made."""
+    command = [sys.executable, "-m", "fastroberta.train", f"--data={tmp_path}", f"--output_dir={tmp_path / 'run'}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment | {"OMP_DISPLAY_ENV": "verbose"}, check=False
+    )
+    assert done.returncode == DataError.exit_code, done.stderr
+    assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr
