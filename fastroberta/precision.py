@@ -8,6 +8,7 @@ slower than fp32 on a Zen 3.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -16,29 +17,30 @@ SIZE = 256  # rows of the product that decides; 34 MFLOP: under a millisecond, o
 
 
 def measure_matmul_flops(
-    device: torch.device | str, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3
-) -> float:
+    device: torch.device | str, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:  # fmt: skip
     """FLOP/s of a square matrix product on this device, the best of some rounds: MFU's denominator on a CPU.
 
     Args:
         dtype: of both factors. size: rows of both, on a CPU; a GPU gets 8,192.
-        seconds: how long to measure; the warm-up comes on top.
+        seconds: how long to measure; the warm-up comes on top. clock: which seconds.
     """
     on_gpu = torch.device(device).type == "cuda"
     size, rounds = (8192, 10) if on_gpu else (size, 1)
     a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
 
     def time_rounds() -> float:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(rounds):
             torch.mm(a, b)
         if on_gpu:
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     time_rounds()
-    best, end = time_rounds(), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    best, end = time_rounds(), clock() + seconds
+    while clock() < end:
         best = min(best, time_rounds())
     return 2 * size**3 * rounds / best
 
@@ -64,9 +66,16 @@ def settle_precision(asked: str, device: torch.device, before: str | None = None
     if asked == "fp32":
         return asked, "as asked"
     half = torch.float16 if asked == "fp16" else torch.bfloat16
-    fast, slow = (measure_matmul_flops(device, one, size=SIZE, seconds=0.005) for one in (half, torch.float32))
+    # One thread and its own time: what else runs on the machine must not decide.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    fast, slow = (
+        measure_matmul_flops(device, one, size=SIZE, seconds=0.005, clock=time.thread_time)
+        for one in (half, torch.float32)
+    )
+    torch.set_num_threads(num_threads)
     name = "fp16" if asked == "fp16" else "bf16"
-    rates = f"this CPU multiplies {name} at {fast / 1e9:,.1f} GFLOP/s, fp32 at {slow / 1e9:,.1f}"
+    rates = f"a core multiplies {name} at {fast / 1e9:,.1f} GFLOP/s, fp32 at {slow / 1e9:,.1f}"
     if asked == "auto":
         return ("bf16" if fast > slow else "fp32"), rates
     return asked, f"as asked, but slow: {rates}" if fast < slow else "as asked"

@@ -19,7 +19,7 @@ def rates(monkeypatch):
 
 def test_a_cpu_takes_what_it_is_fast_in(rates):
     chosen, reason = settle_precision("auto", CPU)
-    assert (chosen, reason) == ("fp32", "this CPU multiplies bf16 at 0.8 GFLOP/s, fp32 at 80.0")
+    assert (chosen, reason) == ("fp32", "a core multiplies bf16 at 0.8 GFLOP/s, fp32 at 80.0")
     rates[torch.bfloat16] = 200e9
     assert settle_precision("auto", CPU)[0] == "bf16"
 

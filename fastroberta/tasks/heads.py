@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from ..checkpoint import verify_directory
 from ..corpus.tokenizer import load_tokenizer
 from ..errors import CheckpointError, ConfigurationError
+from ..hf import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +54,10 @@ def load_with_head(
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         name = (config.architectures or ["none"])[0]
         head = next((head for head in heads if name.endswith(f"For{head}")), None)
-        if config.model_type != "roberta":
-            raise CheckpointError(f"{directory}/config.json: model_type is {config.model_type}; this works for roberta")
+        if config.model_type not in FAMILIES:
+            raise CheckpointError(
+                f"{directory}/config.json: model_type is {config.model_type}; this works for {', '.join(FAMILIES)}"
+            )
         if head is None:
             known = ", ".join(HEADS[head] for head in heads)
             raise CheckpointError(f"{directory}/config.json: its architecture is {name}; this works for {known}")

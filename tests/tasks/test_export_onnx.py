@@ -135,7 +135,7 @@ def test_another_output_is_refused_and_leaves_nothing(checkpoint, tmp_path, caps
             "its architecture is RobertaForNextSentencePrediction; this works for masked LM",
         ),
         ("SequenceClassification", [], 6, "has no weights for classifier.dense.bias"),
-        ("bert", [], 6, "model_type is bert; this works for roberta"),
+        ("bert", [], 6, "model_type is bert; this works for roberta, xlm-roberta, camembert, data2vec-text"),
         ("no tokenizer", [], 2, "no tokenizer.json"),
         ("no config", [], 6, "has no config.json"),
         ("no weights", [], 6, "transformers cannot load it"),

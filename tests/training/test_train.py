@@ -468,7 +468,7 @@ def test_precision_is_chosen_once_and_stays_with_the_run(data, tmp_path, monkeyp
     monkeypatch.setattr("fastroberta.precision.measure_matmul_flops", lambda device, dtype, **_: rates[dtype])
     changes = {"precision": "auto", "save_steps": 6}
     Trainer(configure(data, tmp_path, **changes)).train()
-    assert "precision fp32: this CPU multiplies bf16 at 0.8 GFLOP/s, fp32 at 80.0" in capsys.readouterr().out
+    assert "precision fp32: a core multiplies bf16 at 0.8 GFLOP/s, fp32 at 80.0" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "checkpoint-00000012")
     rates[torch.bfloat16] = 200e9  # another machine
     Trainer(configure(data, tmp_path, **changes)).train()
