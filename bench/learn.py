@@ -212,7 +212,7 @@ def build_config(plan: Plan, output_dir: str) -> TrainConfig:
         hidden_dropout_prob=plan.dropout, attention_probs_dropout_prob=plan.dropout,
     )  # fmt: skip
     return TrainConfig(
-        data=plan.data, output_dir=output_dir, seed=plan.seed, precision=plan.precision, max_seq_length=plan.length,
+        data=[plan.data], output_dir=output_dir, seed=plan.seed, precision=plan.precision, max_seq_length=plan.length,
         packing="contiguous", mlm_probability=MLM_PROBABILITY, train_batch_size=plan.sequences, max_steps=plan.steps,
         model=model, optimizer=OptimizerConfig(learning_rate=plan.learning_rate),
         lr_scheduler=LRSchedulerConfig(warmup_steps=plan.steps // 10),

@@ -46,17 +46,19 @@ def test_flops_are_those_that_pytorch_counts():
         q, k, value = (x @ weights[0]).split(d, dim=1)
         hidden = (q @ k.T).softmax(1) @ value @ weights[1] @ weights[2] @ weights[3]
         (hidden[:masked] @ weights[4] @ weights[5]).sum().backward()
-    model = ModelConfig(vocab_size=v, hidden_size=d, num_hidden_layers=1, num_attention_heads=1, intermediate_size=f)
+    model = ModelConfig(vocab_size=v, hidden_size=d, num_hidden_layers=1, num_attention_heads=1, intermediate_size=f,
+                        max_position_embeddings=514)  # fmt: skip
     assert counter.get_total_flops() == model_flops_per_step(model, length, masked, length**2)
 
 
 def test_number_of_parameters():
     assert num_parameters(BASE) == 124_697_433  # measured on transformers' model
     assert num_parameters(LARGE) == 355_412_057
-    untied = ModelConfig(vocab_size=128, num_hidden_layers=1, tie_word_embeddings=False, type_vocab_size=2)
+    untied = ModelConfig(vocab_size=128, num_hidden_layers=1, tie_word_embeddings=False, type_vocab_size=2,
+                         max_position_embeddings=514)  # fmt: skip
     assert num_parameters(untied) == sum(one.numel() for one in RobertaForMaskedLM(untied).parameters())
     with pytest.raises(ValueError, match="vocab_size is not set"):
-        num_parameters(ModelConfig())
+        num_parameters(ModelConfig(max_position_embeddings=514))
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_a_missing_package_is_named():
     code = (
         "import sys; sys.modules['seqeval'] = None\n"
         "from fastroberta.cli.program import run; from fastroberta.finetune import main\n"
-        "sys.exit(run(lambda: main(['c', '--train', 'a.csv', '--dev', 'b.csv', '--out', 'o'])))"
+        "sys.exit(run(lambda: main(['./c', '--train', 'a.csv', '--dev', 'b.csv', '--out', 'o'])))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2

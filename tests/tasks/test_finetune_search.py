@@ -14,7 +14,7 @@ from fastroberta.tasks.finetune_settings import FinetuneConfig
 
 def settle(*words):
     return parse_arguments(
-        ["checkpoint", "--train", "t.csv", "--dev", "d.csv", "--out", "out", *words], FinetuneConfig, description=""
+        ["./checkpoint", "--train", "t.csv", "--dev", "d.csv", "--out", "out", *words], FinetuneConfig, description=""
     )
 
 
