@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import math
 import os
@@ -75,14 +76,14 @@ class Watchdog:
         return ", ".join(who for rank, (beat, _, _, who) in after.items() if beat == before.get(rank, [None])[0])
 
     def _beat(self) -> None:
-        beat = 0
-        while not self._ended.wait(HEARTBEAT_SECONDS):
-            beat += 1
+        for beat in itertools.count():  # the first at once, or nobody could say who died before it
             with contextlib.suppress(RuntimeError):  # the store is gone when torchrun is
                 self._store.set(str(self._rank), json.dumps([beat, self._count, self._where, self._who]))
             if os.getppid() != self._parent:
                 self._parent = os.getppid()
                 os.kill(os.getpid(), signal.SIGTERM)
+            if self._ended.wait(HEARTBEAT_SECONDS):
+                return
 
     def _watch(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
