@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 TINY = (
-    "--max_seq_length 32 --model.max_position_embeddings 34 --model.hidden_size 32 --model.num_hidden_layers 2"
+    "--max_seq_length 32 --model.hidden_size 32 --model.num_hidden_layers 2"
     " --model.num_attention_heads 2 --model.intermediate_size 64 --train_batch_size 8 --max_steps 4"
     " --lr_scheduler.warmup_steps 1 --device cpu"
 )
@@ -76,7 +76,7 @@ def test_notebook(folder, monkeypatch):
     pytest.importorskip("captum")
     pytest.importorskip("matplotlib").use("agg")
     monkeypatch.setenv("QUICKSTART_RUN", str(folder / "notebook"))
-    monkeypatch.setenv("QUICKSTART_SETTINGS", "--max_steps 20 --lr_scheduler.warmup_steps 1 --logging_steps 10")
+    monkeypatch.setenv("QUICKSTART_SETTINGS", "--max_steps 20 --lr_scheduler.warmup_ratio 0.1 --logging_steps 10")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
     namespace = {}

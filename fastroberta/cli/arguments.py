@@ -56,7 +56,9 @@ def parse_arguments(
     """
     settings = _list_settings(config_class)
     options = list(_split(sys.argv[1:] if argv is None else argv, settings, config_class))
-    files = [value for key, value, _ in options if key == "config"] or [default_preset] * bool(default_preset)
+    files = [value for key, value, _ in options if key == "config"]
+    if default_preset and not files and all(key != "data" for key, _, _ in options):
+        files = [default_preset]  # own data ask for the defaults, which suit them
     found = [one for file in files for one in read_settings(find_file(file, has_presets=bool(default_preset)))]
     found += [one for one in options if one[0] not in COMMON]
     values = _collect(config_class, settings, found)
@@ -235,8 +237,9 @@ def _format_help(
         usage=" ".join(["%(prog)s", *words, f"[--config {config}]", "[--SETTING VALUE]..."]),
         description="\n\n".join(textwrap.fill(part, 80) for part in description.split("\n\n")),
         epilog=textwrap.fill(
-            "A YAML file replaces the defaults that it names, and no others. Without --config, the preset "
-            f"{default_preset} is such a file. Where {source} differs from a default, its value stands beside it.",
+            "A YAML file replaces the defaults that it names, and no others. Without --config and --data, the preset "
+            f"{default_preset} is such a file."
+            + f" Where {source} differs from a default, its value stands beside it." * bool(files),
             80,
         )
         * bool(default_preset),

@@ -63,6 +63,8 @@ def write(path, text: str) -> str:
 def test_nothing_on_the_command_line_is_the_default_preset():
     config = parse()
     assert config.output_dir == "runs/quickstart"
+    own = parse("--data", "mine")
+    assert (own.max_seq_length, own.output_dir) == (512, "runs/roberta")  # of a first run on one's own text
     assert config.model.hidden_size == 128
 
 
@@ -180,7 +182,7 @@ def test_help_shows_every_field_and_its_sentence(capsys):
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
     assert "(a whole number; default: 10000; quickstart: 2800)" in shown
-    assert "Without --config, the preset quickstart is such a file." in shown
+    assert "Without --config and --data, the preset quickstart is such a file." in shown
 
 
 def test_positional_arguments_before_between_and_after_options():
