@@ -24,7 +24,7 @@ from .plan import main as plan
 
 QUICKSTART_VOCABULARY = 512
 # How often an idle thread of PyTorch's looks for work before it sleeps. OpenMP's own 300,000 take milliseconds, in which it
-# keeps a core from whoever it waits for; these take a fraction of one (bench/LOG.md, section 11).
+# keeps a core from whoever it waits for; these take a fraction of one (bench/LOG.md, section 12).
 SPINS = 10_000
 
 

@@ -181,7 +181,7 @@ def test_help_shows_every_field_and_its_sentence(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(a whole number; default: 10000; quickstart: 2800)" in shown
+    assert "(a whole number; default: 10000; quickstart: 2400)" in shown
     assert "Without --config and --data, the preset quickstart is such a file." in shown
 
 
