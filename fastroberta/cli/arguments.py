@@ -239,7 +239,8 @@ def _format_help(
         epilog=textwrap.fill(
             "A YAML file replaces the defaults that it names, and no others. Without --config and --data, the preset "
             f"{default_preset} is such a file."
-            + f" Where {source} differs from a default, its value stands beside it." * bool(files),
+            + f" Where {source} differs from a default, its value stands beside it."
+            * bool(files),
             80,
         )
         * bool(default_preset),
