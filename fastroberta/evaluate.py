@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     blocks = open_split(corpora, "heldout", **cut)
     batches = move_ahead(heldout_batches(blocks, config.eval_sequences, config.micro_batch_size), device)
     scores = evaluate_model(
-        model, batches, masking_arguments(manifest, settings["mlm_probability"]), None, len(corpora)
+        model, batches, masking_arguments(manifest, settings["mlm_probability"]), num_corpora=len(corpora)
     )
     by_corpus = {str(corpus.manifest.directory): one.loss for corpus, one in zip(corpora, scores.by_corpus)}
     print(

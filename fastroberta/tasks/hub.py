@@ -16,12 +16,10 @@ SPLITS = {
     "validation_matched": "dev_matched", "validation_mismatched": "dev_mismatched",
     "test_matched": "test_matched", "test_mismatched": "test_mismatched",
 }  # fmt: skip
-# Columns of GLUE's archive -> those on the hub, where they differ.
+# Columns of texts in GLUE's archive -> those on the hub, where they differ. The label is always `label` there.
 COLUMNS = {
-    "MRPC": {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"},
-    "STS-B": {"score": "label"},
-    "QQP": {"is_duplicate": "label"},
-    "MNLI": {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
+    "MRPC": {"#1 String": "sentence1", "#2 String": "sentence2"},
+    "MNLI": {"sentence1": "premise", "sentence2": "hypothesis"},
 }
 NAMED_LABELS = ("MNLI", "QNLI", "RTE")  # the archive has the names of their classes, of the others the numbers
 
