@@ -236,80 +236,86 @@ def draw_roofline(plt, results):
     lines = [line for line in lines if line["flops_per_second"] > 0 or line["bytes_per_second"] > 0]
     if not lines:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.8 + 0.26 * max(len(lines), 10)), width_ratios=(1, 1.1))
+    height = 0.8 + 0.26 * max(len(lines), 10)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), width_ratios=(1.4, 1), layout="constrained")
     ceilings = lines[-1]["run"]["ceilings"]
     copy, matmul = ceilings["copy_bytes_per_second"], ceilings["matmul_flops_per_second"]
-    with_products = sorted(
-        (line for line in lines if line["intensity"] > 0), key=lambda line: line["flops_per_second"], reverse=True
-    )
-    most = max([8 * matmul / copy, *(60 * line["intensity"] for line in with_products)])
-    x = [1.0, matmul / copy, most]
-    left.loglog(x, [min(copy * value, matmul) / 1e12 for value in x], color="black", linewidth=1)
-    left.annotate("memory", (x[1] ** 0.5, copy * x[1] ** 0.5 / 1e12), (6, -6), textcoords="offset points")
-    left.annotate("matrix products", (most, matmul / 1e12), (0, 3), textcoords="offset points", ha="right")
-    lowest, highest = 0.9 * copy / 1e12, 1.6 * matmul / 1e12
-    label_at = 1.0  # height in the panel of the last label: the next one goes below it
-    for line in with_products:
-        point = (line["intensity"], line["flops_per_second"] / 1e12)
-        left.plot(*point, "o", color=OUR_COLOUR, markersize=5)
-        height = math.log(point[1] / lowest) / math.log(highest / lowest)
-        label_at = min(height, label_at - 0.05)
-        shift = (label_at - height) * figure.get_figheight() * 0.7 * 72
-        left.annotate(
-            describe_setting(line), point, (6, shift), textcoords="offset points", fontsize=7, va="center",
-            color=OUR_COLOUR,
-        )  # fmt: skip
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ticks = [digit * 10**power for power in range(-4, 5) for digit in (1, 2, 5)]
-    left.set_yticks([tick for tick in ticks if lowest < tick < highest])
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.yaxis.set_minor_formatter("")
-    left.minorticks_off()
-    left.set(
-        xlabel="FLOP a byte",
-        ylabel="TFLOP/s",
-        title="Kernels with matrix products",
-        ylim=(lowest, highest),
-    )
+    draw_roof(left, [line for line in lines if line["intensity"] > 0], copy, matmul)
     shares = [line["share_of_roofline"] * 100 for line in lines]
-    sizes = next((f"{line['shape'].split(',')[0]} tokens" for line in lines if line["operation"] == "attention"), "")
     bars = right.barh([describe_setting(line) for line in lines], shares, color=OUR_COLOUR)
     right.bar_label(bars, [f"{share:.0f}%" if share >= 1 else "under 1%" for share in shares], padding=3, fontsize=7)
     right.invert_yaxis()
     right.tick_params(axis="y", labelsize=7)
     right.axvline(100, color="black", linewidth=1)
     right.set(xlabel="% of the roofline, forward and backward", title="All kernels", xlim=(0, max(110, *shares)))
+    sizes = next((f"{line['shape'].split(',')[0]} tokens" for line in lines if line["operation"] == "attention"), "")
     figure.suptitle(
         f"{title_of(lines[-1], sizes)}\n{copy / 1e9:,.0f} GB/s copied, {matmul / 1e12:,.3g} TFLOP/s multiplied",
         fontsize=9,
     )
-    figure.tight_layout()
     return figure
 
 
+def draw_roof(axis, lines, copy, matmul):
+    """The ceilings of memory and of matrix products in FLOP/s against FLOP/byte, and below them each kernel by name."""
+    lines = sorted(lines, key=lambda line: line["flops_per_second"], reverse=True)
+    ridge = matmul / copy
+    first = 10.0 ** math.floor(math.log10(min([ridge / 5, *(line["intensity"] for line in lines)])))
+    # The names, at the right of their points, need half of the width.
+    last = first * max(8 * ridge / first, *((line["intensity"] / first) ** 2 for line in lines), 1)
+    x = [first, ridge, last]
+    axis.loglog(x, [min(copy * value, matmul) / 1e12 for value in x], color="black", linewidth=1)
+    middle = math.sqrt(first * ridge)
+    axis.annotate("memory", (middle, copy * middle / 1e12), (8, -6), textcoords="offset points")
+    axis.annotate("matrix products", (last, matmul / 1e12), (0, 3), textcoords="offset points", ha="right")
+    low = 0.6 * min([first * copy, *(line["flops_per_second"] for line in lines)]) / 1e12
+    high = 1.6 * matmul / 1e12
+    label_at = 1.0  # height in the panel of the last name: the next one goes below it
+    for line in lines:
+        point = (line["intensity"], line["flops_per_second"] / 1e12)
+        axis.plot(*point, "o", color=OUR_COLOUR, markersize=5)
+        height = math.log(point[1] / low) / math.log(high / low)
+        label_at = min(height, label_at - 0.05)
+        shift = (label_at - height) * axis.figure.get_figheight() * 0.7 * 72
+        axis.annotate(
+            describe_setting(line), point, (6, shift), textcoords="offset points", fontsize=7, va="center",
+            color=OUR_COLOUR,
+        )  # fmt: skip
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    ticks = [digit * 10**power for power in range(-4, 5) for digit in (1, 2, 5)]
+    axis.set_yticks([tick for tick in ticks if low < tick < high])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.minorticks_off()
+    axis.set(
+        xlabel="FLOP/byte", ylabel="TFLOP/s", title="Kernels with matrix products", xlim=(first, last), ylim=(low, high)
+    )
+
+
 def draw_bars(plt, results, value, label):
-    """A bar for each trainer; a panel for each model, all on one scale."""
-    lines = [line for line in results["train"] if "tokens_per_second" in line and line["status"] == "ok"]
+    """A bar for each trainer, or what became of it; a panel for each model, all on one scale."""
+    lines = [line for line in results["train"] if line["status"] != "absent"]
     if not lines:
         return None
     models = list(dict.fromkeys((line["model"], str(line["task"])) for line in lines))
     heights = [sum((line["model"], str(line["task"])) == model for line in lines) for model in models]
     figure, axes = plt.subplots(
         len(models), 1, figsize=(7, 1.0 * len(models) + 0.3 * len(lines)), squeeze=False, height_ratios=heights,
-        sharex=True,
+        sharex=True, layout="constrained",
     )  # fmt: skip
     for axis, model in zip(axes[:, 0], models):
         chosen = [line for line in lines if (line["model"], str(line["task"])) == model]
+        values = [value(line) if line["status"] == "ok" else 0.0 for line in chosen]
+        form = ",.0f" if max(values) >= 100 else ".2f"
+        labels = [format(one, form) if line["status"] == "ok" else line["status"] for one, line in zip(values, chosen)]
         colours = [colour_of(line["implementation"]) for line in chosen]
-        bars = axis.barh([line["implementation"] for line in chosen], [value(line) for line in chosen], color=colours)
-        axis.bar_label(bars, fmt="{:,.3g}" if max(map(value, chosen)) < 100 else "{:,.0f}", padding=3)
+        bars = axis.barh([line["implementation"] for line in chosen], values, color=colours)
+        axis.bar_label(bars, labels, padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.15)
         task = chosen[0]["task"]
-        sizes = f"roberta-{model[0]}, {task['sequences']} x {task['length']} tokens a step, dropout {task['dropout']}"
+        sizes = f"roberta-{model[0]}, {task['sequences']} x {task['length']} tokens per step, dropout {task['dropout']}"
         axis.set_title(title_of(chosen[-1], sizes), loc="right", fontsize=8)
     axes[-1, 0].set_xlabel(label)
-    figure.tight_layout()
     return figure
 
 
@@ -334,7 +340,9 @@ def draw_growth(plt, results):
     kinds = list(dict.fromkeys(line["grows"] for line in lines))
     if not kinds:
         return None
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(3.2 * len(kinds), 3), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, kind in zip(axes[0], kinds):
         panel = [line for line in lines if line["grows"] == kind]
         for name in dict.fromkeys(line["implementation"] for line in lines):
@@ -348,18 +356,17 @@ def draw_growth(plt, results):
         first, tokens = panel[0], panel[0]["sequences"] * panel[0]["length"]
         axis.set_xlabel(
             {
-                "length": f"tokens a sequence\n{tokens:,} tokens a step, {first['layers']} layers",
-                "sequences": f"sequences a step\nof {first['length']} tokens, {first['layers']} layers",
-                "layers": f"layers\n{first['sequences']} x {first['length']} tokens a step",
+                "length": f"tokens per sequence\n{tokens:,} tokens per step, {first['layers']} layers",
+                "sequences": f"sequences per step\nof {first['length']} tokens, {first['layers']} layers",
+                "layers": f"layers\n{first['sequences']} x {first['length']} tokens per step",
             }[kind]
         )
         axis.set_xticks(sorted({line[kind] for line in panel}))
         axis.tick_params(axis="x", labelsize=7)
         axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("ms a step")
+    axes[0][0].set_ylabel("ms per step; shaded: quartiles")
     axes[0][0].legend(frameon=False)
     figure.suptitle(title_of(lines[-1], "width of roberta-base"), fontsize=9)
-    figure.tight_layout()
     return figure
 
 

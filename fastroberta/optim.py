@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from fastroberta_kernels.lamb import FusedLAMB
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from .config import OptimizerConfig, TrainConfig
 
@@ -124,26 +125,36 @@ class FlatGradients:
     """PyTorch's fused AdamW with the interface of FusedLAMB: flat gradients that are divided by a scale, their global
     norm measured and clipped, and no step where the norm is not finite.
 
+    The function `adamw`, not the class: that imports the compiler, which takes a second.
+
     Args:
-        inner: a fused AdamW, whose kernel reads `found_inf` on the device.
+        param_groups: each with params, lr, betas, eps and weight_decay.
         max_grad_norm: bound of the global gradient norm; 0 for none.
         all_reduce: see `build_optimizer`.
 
     Attributes:
+        state: of each parameter, step (fp32 scalar), exp_avg and exp_avg_sq.
         gradient: fp32 (n,), all gradients. last_grad_norm: fp32 scalar, of the last step, before clipping.
     """
 
     def __init__(
         self,
-        inner: torch.optim.AdamW,
+        param_groups: list[dict[str, Any]],
         max_grad_norm: float,
         all_reduce: Callable[[Tensor], Any] | None = None,
     ):
-        self.inner = inner
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
-        self.param_groups, self.state = inner.param_groups, inner.state
-        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        self.param_groups = param_groups
+        parameters = [parameter for group in param_groups for parameter in group["params"]]
+        self.state = {
+            parameter: {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameter in parameters
+        }
         ends = torch.tensor([round_up(parameter.numel(), 32) for parameter in parameters]).cumsum(0).tolist()
         device = parameters[0].device
         self.gradient = torch.zeros(round_up(ends[-1], NORM_ROW), device=device)
@@ -166,8 +177,16 @@ class FlatGradients:
         if self.max_grad_norm:
             factor = factor * (self.max_grad_norm / self.last_grad_norm).clamp(max=1.0)
         self.gradient.mul_(factor)
-        self.inner.found_inf = (~torch.isfinite(self.last_grad_norm)).float()  # type: ignore[attr-defined]
-        self.inner.step()
+        found_inf = (~torch.isfinite(self.last_grad_norm)).float()  # read by the kernel, on the device
+        for group in self.param_groups:
+            states = [self.state[parameter] for parameter in group["params"]]
+            gradients = [parameter.grad for parameter in group["params"]]
+            first, second, steps = ([one[name] for one in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            adamw(
+                group["params"], gradients, first, second, [], steps, fused=True, found_inf=found_inf, amsgrad=False,
+                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=False,
+            )  # fmt: skip
 
 
 def build_optimizer(
@@ -187,4 +206,4 @@ def build_optimizer(
     common: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.name == "lamb":
         return FusedLAMB(groups, **common, max_grad_norm=config.max_grad_norm, all_reduce=all_reduce)
-    return FlatGradients(torch.optim.AdamW(groups, **common, fused=True), config.max_grad_norm, all_reduce)
+    return FlatGradients([{**common, **group} for group in groups], config.max_grad_norm, all_reduce)

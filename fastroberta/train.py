@@ -19,7 +19,8 @@ from .cli.arguments import parse_arguments
 from .cli.directories import check_directory, own_directory
 from .cli.program import run
 from .config import TrainConfig
-from .log import check_trackers
+from .errors import DataError
+from .log import check_trackers, print_line
 from .plan import main as plan
 
 QUICKSTART_VOCABULARY = 512
@@ -35,30 +36,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, TrainConfig, description=__doc__ or "", default_preset="quickstart")
     check_trackers(config.report_to)
 
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read by OpenMP when torch is imported
-    # After the settings: importing torch takes a second that --help and a mistyped option should not.
-    from .parallel.processes import join_processes, keep_freed_memory
-    from .training.dry_run import rehearse
-    from .training.trainer import Trainer
-
-    processes = join_processes(config.device, config.hang_timeout)
-    if processes.device.type == "cpu":
-        keep_freed_memory()
+    is_first = os.environ.get("RANK", "0") == "0"  # the rank is torchrun's
+    output_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack:
-        output_dir = Path(config.output_dir)
-        if processes.is_first:
-            if config.dry_run:
-                check_directory(output_dir, "--output_dir")
-            else:
-                stack.enter_context(own_directory(output_dir, ".lock", "--output_dir"))
+        if is_first and config.dry_run:
+            check_directory(output_dir, "--output_dir")
+        elif is_first:
+            stack.enter_context(own_directory(output_dir, ".lock", "--output_dir"))
         if config.data is None:
             if config.dry_run and not (output_dir / "data" / "manifest.json").exists():
                 output_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastroberta-")))
             config.data = [str(output_dir / "data")]
-            if processes.is_first or config.dry_run:
+            if is_first or config.dry_run:
                 prepare_python_texts(output_dir / "data")
-            processes.wait_for_all()
+
+        # PyTorch comes last. Importing it takes seconds, which --help and a mistyped option should not.
+        if is_first:
+            print_line("loading PyTorch", sys.stderr)
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read by OpenMP when torch is imported
+        from .parallel.processes import join_processes, keep_freed_memory
+        from .training.dry_run import rehearse
+        from .training.trainer import Trainer
+
+        processes = join_processes(config.device, config.hang_timeout)
+        if processes.device.type == "cpu":
+            keep_freed_memory()
+        processes.wait_for_all()  # for the data of the first
         trainer = Trainer(config, processes)
         if config.dry_run:
             rehearse(trainer)
@@ -70,12 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare_python_texts(directory: Path) -> None:
     """Tokenize Python's own documentation into `directory`, once, with a tokenizer trained on it."""
-    from .corpus.python_texts import write_python_texts
-    from .prepare import main as prepare
-
     if not (directory / "manifest.json").exists():
+        print_line("reading the documentation that comes with Python", sys.stderr)
+        from .corpus.python_texts import write_python_texts
+        from .prepare import main as prepare
+
         source = directory.parent / "python-texts.jsonl"
-        write_python_texts(source)
+        try:
+            write_python_texts(source)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be written ({error}); make room, and start again") from error
         arguments = [str(source), "--out", str(directory), "--train-tokenizer", str(QUICKSTART_VOCABULARY)]
         status = prepare([*arguments, "--heldout-fraction", "0.05"])
         if status:

@@ -58,6 +58,8 @@ class Distillation:
     def __init__(
         self, student: RobertaForMaskedLM, teacher: RobertaForMaskedLM, settings: DistillationConfig, sha256: str = ""
     ):
+        # Here, not as a decorator: it imports the compiler, which takes a second.
+        self._soft_target_loss = torch.compiler.disable(soft_target_loss)
         self.sha256 = sha256
         self._student, self._settings = student, settings
         self._teacher = teacher.eval().requires_grad_(False)
@@ -100,7 +102,7 @@ class Distillation:
         if teacher_hidden is not None and settings.alpha_ce:
             with torch.no_grad():
                 teacher_features = self._teacher.lm_head.transform(teacher_hidden)
-            objective = objective + settings.alpha_ce * soft_target_loss(
+            objective = objective + settings.alpha_ce * self._soft_target_loss(
                 features, decoder, head.bias, teacher_features, self._decoder, self._decoder_bias, is_used,
                 settings.temperature, num_classes,
             )  # fmt: skip
@@ -171,7 +173,6 @@ class _SoftTargetLoss(torch.autograd.Function):
         return *results, *(None,) * 6
 
 
-@torch.compiler.disable
 def soft_target_loss(
     features: Tensor,
     weight: Tensor,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+
+from ..config import TrainConfig
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -41,7 +44,8 @@ def draw_losses(output_dir: Path, title: str, entropy: float) -> Path | None:
     axes.plot(*read_losses(output_dir, "train/loss"), color="#4c78a8", label="training")
     axes.plot(*read_losses(output_dir, "eval/loss"), "o", color="#e45756", label="held-out")
     axes.axhline(entropy, color="#999999", linewidth=1, linestyle="--", label="token frequencies alone")
-    axes.set(xlabel="step", ylabel="loss, nats per masked token", title=title)
+    axes.set(xlabel="step", ylabel="loss, nats per masked token")
+    axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = output_dir / "loss.png"
@@ -52,8 +56,14 @@ def draw_losses(output_dir: Path, title: str, entropy: float) -> Path | None:
     return path
 
 
-def show_losses(output_dir: Path, title: str, entropy: float) -> str:
+def show_losses(config: TrainConfig, on_gpu: bool, entropy: float) -> str:
     """The loss curve in a line of text, which names the picture that is also drawn, if it can be."""
+    output_dir, model = Path(config.output_dir), config.model
     _, losses = read_losses(output_dir, "train/loss")
+    title = (
+        f"{output_dir.name}: {model.num_hidden_layers} layers of {model.hidden_size}, {config.train_batch_size:,} x "
+        f"{config.max_seq_length} tokens per step, {'GPU' if on_gpu else 'CPU'}, {config.precision}, "
+        f"{time.strftime('%Y-%m-%d')}"
+    )
     picture = draw_losses(output_dir, title, entropy)
     return f"loss: {draw_sparkline(losses)}" + (f"  ({picture})" if picture else "")

@@ -193,8 +193,7 @@ class Trainer:
         entropy = self.heldout.unigram_entropy()
         say(self.processes, describe_result(seconds, before, after, entropy, sentences, checkpoint))
         if self.processes.is_first:
-            title = f"{self.output_dir.name}: {config.precision} on {self.device}"
-            say(self.processes, show_losses(self.output_dir, title, entropy))
+            say(self.processes, show_losses(config, self.device.type == "cuda", entropy))
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.max_steps

@@ -254,6 +254,10 @@ def write_results(path):
             implementation=name, status="ok", tokens_per_second={"median": rate, "low": rate - 1, "high": rate + 1},
             mfu=None, share_of_matmul=0.5, peak_bytes=2e9, ratio={"median": 120 / rate, "low": 1.0, "high": 3.0},
         )  # fmt: skip
+    run.add(
+        "train", model="base", task={"sequences": 4, "length": 512, "precision": "bf16", "dropout": 0.1},
+        implementation="transformers compiled", status="failed", reason="out of memory",
+    )  # fmt: skip
     for name in (OURS, "transformers sdpa"):
         for length in (64, 128):
             run.add(
@@ -267,7 +271,7 @@ def test_report_shows_the_newest_lines_and_draws_charts(tmp_path, monkeypatch):
     path = tmp_path / "cpu-2026-01-02.jsonl"
     write_results(path)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "DIRECTORY", tmp_path)
     assert report.main([]) == 0
@@ -281,7 +285,7 @@ def test_report_shows_the_newest_lines_and_draws_charts(tmp_path, monkeypatch):
     assert (
         content.startswith("before\n")
         and content.endswith("after\n")
-        and "old" not in content
+        and "stale" not in content
         and "119 to 121" in content
     )
 
@@ -298,10 +302,33 @@ def test_charts_say_where_they_are_from_and_share_a_scale(tmp_path):
     results["growth"] += [one | {"grows": "layers", "layers": 4} for one in results["growth"]]
     left, right = report.draw_growth(plt, results).axes
     assert left.get_ylim() == right.get_ylim() and left.get_ylim()[0] == 0
-    results["kernel"][0]["share_of_roofline"] = 0.001
-    texts = [text.get_text() for axis in report.draw_roofline(plt, results).axes for text in axis.texts]
-    assert "under 1%" in texts and "toy (base)" in texts
+    (speed,) = report.draw_speed(plt, results).axes
+    bars = {label.get_text(): text.get_text() for label, text in zip(speed.get_yticklabels(), speed.texts)}
+    assert bars == {"transformers sdpa": "40", OURS: "120", "transformers compiled": "failed"}
     plt.close("all")
+
+
+def test_the_roofline_names_its_points_inside_its_panel(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    path = tmp_path / "cpu-2026-01-02.jsonl"
+    write_results(path)
+    results = report.read_results(path)
+    kernel = next(line for line in results["kernel"] if line["implementation"] == OURS)
+    for copy, matmul, intensity in ((3e10, 4e11, 0.3), (3e10, 4e11, 300.0), (4e12, 8e14, 40.0), (4e12, 8e14, 2000.0)):
+        kernel["run"]["ceilings"] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": matmul}
+        kernel |= {"intensity": intensity, "flops_per_second": min(copy * intensity, matmul) / 3}
+        kernel["share_of_roofline"] = 0.001
+        results["kernel"] = [kernel, kernel | {"operation": "a name as long as any that there is"}]
+        figure = report.draw_roofline(plt, results)
+        figure.canvas.draw()
+        left, right = figure.axes
+        names = {text.get_text(): text.get_window_extent() for text in left.texts}
+        assert {"toy (base)", "a name as long as any that there is (base)"} < names.keys()
+        for box in names.values():
+            assert left.bbox.x0 <= box.x0 and box.x1 <= left.bbox.x1 + 1 and left.bbox.y0 <= box.y0
+        assert not names["toy (base)"].overlaps(names["a name as long as any that there is (base)"])
+        assert [text.get_text() for text in right.texts] == ["under 1%"] * 2
+        plt.close(figure)
 
 
 def test_report_says_in_one_line_what_it_lacks(tmp_path, monkeypatch, capsys):

@@ -205,6 +205,13 @@ def test_preset_is_valid(name):
     config = parse("--config", name)
     assert config.output_dir == f"runs/{name}"
     assert config.data is None
+    short = parse("--config", name, "--max_steps", "20")  # no setting has to follow
+    assert short.lr_scheduler.warmup_steps == round(20 * config.lr_scheduler.warmup_steps / config.max_steps)
+
+
+def test_warmups_are_whole_steps_of_the_whole_run():
+    steps = {"distilroberta": 6000, "quickstart": 200, "roberta-base": 24_000, "roberta-large": 30_000}
+    assert {name: parse("--config", name).lr_scheduler.warmup_steps for name in PRESETS} == steps
 
 
 def test_presets_hold_the_numbers_of_the_papers_table_9():
@@ -394,7 +401,7 @@ def test_too_long_sequences_and_warmups_say_what_to_change():
     message = refuse("--config", "roberta-base", "--max_seq_length", "513", "--model.max_position_embeddings", "514")
     assert "at least 515" in message
     assert "lower max_seq_length to 512" in message
-    assert "--lr_scheduler.warmup_steps 2" in refuse("--config", "roberta-base", "--max_steps", "20")
+    assert "--lr_scheduler.warmup_steps 2" in refuse("--max_steps", "20", "--lr_scheduler.warmup_steps", "21")
 
 
 def test_ends_of_an_interval():

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from fastroberta.training.picture import draw_losses, draw_sparkline, read_losses
+from fastroberta.config import TrainConfig
+from fastroberta.training import picture
+from fastroberta.training.picture import draw_losses, draw_sparkline, read_losses, show_losses
 
 
 @pytest.fixture
@@ -43,3 +45,13 @@ def test_picture_is_written_where_matplotlib_is(run, monkeypatch):
     assert draw_losses(run, "a run", 5.3).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw_losses(run, "a run", 5.3) is None
+
+
+def test_the_line_of_text_is_there_without_the_picture_whose_title_says_what_ran(run, monkeypatch):
+    titles = []
+    monkeypatch.setattr(picture, "draw_losses", lambda directory, title, entropy: titles.append(title))
+    config = TrainConfig(output_dir=str(run), precision="fp32")
+    assert show_losses(config, False, 5.3) == "loss: █▁"
+    assert titles[0].startswith(f"{run.name}: 12 layers of 768, 256 x 512 tokens per step, CPU, fp32, 20")
+    monkeypatch.setattr(picture, "draw_losses", lambda *_: run / "loss.png")
+    assert show_losses(config, True, 5.3) == f"loss: █▁  ({run}/loss.png)"

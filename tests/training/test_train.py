@@ -487,3 +487,23 @@ def test_idle_threads_do_not_spin_for_long(tmp_path):
     )
     assert done.returncode == DataError.exit_code, done.stderr
     assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr
+
+
+def test_the_text_is_prepared_before_torch_is_imported_and_its_compiler_never_is(data, tmp_path):
+    """Both take seconds of the time to the first step."""
+    code = (
+        "import shutil, sys\n"
+        "from fastroberta import train\n"
+        "def prepare(directory):\n"
+        "    assert 'torch' not in sys.modules\n"
+        f"    shutil.copytree({str(data)!r}, directory)\n"
+        "train.prepare_python_texts = prepare\n"
+        "assert train.main(sys.argv[1:]) == 0\n"
+        "assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules\n"
+    )
+    arguments = [one for one in list_arguments(data, tmp_path) if not one.startswith("--data")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--max_steps=1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("loading PyTorch\n")
