@@ -10,9 +10,12 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from fastroberta_kernels._dispatch import get_capability
 from fastroberta_kernels.attention import HEAD_DIMS, attention, varlen_attention
 from fastroberta_kernels.cross_entropy import linear_cross_entropy
 from fastroberta_kernels.embedding import embedding_layer_norm
+from fastroberta_kernels.fp8 import E5M2, cast, cast_weight
+from fastroberta_kernels.fp8_mlp import cast_mlp, fp8_mlp
 from fastroberta_kernels.gelu import bias_gelu, geglu
 from fastroberta_kernels.layer_norm import dropout_add_layer_norm, layer_norm
 from fastroberta_kernels.masking import LONGEST_SEQUENCE, mask_tokens
@@ -246,3 +249,54 @@ def rotary_cases() -> Iterator[Callable[[], None]]:
         for table_dtype in dict.fromkeys((torch.float32, dtype)):
             for head_dim in (32, 64, 128, 48, 24, 2):
                 yield case(dtype, table_dtype, head_dim)
+
+
+def fp8_cases() -> Iterator[Callable[[], None]]:
+    """Casts in every configuration, and the kernels that write 8 bits beside 16; e4m3 exists from sm_89 on."""
+
+    def cast_case(dtype, num_columns):
+        def run():
+            x = torch.zeros((48, num_columns), dtype=dtype)
+            cast(x, True, dtype=E5M2)
+            if has_e4m3():
+                cast(x, True)
+                cast(x, True, torch.ones(1))
+                cast_weight(x, impl="triton")
+
+        return run
+
+    def norm_case(dtype, num_columns):
+        def run():
+            if has_e4m3():
+                x, residual, *vectors = (
+                    torch.zeros(shape, dtype=dtype) for shape in [(48, num_columns)] * 2 + [num_columns] * 3
+                )
+                dropout_add_layer_norm(
+                    x, residual, *vectors[:2], p=0.1, x_bias=vectors[2], seed=0, bound=torch.ones(()), impl="triton"
+                )
+
+        return run
+
+    def mlp_case(approximate):
+        def run():
+            if has_e4m3():
+                x = torch.zeros((48, 768), dtype=torch.bfloat16, requires_grad=True)
+                up, down = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((3072, 768), (768, 3072)))
+                cast = cast_mlp(up, torch.zeros(3072), down, torch.ones(()), impl="triton")
+                y = fp8_mlp(x, up, torch.zeros(3072), down, approximate=approximate, weights_8=cast, impl="triton")
+                y.backward(torch.zeros_like(y))
+
+        return run
+
+    for dtype in DTYPES:
+        for num_columns in (768, 1023):
+            yield cast_case(dtype, num_columns)
+    for num_columns in (128, 256, 512, 768, 2048, 4096, 8192, 1023):
+        yield norm_case(torch.bfloat16, num_columns)
+    for approximate in ("none", "tanh"):
+        yield mlp_case(approximate)
+
+
+def has_e4m3() -> bool:
+    """Whether the chip to compile for has this format."""
+    return get_capability(torch.device("cpu")) >= 89

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KERNEL_MODULES = ("attention", "layer_norm", "gelu", "embedding", "cross_entropy", "masking", "rotary")
+KERNEL_MODULES = ("attention", "layer_norm", "gelu", "embedding", "cross_entropy", "masking", "rotary", "fp8")
 
 
 class Chip(NamedTuple):

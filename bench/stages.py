@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastroberta.precision import FIRST_WITH_FP8
+
 from . import kernels, train
 from .all import ROOT, run_limited
 from .case import EAGER, OURS, Case, Setting
@@ -233,7 +235,7 @@ def list_tensors(value: Any) -> list[torch.Tensor]:
 
 def measure_step(session: Session) -> None:
     """Tokens/s, MFU and memory of whole steps; then time by kernel beside its floor, and by region of the step; last, on a
-    GPU, the same steps replayed as CUDA graphs."""
+    GPU, the same steps replayed as CUDA graphs, in bf16 and with 8-bit products."""
     ceilings, task = session.read_ceilings(), session.make_task()
     trainer = measure_way(session, task, OURS, ceilings)
     if not session.has_time("profile"):
@@ -245,11 +247,14 @@ def measure_step(session: Session) -> None:
         with open(trace, "rb") as source, gzip.open(session.out / "step-trace.json.gz", "wb") as target:
             shutil.copyfileobj(source, target)
     report_profile(session, task, events, steps, ceilings)
-    if session.on_gpu and session.has_time(GRAPH):
+    if session.on_gpu:
         del trainer
-        gc.collect()  # it and the generator of its batches hold each other
-        torch.cuda.empty_cache()
-        measure_way(session, task, GRAPH, ceilings)
+        has_fp8 = torch.cuda.get_device_capability() >= FIRST_WITH_FP8
+        for precision in [task.precision, *["fp8"] * has_fp8]:
+            if session.has_time(f"{GRAPH}, {precision}"):
+                gc.collect()  # a trainer and the generator of its batches hold each other
+                torch.cuda.empty_cache()
+                measure_way(session, task._replace(precision=precision), GRAPH, ceilings)
 
 
 def measure_way(session: Session, task: Task, name: str, ceilings: dict[str, Any]) -> Ours:

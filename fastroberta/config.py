@@ -213,10 +213,10 @@ class TrainConfig:
     )
     seed: int = setting(1, "seed of the initial weights, data order, masks and dropout [seed]", valid=f"[0, {2**31})")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto: on a GPU if there is one")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = setting(
         "auto",
-        "precision of matrix products; auto: the one that the device is fastest in. Weights stay fp32, and fp16 scales "
-        "the loss [fp16, bf16]",
+        "precision of matrix products; auto: the one that the device is fastest in, never fp8. Weights stay fp32; fp16 "
+        "scales the loss; fp8 is bf16 with 8-bit factors in the layers [fp16, bf16]",
     )
 
     max_seq_length: int = setting(512, "number of tokens per sequence [tokens_per_sample]", valid="[8, inf)")
@@ -379,6 +379,11 @@ class TrainConfig:
             raise ConfigurationError("sharding = full and torch_compile cannot be combined: leave one out")
         if self.cuda_graph and self.torch_compile:
             raise ConfigurationError("cuda_graph and torch_compile cannot be combined: leave one out")
+        sizes = self.model.hidden_size, self.model.intermediate_size
+        if self.precision == "fp8" and any(size % 16 for size in sizes):
+            raise ConfigurationError(
+                f"precision = fp8 needs multiples of 16 in model.hidden_size and model.intermediate_size, not {sizes}"
+            )
         if self.distill_from is None and self.distillation != DistillationConfig():
             raise ConfigurationError(
                 "distillation has settings, but there is no teacher: give --distill_from DIRECTORY"

@@ -106,7 +106,7 @@ def find_gpu(device_name: str) -> GPU | None:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The denominator of MFU in every precision: FLOP/s of dense bf16 products, from the datasheet.
+    """The denominator of MFU in every precision, fp8 too: FLOP/s of dense bf16 products, from the datasheet.
 
     None for GPUs that `find_gpu` does not know; measure with `precision.measure_matmul_flops` instead.
     """
@@ -149,6 +149,7 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
 
     - half precision adds 2 n to the parameters in every mode, for the copy that it computes with; with
       gradient_checkpointing, only for embeddings, head and one layer
+    - fp8 adds 2 n more for the layers' weights, which are kept in 8 bits in two layouts
     - activations: per token and layer the input, q, k, v, the output of attention, both sums before LayerNorm and the
       output of the first LayerNorm (8 d numbers), and the MLP before and after GELU (2 f numbers); with
       gradient_checkpointing the input of each layer, and one whole layer. Attention matrices are never stored, and logits
@@ -179,6 +180,8 @@ def estimate_memory(config: TrainConfig, micro_batch_size: int, num_processes: i
     width = 4 if config.precision == "fp32" else 2
     if width == 2:
         parameters += 2 * (outside + (1 if config.gradient_checkpointing else layers) * layer_count)
+    if config.precision == "fp8":
+        parameters += 2 * (1 if config.gradient_checkpointing else layers) * layer_count
     tokens = micro_batch_size * config.max_seq_length
     masked = micro_batch_size * _masked_per_sequence(config)
     layer = (8 * d + 2 * f) * tokens * width

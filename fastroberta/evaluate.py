@@ -49,7 +49,7 @@ class EvaluateConfig:
     )
     micro_batch_size: int = setting(16, "number of sequences processed at once", valid="[1, inf)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = setting(
         "auto", "precision of the matrix products; auto: as in training, or what the device is fast in if unknown"
     )
 
@@ -62,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .data import heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
     from .errors import ConfigurationError
     from .hf import read_pretrained
-    from .model import COMPUTE_DTYPES
     from .parallel.processes import select_device
     from .precision import settle_precision
     from .training.score import evaluate_model
@@ -100,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(config.device)
     model.to(device)
     precision, _ = settle_precision(config.precision, device, trained.get("precision"))
-    model.compute_dtype = COMPUTE_DTYPES[precision]
+    model.set_precision(precision)
     cut = {name: value for name, value in settings.items() if name != "mlm_probability"}
     blocks = open_split(corpora, "heldout", **cut)
     batches = move_ahead(heldout_batches(blocks, config.eval_sequences, config.micro_batch_size), device)

@@ -5,7 +5,8 @@ prediction; every token is of type 0. Two shortcuts save work and change neither
 sees masked tokens only, and the last layer computes its queries, projection and MLP for masked rows only.
 
 Shape suffixes: b sequences, l tokens per sequence, k masked slots per sequence, d hidden size. Parameters are fp32;
-matrix products run in `compute_dtype`, to which weights are cast at each use, or once for a whole step (`cast_once`).
+matrix products run in `compute_dtype`, to which weights are cast at each use, or once for a whole step (`cast_once`). With
+`precision` fp8 that is bf16, and the products of the layers with their weights multiply 8-bit numbers.
 
 Dropout follows `training`, as in any PyTorch module. In training mode it needs the keys that `dropout_keys` makes.
 """
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from fastroberta_kernels.attention import attention, varlen_attention
 from fastroberta_kernels.cross_entropy import LinearCrossEntropyOutput, MaskedLMHead
 from fastroberta_kernels.embedding import Embeddings
+from fastroberta_kernels.fp8 import Scaled, ScaledWeight, bound_layer_norm, cast_weight, fp8_linear
+from fastroberta_kernels.fp8_mlp import ScaledMLP, cast_mlp, fp8_mlp
 from fastroberta_kernels.gelu import bias_gelu
 from fastroberta_kernels.layer_norm import DropoutAddLayerNorm
 from fastroberta_kernels.philox import fold_seed
@@ -31,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import ModelConfig
 
 VOCABULARY_MULTIPLE = 64  # the word table is padded to a multiple of this: matrix products are faster when aligned
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 DROPOUT_SITES = 3  # per layer: attention probabilities, attention output, MLP output
 
 
@@ -60,6 +63,28 @@ def gather_rows(hidden_bld: Tensor, positions_bk: Tensor) -> Tensor:
     return rows.view(size_b, -1, size_d)
 
 
+class In8Bits(NamedTuple):
+    """A layer's weights in 8 bits, and bounds on what its two LayerNorms give."""
+
+    qkv: ScaledWeight
+    attention: ScaledWeight
+    mlp: ScaledMLP
+    attended_bound: Tensor
+    output_bound: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """What takes part in a layer's matrix products, in the compute dtype: the weight and bias of queries, keys and values,
+    and the weights of the other three linear layers, whose biases belong to fused kernels."""
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    attention: Tensor
+    up: Tensor
+    down: Tensor
+    in_8_bits: In8Bits | None
+
+
 class EncoderLayer(nn.Module):
     """One post-layer-norm transformer layer."""
 
@@ -75,14 +100,23 @@ class EncoderLayer(nn.Module):
         self.intermediate = nn.Linear(size_d, config.intermediate_size)
         self.output = nn.Linear(config.intermediate_size, size_d)
         self.output_norm = DropoutAddLayerNorm(size_d, dropout, eps)
-        self.casts: tuple[Tensor, ...] | None = None  # set by `RobertaForMaskedLM.cast_once`
+        self.uses_fp8 = False  # set by `RobertaForMaskedLM.set_precision`
+        self.casts: LayerWeights | None = None  # set by `RobertaForMaskedLM.cast_once`
 
-    def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What takes part in matrix products, in a dtype: the weight and bias of queries, keys and values, and the
-        weights of the other three linear layers, whose biases belong to fused kernels."""
+    def cast(self, dtype: torch.dtype) -> LayerWeights:
+        """The weights as matrix products take them, in a dtype and, with fp8, in 8 bits too."""
         qkv = self.query_key_value
         parameters = (qkv.weight, qkv.bias, self.attention_output.weight, self.intermediate.weight, self.output.weight)
-        return tuple(parameter.to(dtype) for parameter in parameters)
+        weight, bias, w_attention, w_up, w_down = (parameter.to(dtype) for parameter in parameters)
+        in_8_bits = None
+        if self.uses_fp8:
+            # From 16 bits, in which sharding: optimizer sends the weights: every mode rounds the same numbers.
+            between, after = ((norm.weight, norm.bias) for norm in (self.attention_norm, self.output_norm))
+            mlp = cast_mlp(w_up, self.intermediate.bias, w_down, row_norm=bound_layer_norm(*between, order=2))
+            in_8_bits = In8Bits(
+                cast_weight(weight), cast_weight(w_attention), mlp, bound_layer_norm(*between), bound_layer_norm(*after)
+            )
+        return LayerWeights(weight, bias, w_attention, w_up, w_down, in_8_bits)
 
     def forward(
         self,
@@ -90,25 +124,30 @@ class EncoderLayer(nn.Module):
         scope: AttentionScope,
         dropout_seeds: Sequence[Tensor | None] = NO_DROPOUT,
         positions_bk: Tensor | None = None,
-    ) -> Tensor:
+        hidden_8: Scaled | None = None,
+    ) -> tuple[Tensor, Scaled | None]:
         """Args:
             dropout_seeds: int64 (2,), a key and a first row, for each of the three sites. Needed in training mode with
                 dropout.
             positions_bk: compute the output at these positions only. Keys and values still come from all positions.
+            hidden_8: with fp8, `hidden_bld` in 8 bits, if the layer before wrote it.
         Returns:
-            (b, l, d), or (b, k, d) if positions are given.
+            (b, l, d), or (b, k, d) if positions are given; and the same in 8 bits with fp8, else None.
         """
         size_b, size_l, size_d = hidden_bld.shape
-        weight, bias, w_attention, w_up, w_down = self.casts or self.cast(hidden_bld.dtype)
+        weight, bias, w_attention, w_up, w_down, in_8_bits = self.casts or self.cast(hidden_bld.dtype)
         heads = (self.num_heads, size_d // self.num_heads)
         if positions_bk is None:
             residual = hidden_bld
-            q, k, v = F.linear(hidden_bld, weight, bias).view(size_b, size_l, 3, *heads).unbind(2)
+            weight_8 = in_8_bits and in_8_bits.qkv
+            q, k, v = multiply(hidden_bld, weight, bias, hidden_8, weight_8).view(size_b, size_l, 3, *heads).unbind(2)
         else:
             residual = gather_rows(hidden_bld, positions_bk)
-            (w_q, w_kv), (b_q, b_kv) = (tensor.split((size_d, 2 * size_d)) for tensor in (weight, bias))
-            q = F.linear(residual, w_q, b_q).view(size_b, -1, *heads)
-            k, v = F.linear(hidden_bld, w_kv, b_kv).view(size_b, size_l, 2, *heads).unbind(2)
+            sizes = (size_d, 2 * size_d)
+            (w_q, w_kv), (b_q, b_kv) = weight.split(sizes), bias.split(sizes)
+            q_8, kv_8 = in_8_bits.qkv.split(*sizes) if in_8_bits else (None, None)
+            q = multiply(residual, w_q, b_q, None, q_8).view(size_b, -1, *heads)
+            k, v = multiply(hidden_bld, w_kv, b_kv, hidden_8, kv_8).view(size_b, size_l, 2, *heads).unbind(2)
 
         dropout_p = self.attention_dropout if self.training else 0.0
         if scope.cu_seqlens is None:
@@ -121,12 +160,32 @@ class EncoderLayer(nn.Module):
             )  # fmt: skip
         context = context.reshape(size_b, -1, size_d)
 
-        attended = self.attention_norm(
-            F.linear(context, w_attention), residual, self.attention_output.bias, dropout_seeds[1]
-        )
-        widened = F.linear(attended, w_up)
-        activated = bias_gelu(widened, self.intermediate.bias, approximate=self.gelu_approximation)
-        return self.output_norm(F.linear(activated, w_down), attended, self.output.bias, dropout_seeds[2])
+        if in_8_bits is None:
+            attended = self.attention_norm(
+                F.linear(context, w_attention), residual, self.attention_output.bias, dropout_seeds[1]
+            )
+            widened = F.linear(attended, w_up)
+            activated = bias_gelu(widened, self.intermediate.bias, approximate=self.gelu_approximation)
+            output = self.output_norm(F.linear(activated, w_down), attended, self.output.bias, dropout_seeds[2])
+            return output, None
+        attended, attended_8 = self.attention_norm(
+            fp8_linear(context, w_attention, weight_8=in_8_bits.attention), residual, self.attention_output.bias,
+            dropout_seeds[1], in_8_bits.attended_bound,
+        )  # fmt: skip
+        projected = fp8_mlp(
+            attended, w_up, self.intermediate.bias, w_down, approximate=self.gelu_approximation, x_8=attended_8,
+            weights_8=in_8_bits.mlp,
+        )  # fmt: skip
+        return self.output_norm(projected, attended, self.output.bias, dropout_seeds[2], in_8_bits.output_bound)
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor, x_8: Scaled | None = None, weight_8: ScaledWeight | None = None
+) -> Tensor:
+    """x weight^T + bias, with 8-bit factors if the weight is there in 8 bits."""
+    if weight_8 is None:
+        return F.linear(x, weight, bias)
+    return fp8_linear(x, weight, bias, x_8=x_8, weight_8=weight_8)
 
 
 def count_rows_before(positions_bk: Tensor, size_l: int, cu_seqlens: Tensor) -> Tensor:
@@ -190,6 +249,12 @@ class RobertaForMaskedLM(nn.Module):
             table[self.config.vocab_size :] = 0
         self.embeddings.position_embeddings.weight[self.pad_token_id] = 0
 
+    def set_precision(self, precision: str) -> None:
+        """Choose what matrix products run in: bf16, fp16, fp32 or fp8."""
+        self.compute_dtype = COMPUTE_DTYPES[precision]
+        for layer in self.layer:
+            layer.uses_fp8 = precision == "fp8"  # type: ignore[assignment]
+
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
         """In the block, which must not change the weights, layers share one cast of their matrices for all uses.
@@ -248,16 +313,17 @@ class RobertaForMaskedLM(nn.Module):
         hidden = self.embeddings(input_ids, seed=seeds[DROPOUT_SITES * num_layers], dtype=self.compute_dtype)
         if order is not None:
             hidden = gather_rows(hidden, order)
+        hidden_8: Scaled | None = None
         for index, layer in enumerate(self.layer):
             chosen = positions if index == num_layers - 1 else None
             layer_seeds = seeds[DROPOUT_SITES * index : DROPOUT_SITES * (index + 1)]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Dropout is a function of its seed: recomputing repeats it without the generator's state.
-                hidden = checkpoint(
-                    layer, hidden, scope, layer_seeds, chosen, use_reentrant=False, preserve_rng_state=False
+                hidden, hidden_8 = checkpoint(
+                    layer, hidden, scope, layer_seeds, chosen, hidden_8, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden = layer(hidden, scope, layer_seeds, chosen)
+                hidden, hidden_8 = layer(hidden, scope, layer_seeds, chosen, hidden_8)
         return hidden if order is None else gather_rows(hidden, order.argsort(dim=1))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

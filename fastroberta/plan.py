@@ -47,6 +47,7 @@ from .parallel.traffic import Traffic, bytes_sent, count_buckets
 DESCRIPTION = """Predict the memory, communication and speed of a run on a cluster, without training. Memory and bytes are
 counted; times come from a model, which fastroberta/plan.py describes. The settings of the cluster come first, then those of
 fastroberta.train."""
+WITHOUT_FP8 = r"\b(A\d+|A10G|V100|T4|RTX A\d+|RTX 30\d+)\b"  # no 8-bit floating point in their tensor cores
 WITHOUT_BF16 = r"\b(T4|V100)\b"  # their tensor cores take fp16 only
 VOCABULARY = 50265  # roberta-base's, if not set: without data there is no tokenizer to ask
 # Latency in seconds from GPU to GPU, inside a node and between nodes, as NCCL assumes it (hwLat in its
@@ -111,6 +112,8 @@ class PlanConfig(TrainConfig, ClusterConfig):
             raise ConfigurationError(
                 f"gpu_name = {self.gpu_name}: its peak is not known here; known are A100, H100, H200, B200, L40S and others"
             )
+        if self.precision == "fp8" and re.search(WITHOUT_FP8, self.gpu_name):
+            raise ConfigurationError(f"precision = fp8: {self.gpu_name} does not multiply 8-bit numbers; use bf16")
         names = ("gpu_memory", "gpu_bandwidth", "node_bandwidth")
         if missing := [f"--{name}" for name in names if getattr(self, name) is None]:
             raise ConfigurationError(

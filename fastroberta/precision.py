@@ -3,6 +3,9 @@
 `auto` takes bf16 where the device is fast at it, else fp16 with a scaled loss on GPUs older than sm_80, else fp32. On a CPU
 a product of a few milliseconds decides: bf16 without instructions of its own is emulated, and was measured a hundred times
 slower than fp32 on a Zen 3.
+
+`fp8` is bf16 with 8-bit factors in the products of the encoder layers (`fastroberta_kernels.fp8`). It has to be asked for:
+it needs a GPU of sm_89 or later, and no run has shown yet how much it gains. A CPU emulates it, slowly, to check losses.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from .errors import ConfigurationError
+
 FIRST_WITH_BF16 = (8, 0)  # compute capability of GPUs whose tensor cores take bf16
+FIRST_WITH_FP8 = (8, 9)
 SIZE = 256  # rows of the product that decides; 34 MFLOP: under a millisecond, or 40 where bf16 is emulated
 
 
@@ -49,15 +55,25 @@ def settle_precision(asked: str, device: torch.device, before: str | None = None
     """The precision of a run, and why, in a few words.
 
     Args:
-        asked: `auto`, `bf16`, `fp16` or `fp32`. device: where products run.
+        asked: `auto`, `bf16`, `fp16`, `fp32` or `fp8`. device: where products run.
         before: the precision of the checkpoint that is continued; `auto` keeps it, so that a run does not change its
             arithmetic when it moves to another machine.
+    Raises:
+        ConfigurationError: fp8 on a GPU that does not multiply 8-bit numbers.
     """
-    if asked == "auto" and before is not None:
-        return before, "as in the checkpoint"
+    is_kept = asked == "auto" and before is not None
+    settled = before if is_kept else asked
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         name = f"sm_{capability[0]}{capability[1]}"
+        if settled == "fp8" and capability < FIRST_WITH_FP8:
+            raise ConfigurationError(
+                f"precision = fp8: needs a GPU of sm_89 or later, and this one is {name}; use bf16"
+            )
+    if is_kept:
+        assert before is not None
+        return before, "as in the checkpoint"
+    if device.type == "cuda":
         if asked != "auto":
             return asked, "as asked"
         if capability >= FIRST_WITH_BF16:
@@ -65,6 +81,8 @@ def settle_precision(asked: str, device: torch.device, before: str | None = None
         return "fp16", f"tensor cores of {name} take no bf16"
     if asked == "fp32":
         return asked, "as asked"
+    if asked == "fp8":
+        return asked, "as asked, but slow: a CPU emulates it, which is good for checking losses only"
     half = torch.float16 if asked == "fp16" else torch.bfloat16
     # One thread and its own time: what else runs on the machine must not decide.
     num_threads = torch.get_num_threads()

@@ -18,7 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def mend_interpreter() -> None:
     """What Triton 3.6's interpreter gets wrong, and what would hide or invent errors of the kernels: products of bf16 are
-    taken for products of integers, rounding to bf16 cuts digits off, and numpy >= 2.4 refuses tensors as loop bounds.
+    taken for products of integers, rounding to bf16 and to 8 bits cuts digits off, and numpy >= 2.4 refuses tensors as
+    loop bounds.
 
     Products are summed in fp64 and rounded to fp32 once: in fp32 the error would be that of numpy's BLAS, whose order of
     summation is another on each processor, and tests at the edge of their bound would pass on one and fail on the next.
@@ -30,6 +31,7 @@ def mend_interpreter() -> None:
         return
     patch_tensor = interpreter._patch_lang_tensor
     convert = interpreter._convert_float
+    eights = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
     def patch_tensor_with_index(tensor, scope):
         patch_tensor(tensor, scope)
@@ -48,6 +50,8 @@ def mend_interpreter() -> None:
     def convert_to_nearest(data, source, target, rounding):
         if (source, target) == (tl.float32, tl.bfloat16):
             return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if source == tl.float32 and target in eights:
+            return torch.from_numpy(np.ascontiguousarray(data)).to(eights[target]).view(torch.uint8).numpy()
         return convert(data, source, target, rounding)
 
     interpreter._patch_lang_tensor = patch_tensor_with_index

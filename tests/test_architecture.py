@@ -26,8 +26,9 @@ FLOORS = [
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],
     ["philox", "_rows"],
+    ["fp8"],
     ["_attention_cpu", "_attention_window_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb", "rotary"],
-    ["attention", "cross_entropy"],
+    ["attention", "cross_entropy", "fp8_mlp"],
     ["_exchange"],
     ["_hf_attention", "_masked_lm"],
     ["_bert"],

@@ -102,6 +102,9 @@ def test_memory_estimate():
     assert half["parameters"] == 6 * num_parameters(BASE)
     assert half["activations"] == pytest.approx(parts["activations"] / 2, rel=0.1)
     assert estimate_memory(config, 8)["parameters"] == half["parameters"]
+    eight = estimate_memory(TrainConfig(model=BASE, precision="fp8"), 4)
+    assert eight["parameters"] - half["parameters"] == 2 * 12 * num_layer_parameters(BASE)
+    assert eight["activations"] == half["activations"]
     config.gradient_checkpointing = True
     assert estimate_memory(config, 4)["activations"] < half["activations"] / 3
     copy = half["parameters"] - estimate_memory(config, 4)["parameters"]

@@ -239,8 +239,10 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(sizes):
     assert (got - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max().item())
 
 
-def test_gradient_checkpointing_recomputes_the_same_dropout():
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_gradient_checkpointing_recomputes_the_same_dropout(precision):
     model = make_model(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train()
+    model.set_precision(precision)
     keys, first = model.dropout_keys(3, torch.device("cpu")), torch.tensor(7)
     gradients = []
     for model.gradient_checkpointing in (False, True):
@@ -250,11 +252,11 @@ def test_gradient_checkpointing_recomputes_the_same_dropout():
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_weights_cast_once_give_the_same_bits(compiled):
+@pytest.mark.parametrize(("precision", "compiled"), [("bf16", False), ("bf16", True), ("fp8", False), ("fp8", True)])
+def test_weights_cast_once_give_the_same_bits(precision, compiled):
     """Losses and gradients of two micro-batches; a change of the weights after the block is seen."""
     model = make_model(hidden_dropout_prob=0.1).train()
-    model.compute_dtype = torch.bfloat16
+    model.set_precision(precision)
     loss = torch.compile(model.loss, backend="aot_eager") if compiled else model.loss
     keys = model.dropout_keys(1, torch.device("cpu"))
 
@@ -279,12 +281,23 @@ def test_weights_cast_once_give_the_same_bits(compiled):
     assert model.layer[0].casts is None
 
 
-def test_bf16_is_close_to_fp32():
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 5e-3), ("fp8", 1e-2)])
+def test_lower_precision_is_close_to_fp32(precision, bound):
     model = make_model()
     batch = make_batch()
-    expected = model.loss(*batch).loss
-    model.compute_dtype = torch.bfloat16
-    assert relative(model.loss(*batch).loss, expected) < 5e-3
+    losses, gradients = [], []
+    for one in ("fp32", precision):
+        model.set_precision(one)
+        model.zero_grad()
+        losses.append(model.loss(*batch).loss)
+        losses[-1].backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert relative(losses[1], losses[0]) < bound
+    cosine = F.cosine_similarity(*gradients, dim=0)
+    assert 1 - 10 * bound < cosine < 1 - 1e-6
+    if precision == "fp8":  # another model than bf16's, forward and backward
+        model.set_precision("bf16")
+        assert model.loss(*batch).loss != losses[1]
 
 
 def test_initial_weights():

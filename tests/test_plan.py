@@ -330,6 +330,7 @@ def test_memory_of_each_size_is_by_its_name():
         (["--nodes", "3"], "train_batch_size = 8192 must be a multiple of the 24 processes, which share it"),
         (["--nodes", "2", "--micro_batch_size", "1024"], "micro_batch_size = 1024 on 16 processes must divide"),
         (["--batch_ramp.start", "4", "--batch_ramp.tokens", "9"], "batch_ramp.start = 4 must be a multiple of the 8"),
+        (["--gpu_name", "A100-SXM4-80GB", "--precision", "fp8"], "A100-SXM4-80GB does not multiply 8-bit numbers"),
         (["--gpu_name", "H900"], "gpu_name = H900: its peak is not known"),
         (["--gpu_name", "A100"], "not known here; give --gpu_memory, --gpu_bandwidth, --node_bandwidth\n"),
         (["--gpu_name=B200", "--gpu_memory=180", "--gpu_bandwidth=6"], "not known here; give --node_bandwidth\n"),

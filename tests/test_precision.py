@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastroberta import precision
+from fastroberta.errors import ConfigurationError
 from fastroberta.precision import settle_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -38,6 +39,22 @@ def test_a_gpu_takes_what_its_tensor_cores_take(monkeypatch, capability, expecte
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert settle_precision("auto", GPU)[0] == expected
     assert settle_precision("fp32", GPU) == ("fp32", "as asked")
+
+
+@pytest.mark.parametrize(("asked", "before"), [("fp8", None), ("auto", "fp8")])
+def test_fp8_is_for_gpus_that_multiply_it(monkeypatch, asked, before):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert settle_precision(asked, GPU, before)[0] == "fp8"
+    assert settle_precision("auto", GPU)[0] == "bf16"  # never by itself
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(
+        ConfigurationError, match="precision = fp8: needs a GPU of sm_89 or later, and this one is sm_86"
+    ):
+        settle_precision(asked, GPU, before)
+
+
+def test_a_cpu_says_that_it_emulates_fp8():
+    assert settle_precision("fp8", CPU)[1].startswith("as asked, but slow: a CPU emulates it")
 
 
 def test_a_run_keeps_its_precision_on_another_machine(rates):

@@ -24,7 +24,6 @@ from ..data import Blocks, heldout_batches, masking_arguments, move_ahead, open_
 from ..errors import ConfigurationError
 from ..hf import load_huggingface
 from ..log import print_line
-from ..model import COMPUTE_DTYPES
 from ..parallel.processes import select_device
 from ..training.resume import MAY_CHANGE, flatten
 from ..training.score import Scores, evaluate_model
@@ -179,7 +178,7 @@ class Ablation:
     def _score(self, checkpoint: Path, batch_size: int, precision: str) -> Scores:
         """A checkpoint's scores on the baseline's held-out sequences, under the same masks for all variants."""
         model = load_huggingface(checkpoint).to(self.device)
-        model.compute_dtype = COMPUTE_DTYPES[precision]
+        model.set_precision(precision)
         batches = move_ahead(heldout_batches(self.heldout, self.base.eval_sequences, batch_size), self.device)
         return evaluate_model(model, batches, masking_arguments(self.manifest, self.base.mlm_probability))
 

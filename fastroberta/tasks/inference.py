@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checkpoint import verify_directory
 from ..corpus.tokenizer import load_tokenizer
 from ..hf import load_huggingface
-from ..model import COMPUTE_DTYPES, AttentionScope, RobertaForMaskedLM
+from ..model import AttentionScope, RobertaForMaskedLM
 from ..parallel.processes import select_device
 from ..precision import settle_precision
 
@@ -29,7 +29,7 @@ def load_encoder(checkpoint: str, device: str, precision: str) -> tuple[RobertaF
     verify_directory(directory)
     on = select_device(device)
     model = load_huggingface(directory).to(on)
-    model.compute_dtype = COMPUTE_DTYPES[settle_precision(precision, on)[0]]
+    model.set_precision(settle_precision(precision, on)[0])
     tokenizer = load_tokenizer(directory)
     tokenizer.enable_truncation(model.config.max_position_embeddings - 2)
     return model, tokenizer

@@ -38,7 +38,7 @@ from ..corpus.tokenizer import load_tokenizer
 from ..data import Batch, Blocks, heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
 from ..errors import DeviceMemoryError, Stopped
 from ..hf import save_huggingface
-from ..model import COMPUTE_DTYPES, AttentionScope
+from ..model import AttentionScope
 from ..optim import LossScaler, learning_rate, settle_epochs
 from ..parallel.distribute import DistributedOptimizer, distribute
 from ..parallel.processes import Processes, add_bits, select_device
@@ -105,7 +105,7 @@ class Trainer:
         precision_note = "" if reason == "as asked" else f"precision {config.precision}: {reason}"
         self.notes += filter(None, (epochs_note, precision_note))
         self.model.train()
-        self.model.compute_dtype = COMPUTE_DTYPES[config.precision]
+        self.model.set_precision(config.precision)
         self.distillation = prepare_distillation(self.model, config, self.manifest, self.device)
         if self.distillation is not None:
             self.notes.append(describe_teacher(config))

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 
 from ._dispatch import align, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
+from .fp8 import E4M3, E5M2, TOPS, Scaled, allocate, cast, make_scale
 
 TILE = {"ROWS": 8, "BLOCK": 256}  # for eight warps; 256 columns are 512 bytes of a bf16 row
 
@@ -75,8 +76,9 @@ def _differentiate(s, TANH: tl.constexpr):
 @jit(do_not_specialize=["num_rows"])
 def _bias_gelu_forward_kernel(
     x_ptr, bias_ptr, y_ptr,  # (rows, N), (N,) or None, (rows, N)
+    bound_ptr, y_8_ptr, inverse_ptr,  # of y in 8 bits: fp32 scalar, (rows, N), fp32 scalar; or None
     num_rows, num_columns,
-    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(num_columns, BLOCK)
     rows = ((tl.program_id(0) // num_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -87,21 +89,30 @@ def _bias_gelu_forward_kernel(
     s = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         s += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offsets, (s * _evaluate(s, TANH)).to(y_ptr.dtype.element_ty), mask=mask)
+    y = s * _evaluate(s, TANH)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if y_8_ptr is not None:
+        scale, inverse = make_scale(tl.load(bound_ptr), TOP)
+        tl.store(inverse_ptr, inverse, mask=tl.program_id(0) == 0)
+        tl.store(y_8_ptr + offsets, (y * scale).to(y_8_ptr.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["num_rows"])
 def _bias_gelu_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, dx_ptr,  # (rows, N), (rows, N), (N,) or None, (rows, N)
+    bound_ptr, dx_8_ptr, inverse_ptr,  # of dx in 8 bits: fp32 scalar, (rows, N), fp32 scalar; or None
     partials_ptr,  # fp32 (1, programs, N), or None as bias
     num_rows, num_columns,
-    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column_mask = columns < num_columns
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    if dx_8_ptr is not None:
+        scale, inverse = make_scale(tl.load(bound_ptr), TOP)
+        tl.store(inverse_ptr, inverse, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
     for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=3):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         mask = (rows < num_rows)[:, None] & column_mask[None, :]
@@ -113,6 +124,8 @@ def _bias_gelu_backward_kernel(
         _, slope = _differentiate(s, TANH)
         dx = dy * slope
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dx_8_ptr is not None:
+            tl.store(dx_8_ptr + offsets, (dx * scale).to(dx_8_ptr.dtype.element_ty), mask=mask)
         dbias += dx  # zero outside the mask, where dy is zero
     if partials_ptr is not None:
         partials_ptr += tl.program_id(0).to(tl.int64) * num_columns
@@ -122,14 +135,21 @@ def _bias_gelu_backward_kernel(
 @operator("bias_gelu_forward")
 def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
     y = _allocate_forward(x, bias, tanh)
+    _launch_forward(x, bias, tanh, y)
+    return y
+
+
+def _launch_forward(x, bias, tanh, y, *in_8_bits):
+    """Args:
+    in_8_bits: the bound on y, and what is written: y in 8 bits and its inverse scale.
+    """
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_tiles = -(-num_rows // TILE["ROWS"]) * -(-num_columns // TILE["BLOCK"])
     launch(
         _bias_gelu_forward_kernel, (num_tiles,),
-        align(x), align(bias), y, num_rows, num_columns,
-        TANH=tanh, **TILE, num_warps=8,
+        align(x), align(bias), y, *(in_8_bits or (None,) * 3), num_rows, num_columns,
+        TANH=tanh, **TILE, TOP=TOPS[E4M3], num_warps=8,
     )  # fmt: skip
-    return y
 
 
 @_bias_gelu_forward.register_fake
@@ -143,6 +163,14 @@ def _bias_gelu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx and dbias. Without a bias dbias is empty."""
     dx, dbias = _allocate_backward(dy, x, bias, tanh)
+    _launch_backward(dy, x, bias, tanh, dx, dbias)
+    return dx, dbias
+
+
+def _launch_backward(dy, x, bias, tanh, dx, dbias, *in_8_bits):
+    """Args:
+    in_8_bits: the bound on dx, and what is written: dx in 8 bits and its inverse scale.
+    """
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_blocks = -(-num_columns // TILE["BLOCK"])
     # At 64 registers per thread, twice as many programs fit as `count_programs` assumes.
@@ -152,12 +180,11 @@ def _bias_gelu_backward(
         partials = torch.empty((1, num_programs, num_columns), dtype=torch.float32, device=x.device)
     launch(
         _bias_gelu_backward_kernel, (num_programs, num_blocks),
-        align(dy), align(x), align(bias), dx, partials, num_rows, num_columns,
-        TANH=tanh, **TILE, num_warps=8, maxnreg=REGISTER_LIMIT if x.dtype == torch.float32 else None,
+        align(dy), align(x), align(bias), dx, *(in_8_bits or (None,) * 3), partials, num_rows, num_columns,
+        TANH=tanh, **TILE, TOP=TOPS[E5M2], num_warps=8, maxnreg=REGISTER_LIMIT if x.dtype == torch.float32 else None,
     )  # fmt: skip
     if partials is not None:
         sum_partials(partials, (dbias,))
-    return dx, dbias
 
 
 @_bias_gelu_backward.register_fake
@@ -178,6 +205,42 @@ def _backward(ctx, dy):
 
 
 _bias_gelu_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def forward_in_8_bits(
+    x: torch.Tensor, bias: torch.Tensor, tanh: bool, bound: torch.Tensor | None, triton: bool
+) -> tuple[torch.Tensor, Scaled]:
+    """gelu(x + bias), and the same in e4m3: written in one pass where a bound on it is given. For the forward of `fp8`."""
+    if not triton:
+        y = bias_gelu_torch(x, bias, "tanh" if tanh else "none")
+        return y, cast(y, False, bound)
+    (bias,) = unify_dtypes(x, bias)
+    y = _allocate_forward(x, bias, tanh)
+    if bound is None:
+        _launch_forward(x, bias, tanh, y)
+        return y, cast(y, True)
+    y_8 = allocate(x, E4M3)
+    _launch_forward(x, bias, tanh, y, bound, *y_8)
+    return y, y_8
+
+
+def backward_in_8_bits(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, tanh: bool, bound: torch.Tensor, triton: bool
+) -> tuple[torch.Tensor, torch.Tensor, Scaled]:
+    """dx, dbias, and dx in e5m2, written in the same pass with a scale from a bound on it. For the backward of `fp8`.
+
+    Args:
+        x, dy: (rows, N).
+    """
+    if not triton:
+        s = x + bias.to(x.dtype)
+        dx = torch.ops.aten.gelu_backward(dy, s, approximate="tanh" if tanh else "none")
+        return dx, dx.sum(0).to(bias.dtype), cast(dx, False, bound, E5M2)
+    (same,) = unify_dtypes(x, bias)
+    dx, dbias = _allocate_backward(dy, x, same, tanh)
+    dx_8 = allocate(x, E5M2)
+    _launch_backward(dy, x, same, tanh, dx, dbias, bound, *dx_8)
+    return dx, dbias.to(bias.dtype), dx_8
 
 
 def bias_gelu(

@@ -27,7 +27,8 @@ this one. Storing z would therefore take as much memory as keeping x and as much
 less, the forward writes one more), and it would round z to the dtype of x. Recomputing x_hat from y would fail where a
 weight is zero.
 Bytes moved per element, for tensors of b bytes: forward 3b (x, residual, y); backward 5b with dropout (dy, x, residual,
-dx, dresidual), 4b without it, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b.
+dx, dresidual), 4b without it, where dx and dresidual are one tensor. `layer_norm`: 2b and 3b. With a bound on |y| the
+forward also writes y in 8 bits (see `fp8`), 1 byte, for its products.
 Rows are kept in registers. Those longer than 4096 columns, or not a multiple of 16 long, are taken a block of columns at
 a time: the forward then reads x and residual three times, the backward dy, x and residual twice, mostly from L2.
 
@@ -45,6 +46,7 @@ dropout(x)) is that of Vaswani et al., "Attention Is All You Need", arXiv 1706.0
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,7 @@ import torch.nn.functional as F
 from . import philox
 from ._dispatch import align, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
+from .fp8 import E4M3, TOPS, Scaled, allocate, cast_torch, make_scale
 
 LONGEST_WHOLE_ROW = 4096  # longer rows do not fit in the registers of one program
 # num_stages and maxnreg of the backward by BLOCK. Where registers allow, the next one or two tiles are prefetched. None of
@@ -158,8 +161,9 @@ def _load_tile(
 def _layer_norm_forward_kernel(
     x_ptr, residual_ptr, x_bias_ptr, weight_ptr, bias_ptr, seed_ptr,  # (rows, N), (rows, N), (N,), (N,), (N,), (2,)
     y_ptr, statistics_ptr,  # (rows, N), fp32 (3, rows): mean, correction of the mean, rstd
+    bound_ptr, y_8_ptr, inverse_ptr,  # of y in 8 bits: fp32 scalar, (rows, N), fp32 scalar; or None
     num_rows, statistics_stride, num_columns, threshold, scale, eps,
-    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows, in three passes over blocks of columns: mean, variance, output.
 
@@ -193,6 +197,9 @@ def _layer_norm_forward_kernel(
         squares += centred * centred
     correction = tl.sum(total, axis=1) / num_columns
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / num_columns - correction * correction + eps)
+    if y_8_ptr is not None:
+        scale_8, inverse = make_scale(tl.load(bound_ptr), TOP)
+        tl.store(inverse_ptr, inverse, mask=tl.program_id(0) == 0)
     for start in range(0, end, BLOCK):
         z, _, columns, offsets, column_mask, mask = _load_tile(
             x_ptr, residual_ptr, x_bias_ptr, rows, row_mask, start, num_columns, k0, k1, first_row, threshold, scale,
@@ -204,6 +211,8 @@ def _layer_norm_forward_kernel(
         if bias_ptr is not None:
             y += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if y_8_ptr is not None:
+            tl.store(y_8_ptr + offsets, (y * scale_8).to(y_8_ptr.dtype.element_ty), mask=mask)
     tl.store(statistics_ptr + rows, mean, mask=row_mask)
     tl.store(statistics_ptr + statistics_stride + rows, correction, mask=row_mask)
     tl.store(statistics_ptr + statistics_stride + statistics_stride + rows, rstd, mask=row_mask)
@@ -329,9 +338,17 @@ def _layer_norm_forward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y, statistics = _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps)
+    _launch_forward(x, residual, x_bias, weight, bias, seed, p, eps, y, statistics)
+    return y, statistics
+
+
+def _launch_forward(x, residual, x_bias, weight, bias, seed, p, eps, y, statistics, *in_8_bits):
+    """Args:
+    in_8_bits: the bound on y, and what is written: y in 8 bits and its inverse scale.
+    """
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     arguments = (
-        *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics,
+        *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics, *(in_8_bits or (None,) * 3),
         num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
     )  # fmt: skip
     if is_whole := _is_whole(num_columns):
@@ -342,15 +359,39 @@ def _layer_norm_forward(
         tile, registers = ROW_IN_BLOCKS, REGISTER_LIMIT
     launch(
         _layer_norm_forward_kernel, (-(-num_rows // tile["ROWS"]),), *arguments,
-        HAS_DROPOUT=p > 0, **tile, IS_WHOLE=is_whole, maxnreg=registers,
+        HAS_DROPOUT=p > 0, **tile, IS_WHOLE=is_whole, TOP=TOPS[E4M3], maxnreg=registers,
     )  # fmt: skip
-    return y, statistics
 
 
 @_layer_norm_forward.register_fake
 def _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, torch.zeros((3, -(-math.prod(x.shape[:-1]) // 16) * 16), dtype=torch.float32, device=x.device)
+
+
+@operator("layer_norm_forward_fp8")
+def _layer_norm_forward_fp8(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    x_bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    eps: float,
+    bound: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_layer_norm_forward`, and y in 8 bits with its inverse scale."""
+    outputs = _allocate_forward_fp8(x, residual, x_bias, weight, bias, seed, p, eps, bound)
+    y, statistics, y_8, inverse = outputs
+    _launch_forward(x, residual, x_bias, weight, bias, seed, p, eps, y, statistics, bound, y_8, inverse)
+    return outputs
+
+
+@_layer_norm_forward_fp8.register_fake
+def _allocate_forward_fp8(x, residual, x_bias, weight, bias, seed, p, eps, bound):
+    y, statistics = _allocate_forward(x, residual, x_bias, weight, bias, seed, p, eps)
+    return y, statistics, *allocate(x, E4M3)
 
 
 @operator("layer_norm_backward")
@@ -411,17 +452,19 @@ def _has_own_dresidual(x: torch.Tensor, residual: torch.Tensor | None, p: float)
 
 
 def _save_for_backward(ctx, inputs, output):
-    x, residual, x_bias, weight, bias, seed, p, _ = inputs
-    _, statistics = output
-    ctx.mark_non_differentiable(statistics)
+    x, residual, x_bias, weight, bias, seed, p, *_ = inputs
+    _, *others = output
+    statistics = others[0]
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, residual, x_bias, weight, bias, seed, statistics)
     ctx.p = p
 
 
-def _backward(ctx, dy, _dstatistics):
+def _backward(ctx, dy, *_):
+    absent = (None,) * (len(ctx.needs_input_grad) - 5)  # of what has no gradient: seed, p, eps, and the bound
     if dy is None:
-        return (None,) * 8
+        return (None,) * 5 + absent
     saved = ctx.saved_tensors  # read once: activation checkpointing allows a single access
     dx, dresidual, dx_bias, dweight, dbias = _layer_norm_backward(dy, *saved, ctx.p)
     x, residual, x_bias, _, bias = saved[:5]
@@ -430,10 +473,11 @@ def _backward(ctx, dy, _dstatistics):
     elif not _has_own_dresidual(x, residual, ctx.p):
         dresidual = dx
     dx_bias = None if x_bias is None else dx_bias
-    return dx, dresidual, dx_bias, dweight, None if bias is None else dbias, None, None, None
+    return dx, dresidual, dx_bias, dweight, None if bias is None else dbias, *absent
 
 
 _layer_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)
+_layer_norm_forward_fp8.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def layer_norm(
@@ -472,17 +516,19 @@ def dropout_add_layer_norm(
     eps: float = 1e-5,
     x_bias: torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
     impl: str | None = None,
-) -> torch.Tensor:
+) -> Any:
     """LayerNorm(residual + dropout(x + x_bias)) over the last dimension.
 
     Args:
         x: (..., N), fp32, bf16 or fp16. residual: (..., N). weight, bias: as in `layer_norm`. x_bias: (N,).
         p: dropout probability, rounded to a multiple of 1/256; pass 0 outside training.
         seed: see `philox`; required if p > 0. A tensor may change between replays of a CUDA graph.
+        bound: fp32 scalar tensor, at least the largest |y| (`fp8.bound_layer_norm`), to get y in 8 bits as well.
         impl: as in `layer_norm`.
     Returns:
-        (..., N) in the dtype of x.
+        (..., N) in the dtype of x; with a bound, a pair of that and the same in 8 bits, a `fp8.Scaled`.
     Raises:
         ValueError: mismatched shapes, dtypes or devices, p outside [0, 1], or p > 0 without a seed.
     """
@@ -496,8 +542,13 @@ def dropout_add_layer_norm(
         weight, bias, x_bias = unify_dtypes(x, weight, bias, x_bias)
         weight = _fill_in(x, weight, bias, x_bias)
         (residual,) = unify_dtypes(x, residual)
-        return _layer_norm_forward(x, residual, x_bias, weight, bias, seed, p, eps)[0]
-    return dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
+        arguments = (x, residual, x_bias, weight, bias, seed, p, eps)
+        if bound is None:
+            return _layer_norm_forward(*arguments)[0]
+        y, _, *in_8_bits = _layer_norm_forward_fp8(*arguments, bound)
+        return y, Scaled(*in_8_bits)
+    y = dropout_add_layer_norm_torch(x, residual, weight, bias, p, eps, x_bias, seed)
+    return y if bound is None else (y, cast_torch(y.detach(), bound))
 
 
 def _fill_in(x: torch.Tensor, weight: torch.Tensor | None, *others: torch.Tensor | None) -> torch.Tensor:
@@ -574,7 +625,10 @@ class DropoutAddLayerNorm(torch.nn.LayerNorm):
         residual: torch.Tensor,
         x_bias: torch.Tensor | None = None,
         seed: int | torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        bound: torch.Tensor | None = None,
+    ) -> Any:
         """See `dropout_add_layer_norm`. `seed` is required in training mode if p > 0."""
-        p = self.p if self.training else 0.0
-        return dropout_add_layer_norm(x, residual, self.weight, self.bias, p=p, eps=self.eps, x_bias=x_bias, seed=seed)
+        return dropout_add_layer_norm(
+            x, residual, self.weight, self.bias, p=self.p if self.training else 0.0, eps=self.eps, x_bias=x_bias,
+            seed=seed, bound=bound,
+        )  # fmt: skip

@@ -388,6 +388,7 @@ def test_files_that_are_no_yaml(tmp_path):
         (["--mlm_probability", "0.001"], "--mlm_probability = 0.001 masks no token in 64: raise it"),
         (["--lr_scheduler.power", "0.5"], "--lr_scheduler.power = 0.5 belongs to the polynomial schedule"),
         (["--optimizer.name", "apex_lamb"], "--optimizer.name = apex_lamb: takes adamw or lamb"),
+        (["--precision", "fp8", "--model.intermediate_size", "500"], "--precision = fp8 needs multiples of 16 in"),
         (["--model.num_attention_heads", "3"], "model.hidden_size = 128 must be a multiple of"),
         (["--model.hidden_size", "1024"], "model.num_attention_heads = 4 makes heads of 256, and attention takes at"),
     ],

@@ -122,8 +122,9 @@ def run_steps(trainer, count=EAGER_CALLS + 3):
         },  # the expected number of masked tokens changes
         {"precision": "bf16", "attention_scope": "document", "gradient_checkpointing": True},
         {"precision": "fp16", "packing": "doc-sentences"},
+        {"precision": "fp8"},
     ],
-    ids=["ramp", "documents", "padding"],
+    ids=["ramp", "documents", "padding", "fp8"],
 )
 def test_replayed_steps_are_the_eager_ones(data, tmp_path, changes, capsys):
     eager, replayed = (make_trainer(data, tmp_path, **changes) for _ in range(2))
@@ -156,10 +157,12 @@ class FromHost(TorchFunctionMode):
         return output
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_scope": "document"}, {"packing": "doc-sentences"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_scope": "document"}, {"packing": "doc-sentences"}, {"precision": "fp8"}]
+)
 def test_the_gpus_path_of_a_micro_batch_reads_nothing(data, tmp_path, changes):
     """On meta tensors, which have no values to read: a shape that depended on one would be an error."""
-    trainer = make_trainer(data, tmp_path, precision="bf16", **changes)
+    trainer = make_trainer(data, tmp_path, **({"precision": "bf16"} | changes))
     batch, _ = next(trainer.batches.of_step(0))
     trainer.model.to("meta")
     for name in ("totals", "expected_masked", "mask_seed", "dropout_keys"):

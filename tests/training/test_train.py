@@ -100,10 +100,12 @@ def test_it_learns_and_writes_metrics(data, tmp_path, capsys):
     assert shown.count("[") >= 5
 
 
-@pytest.mark.parametrize("optimizer, stop_at", [("adamw", 1), ("adamw", 5), ("adamw", 7), ("lamb", 5)])
-def test_resumed_run_is_bit_identical(data, finished, tmp_path, optimizer, stop_at):
-    changes = {} if optimizer == "adamw" else {"optimizer": {"name": "lamb", "learning_rate": 5e-3}}
-    if optimizer == "lamb":
+@pytest.mark.parametrize("kind, stop_at", [("adamw", 1), ("adamw", 5), ("adamw", 7), ("lamb", 5), ("fp8", 5)])
+def test_resumed_run_is_bit_identical(data, finished, tmp_path, kind, stop_at):
+    changes = {
+        "adamw": {}, "lamb": {"optimizer": {"name": "lamb", "learning_rate": 5e-3}}, "fp8": {"precision": "fp8"},
+    }[kind]  # fmt: skip
+    if changes:
         finished = tmp_path / "finished"
         Trainer(configure(data, finished, **changes)).train()
     stopped = tmp_path / "stopped"
