@@ -17,10 +17,10 @@ SMALL: dict[str, Any] = {
     "precision": "fp32",
     "max_seq_length": 64,
     "train_batch_size": 8,
-    "max_steps": 640,
-    "logging_steps": 160,
+    "max_steps": 6400,
+    "logging_steps": 800,
     "eval_sequences": 512,
-    "save_steps": 320,
+    "save_steps": 3200,
     "save_total_limit": 1,
     "model": {
         "hidden_size": 64,
@@ -31,8 +31,8 @@ SMALL: dict[str, Any] = {
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.06,
     },
-    "optimizer": {"learning_rate": 2e-3},
-    "lr_scheduler": {"warmup_steps": 64},
+    "optimizer": {"learning_rate": 1e-3},
+    "lr_scheduler": {"warmup_steps": 384},
 }
 SMALL_TASK: dict[str, Any] = {
     "learning_rate": 1e-3, "train_batch_size": 32, "epochs": 2, "kernels": False, "precision": "fp32",
