@@ -102,6 +102,24 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
 
 
+def test_a_step_is_replaced_whole(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def die(path, **_):
+        if path.exists():
+            (path / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("shutil.rmtree", die)
+        save(tmp_path, 1, eval_loss=2.0)
+    (path,) = list_checkpoints(tmp_path)
+    verify_checkpoint(path)
+    assert read_state(path)["eval_loss"] == 2.0
+    remove_partial_checkpoints(tmp_path)
+    assert not any(path.name.startswith(".partial") for path in tmp_path.iterdir())
+
+
 def test_half_written_directories_are_no_checkpoints_and_go(tmp_path):
     partial = tmp_path / ".partial-00000007-1"
     partial.mkdir()
