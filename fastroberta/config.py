@@ -379,6 +379,10 @@ class TrainConfig:
             raise ConfigurationError("sharding = full and torch_compile cannot be combined: leave one out")
         if self.cuda_graph and self.torch_compile:
             raise ConfigurationError("cuda_graph and torch_compile cannot be combined: leave one out")
+        if self.resize_vocabulary and self.init_from is None:
+            raise ConfigurationError(
+                "resize_vocabulary fits the model of init_from, and there is none: give --init_from too"
+            )
         if self.distill_from is None and self.distillation != DistillationConfig():
             raise ConfigurationError(
                 "distillation has settings, but there is no teacher: give --distill_from DIRECTORY"
