@@ -45,8 +45,12 @@ def test_batches_change_no_answer(checkpoint, capsys):
 
 def test_texts_come_from_files_and_standard_input(checkpoint, capsys, monkeypatch, tmp_path):
     file = tmp_path / "texts.txt"
-    file.write_text("\n".join(TEXTS) + "\n\n")
-    assert [one["text"] for one in fill(checkpoint, capsys, "--file", str(file))] == TEXTS
+    odd = "A\f b\u2028 c<mask>"
+    file.write_text("\n".join([*TEXTS, " ", odd]) + "\n\n", encoding="utf-8")
+    assert main([str(checkpoint), "--file", str(file), "--format", "jsonl"]) == 0
+    shown = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in shown.out.split("\n")[:-1]] == [*TEXTS, odd]
+    assert "2 blank lines are left out" in shown.err
     monkeypatch.setattr("sys.stdin", io.StringIO(TEXTS[0]))
     assert [one["text"] for one in fill(checkpoint, capsys)] == TEXTS[:1]
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))

@@ -110,6 +110,16 @@ def test_several_labels(learner, tmp_path):
     assert not (out / "confusion.png").exists()
 
 
+def test_a_single_label_may_be_a_number(checkpoint, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": "Anna", "label": one}) + "\n" for one in (0, [0, 1], "1", None, [])))
+    table, task = read_table(path), define(path, "multi-label")
+    labels = list_labels(table, task)
+    found = encode_table(table, task, load_tokenizer(checkpoint), labels, 16)
+    assert labels == ["0", "1"]
+    assert [feature["labels"] for feature in found.features] == [[1, 0], [1, 1], [0, 1], [0, 0], [0, 0]]
+
+
 def test_several_labels_are_scored_and_weighed():
     expected = np.array([[1, 0], [1, 1], [0, 0]])
     logits = np.array([[2.0, -1.0], [2.0, -1.0], [1.0, -3.0]])
