@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -173,7 +174,8 @@ def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
     for path in checkpoints:
         with contextlib.suppress(CheckpointError):
             losses[path] = read_state(path).get("eval_loss")
-    scores = {path: loss for path, loss in losses.items() if isinstance(loss, int | float)}
+    # Not NaN, which is the least of all if it comes first.
+    scores = {path: loss for path, loss in losses.items() if isinstance(loss, int | float) and math.isfinite(loss)}
     best = min(scores, key=scores.__getitem__) if scores else None
     for path in checkpoints[:-keep]:
         if path in losses and path != best:

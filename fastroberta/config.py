@@ -358,7 +358,7 @@ class TrainConfig:
             )
         if round(self.mlm_probability * (self.max_seq_length - 2)) < 1:
             raise ConfigurationError(
-                f"mlm_probability = {self.mlm_probability} masks no token in {self.max_seq_length}: raise it"
+                f"mlm_probability = {self.mlm_probability} is less than one token in {self.max_seq_length}: raise it"
             )
         ramp = self.batch_ramp
         if (ramp.start is None) != (not ramp.tokens):

@@ -72,10 +72,10 @@ def test_missing_file_and_manifest_are_named(tmp_path):
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+    for step, loss in ((1, float("nan")), (2, 3.0), (3, 1.0), (4, 2.0), (5, None), (6, 2.5)):
         save(tmp_path, step, loss)
     remove_old_checkpoints(tmp_path, keep=2)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "5", "6"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", "\xff"])

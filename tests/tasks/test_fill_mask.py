@@ -81,6 +81,11 @@ def test_a_text_that_cannot_be_filled_in_is_named(checkpoint, text, message):
         main([str(checkpoint), TEXTS[0], text])
 
 
+def test_texts_beside_the_page_are_refused(checkpoint):
+    with pytest.raises(ConfigurationError, match="demo takes its texts from the browser"):
+        main([str(checkpoint), TEXTS[0], "--demo"])
+
+
 @pytest.fixture
 def page(checkpoint):
     """The address of the demo page, served by the program itself."""
