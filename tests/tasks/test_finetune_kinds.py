@@ -60,6 +60,8 @@ def test_words_of_conll_columns(checkpoint, tmp_path):
     assert first["input_ids"] == tokenizer.encode("Anna gives Ben a book").ids
     assert [one for one in first["labels"] if one != IGNORED_LABEL] == [1, 2, 1, 2, 2]
     assert first["labels"][0] == first["labels"][-1] == IGNORED_LABEL
+    path.write_text("\ufeff-DOCSTART- O\n\n10\u00a0000\tB-NUM \r\n \nBen O\n", encoding="utf-8")
+    assert [record["words"] for record in read_table(path).records] == [["10\u00a0000"], ["Ben"]]
     path.write_text("Anna B-PER\nBen\n")
     with pytest.raises(DataError, match=r"train.conll:2: one column; a line begins with a word and ends with its tag"):
         read_table(path)
