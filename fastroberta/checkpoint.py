@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -82,10 +83,12 @@ def save_checkpoint(
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        if final.exists():  # the same step again, after resuming from an earlier one
-            shutil.rmtree(final)
+        # The same step again, after resuming from an earlier one.
+        before = _set_aside(final) if final.exists() else None
         partial.rename(final)
         _sync(output_dir)
+        if before:
+            shutil.rmtree(before, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -171,14 +174,17 @@ def remove_old_checkpoints(output_dir: Path, keep: int) -> None:
     for path in checkpoints:
         with contextlib.suppress(CheckpointError):
             losses[path] = read_state(path).get("eval_loss")
-    scores = {path: loss for path, loss in losses.items() if isinstance(loss, int | float)}
+    # Not NaN, which is the least of all if it comes first.
+    scores = {path: loss for path, loss in losses.items() if isinstance(loss, int | float) and math.isfinite(loss)}
     best = min(scores, key=scores.__getitem__) if scores else None
     for path in checkpoints[:-keep]:
         if path in losses and path != best:
-            # Renamed first: a half-deleted directory must not look like a complete checkpoint.
-            doomed = path.with_name(f".partial-{path.name}")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint before it is deleted: one that is half deleted must not look complete. Returns its new path."""
+    return checkpoint.rename(checkpoint.with_name(f".partial-{checkpoint.name}"))
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -358,7 +358,7 @@ class TrainConfig:
             )
         if round(self.mlm_probability * (self.max_seq_length - 2)) < 1:
             raise ConfigurationError(
-                f"mlm_probability = {self.mlm_probability} masks no token in {self.max_seq_length}: raise it"
+                f"mlm_probability = {self.mlm_probability} is less than one token in {self.max_seq_length}: raise it"
             )
         ramp = self.batch_ramp
         if (ramp.start is None) != (not ramp.tokens):
@@ -383,6 +383,10 @@ class TrainConfig:
         if self.precision == "fp8" and any(size % 16 for size in sizes):
             raise ConfigurationError(
                 f"precision = fp8 needs multiples of 16 in model.hidden_size and model.intermediate_size, not {sizes}"
+            )
+        if self.resize_vocabulary and self.init_from is None:
+            raise ConfigurationError(
+                "resize_vocabulary fits the model of init_from, and there is none: give --init_from too"
             )
         if self.distill_from is None and self.distillation != DistillationConfig():
             raise ConfigurationError(

@@ -209,16 +209,18 @@ class Blocks:
 
     def sentences(self, count: int, at_least: int, at_most: int) -> list[list[int]]:
         """Token ids of up to `count` sentences of such a length, spread evenly over the split, without `</s>`."""
-        found = []
+        found = []  # of each shard: where its sentences of such a length begin, and their lengths
         for shard in self.shards:
-            starts = np.append(shard.read_sentence_starts(0, shard.num_sentences).astype(np.int64), shard.num_tokens)
-            lengths = np.diff(starts)
-            found += [
-                (shard, starts[i], lengths[i]) for i in np.nonzero((lengths >= at_least) & (lengths <= at_most))[0]
-            ]
-        chosen = [found[i] for i in (np.arange(min(count, len(found))) * len(found) // max(1, min(count, len(found))))]
-        texts = [shard.read_tokens(start, start + length).tolist() for shard, start, length in chosen]
-        return [[token for token in text if token != self.eos_token_id] for text in texts]
+            starts = np.append(shard.read_sentence_starts(0, shard.num_sentences), np.uint32(shard.num_tokens))
+            spans = np.stack((starts[:-1], np.diff(starts)))
+            found.append(spans[:, (spans[1] >= at_least) & (spans[1] <= at_most)])
+        ends, texts = np.cumsum([spans.shape[1] for spans in found]), []
+        count = min(count, int(ends[-1]))
+        for place in (index * int(ends[-1]) // count for index in range(count)):
+            at = int(np.searchsorted(ends, place, side="right"))
+            start, length = found[at][:, place - ends[at]].tolist()  # counted from the shard's last
+            texts.append(self.shards[at].read_tokens(start, start + length))
+        return [text[text != self.eos_token_id].tolist() for text in texts]
 
     def read(self, indices: np.ndarray, sample_ids: np.ndarray, first_sample: int) -> Batch:
         """The blocks of the given numbers as a batch in ordinary memory."""
@@ -232,12 +234,11 @@ class Blocks:
             ids[row, 1 : lengths[row]] = self.shards[shard].read_tokens(start, stop)
         for shard in np.unique(which):
             self.shards[shard].release()
-        cu_seqlens = key_lengths = None
-        spans = lengths
+        cu_seqlens, key_lengths, squares = None, None, lengths**2
         if self.attention_scope == "document":
             bounds = self._document_bounds(which, starts, lengths)
             cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-            spans = np.diff(bounds)
+            squares = np.append(np.diff(bounds) ** 2, -((self.block_size - lengths) ** 2))  # less those of padding
         elif self.is_padded:
             key_lengths = torch.from_numpy(lengths.astype(np.int32))
         return Batch(
@@ -247,7 +248,7 @@ class Blocks:
             key_lengths=key_lengths,
             cu_seqlens=cu_seqlens,
             num_tokens=int(lengths.sum()),
-            sum_squared_lengths=int((spans.astype(np.int64) ** 2).sum()),
+            sum_squared_lengths=int(squares.sum()),
         )
 
     def _document_bounds(self, shards: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ class EmbedConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, EmbedConfig, description=__doc__ or "")
 
+    from .hf import longest_sequence
     from .tasks.embedding import embed_texts, keep_layers, write_vectors
     from .tasks.inference import load_encoder
     from .tasks.texts import read_texts
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_vectors(config.out, texts, vectors)
     print(f"{config.out}: {len(texts):,} vectors of {vectors.shape[1]}; {len(texts) / seconds:,.0f} texts/s")
     if num_truncated:
-        longest = model.config.max_position_embeddings - 2
+        longest = longest_sequence(model.config.max_position_embeddings, model.pad_token_id)
         print(
             f"{num_truncated:,} texts were longer than the model's {longest} tokens and were cut there", file=sys.stderr
         )

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .corpus.tokenizer import load_tokenizer, tokenizer_hash
     from .data import heldout_batches, load_corpora, masking_arguments, move_ahead, open_split
     from .errors import ConfigurationError
-    from .hf import read_pretrained
+    from .hf import longest_sequence, read_pretrained
     from .parallel.processes import select_device
     from .precision import settle_precision
     from .training.score import evaluate_model
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in pretrained.notes:
         print(f"{checkpoint}: {note}", file=sys.stderr)
     model = pretrained.build().eval()
-    longest = model.config.max_position_embeddings - 2
+    longest = longest_sequence(model.config.max_position_embeddings, model.pad_token_id)
     settings: dict[str, Any] = {}
     for name, usual in {"max_seq_length": longest, **USUAL}.items():
         given = getattr(config, name)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .checkpoint import STATE, read_state, verify_directory
     from .corpus.tokenizer import load_tokenizer
     from .errors import CheckpointError
-    from .hf import read_pretrained, save_huggingface
+    from .hf import longest_sequence, read_config, read_pretrained, save_huggingface
     from .tasks.onnx_export import describe_report, export_onnx
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
@@ -75,21 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: {done}")
-    warn_of_untrained_positions(checkpoint, trained)
+    if trained:
+        sizes, content = read_config(checkpoint)
+        longest = longest_sequence(sizes.max_position_embeddings, content["pad_token_id"])
+        warn_of_untrained_positions(checkpoint, trained, longest)
     return 0
 
 
-def warn_of_untrained_positions(checkpoint: Path, trained: dict[str, Any]) -> None:
+def warn_of_untrained_positions(checkpoint: Path, trained: dict[str, Any], longest: int) -> None:
     """Say on stderr if the model takes longer sequences than it was trained on.
 
     Args:
-        trained: the settings it was trained with; empty if unknown.
+        trained: the settings it was trained with. longest: tokens of the longest sequence that it takes.
     """
-    length, rows = trained.get("max_seq_length"), trained.get("model", {}).get("max_position_embeddings")
+    length = trained.get("max_seq_length")
     # A model to start from may have been trained on longer sequences.
-    if length and rows and length + 2 < rows and not trained.get("init_from"):
+    if length and length < longest and not trained.get("init_from"):
         print(
-            f"{checkpoint}: takes texts of {rows - 2} tokens but was trained on sequences of {length}; the positions beyond "
+            f"{checkpoint}: takes texts of {longest} tokens but was trained on sequences of {length}; the positions beyond "
             f"are as initialized, so keep texts to {length} tokens",
             file=sys.stderr,
         )

@@ -16,6 +16,7 @@ from typing import Literal
 from .cli.arguments import parse_arguments
 from .cli.program import run
 from .config import setting
+from .errors import ConfigurationError
 
 
 @dataclass
@@ -38,6 +39,11 @@ class FillMaskConfig:
     )
     demo: bool = setting(False, "serve a page to try the model in a browser, on this machine only")
     port: int = setting(8000, "port of the page; 0 takes a free one", valid="[0, 65535]")
+
+    def check(self) -> None:
+        """Refuse texts that nobody would read."""
+        if self.demo and (self.texts or self.file):
+            raise ConfigurationError("demo takes its texts from the browser: leave out --demo, or the texts and --file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

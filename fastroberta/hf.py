@@ -279,6 +279,14 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, content
 
 
+def longest_sequence(num_rows: int, pad_token_id: int) -> int:
+    """How many tokens a position table of so many rows is enough for.
+
+    Positions start at `pad_token_id + 1`. Where that is 1, the second row is counted out as well, as everywhere here.
+    """
+    return num_rows - max(pad_token_id + 1, 2)
+
+
 def lay_positions(rows: Tensor, pad_token_id: int, count: int) -> Tensor:
     """A position table (count + 2, d), or longer for a padding id above 1, from the rows (n, d) of n positions.
 
@@ -375,4 +383,5 @@ def save_huggingface(
         directory / "model.safetensors",
         metadata={"format": "pt"},
     )
-    save_tokenizer(tokenizer, directory, model_max_length=model.config.max_position_embeddings - 2)
+    longest = longest_sequence(model.config.max_position_embeddings, model.pad_token_id)
+    save_tokenizer(tokenizer, directory, model_max_length=longest)

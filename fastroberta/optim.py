@@ -22,7 +22,7 @@ from .config import OptimizerConfig, TrainConfig
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of step `step`, counted from 0: linear warm-up to the peak, then decay to 0.
 
-    The first update already moves (fairseq's rule; Hugging Face's first rate is 0), and so does the last.
+    The first update already moves (Hugging Face's first rate is 0), and so does the last.
     """
     schedule, highest = config.lr_scheduler, config.optimizer.learning_rate
     if step < schedule.warmup_steps:

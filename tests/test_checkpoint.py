@@ -72,10 +72,10 @@ def test_missing_file_and_manifest_are_named(tmp_path):
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
+    for step, loss in ((1, float("nan")), (2, 3.0), (3, 1.0), (4, 2.0), (5, None), (6, 2.5)):
         save(tmp_path, step, loss)
     remove_old_checkpoints(tmp_path, keep=2)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "5", "6"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", "\xff"])
@@ -100,6 +100,24 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoint-00000002: cannot be written .*No space left"):
         save_checkpoint(tmp_path, 2, fail, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001"]
+
+
+def test_a_step_is_replaced_whole(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def die(path, **_):
+        if path.exists():
+            (path / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("shutil.rmtree", die)
+        save(tmp_path, 1, eval_loss=2.0)
+    (path,) = list_checkpoints(tmp_path)
+    verify_checkpoint(path)
+    assert read_state(path)["eval_loss"] == 2.0
+    remove_partial_checkpoints(tmp_path)
+    assert not any(path.name.startswith(".partial") for path in tmp_path.iterdir())
 
 
 def test_half_written_directories_are_no_checkpoints_and_go(tmp_path):

@@ -158,6 +158,8 @@ def test_document_bounds(corpus):
     assert bounds.dtype == torch.int32 and batch.key_lengths is None
     assert sorted(set(bounds.tolist())) == sorted(expected)
     assert (bounds.diff() >= 0).all() and bounds[-1] == len(rows) * 32
+    ends = [np.flatnonzero(np.append(row[1:-1] == EOS, True)) for row in rows]  # of documents, without padding
+    assert batch.sum_squared_lengths == sum((np.diff(one + 2, prepend=0) ** 2).sum() for one in ends)
     # The number of bounds is static.
     sizes = {len(blocks.read(np.array([i]), np.array([i]), i).cu_seqlens) for i in range(len(blocks))}
     assert len(sizes) == 1
@@ -333,6 +335,18 @@ def test_unigram_entropy_of_known_frequencies(tmp_path):
     blocks = make_blocks([tmp_path / "heldout-00000.bin"])
     assert blocks.unigram_entropy() == pytest.approx(1.5 * np.log(2))
     assert blocks.sentences(3, 1, 10) == [[4, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_sentences_of_a_length_are_spread_evenly(corpus, count):
+    paths, documents = corpus
+    lengths = [(one, len(one) + (place + 1 == len(doc))) for shard in documents for doc in shard
+               for place, one in enumerate(doc)]  # fmt: skip
+    fitting = [sentence.tolist() for sentence, length in lengths if 5 <= length <= 9]
+    count_found = min(count, len(fitting))
+    expected = [fitting[index * len(fitting) // count_found] for index in range(count_found)]
+    assert make_blocks(paths).sentences(count, 5, 9) == expected
+    assert make_blocks(paths).sentences(count, 1000, 2000) == []
 
 
 def test_document_bounds_come_from_the_shard_not_from_eos(tmp_path):

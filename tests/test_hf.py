@@ -7,9 +7,11 @@ import pytest
 import torch
 from pretrained import TEXT, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from fastroberta.cli.program import run
 from fastroberta.config import ModelConfig
+from fastroberta.embed import main as embed
 from fastroberta.errors import CheckpointError
 from fastroberta.export import main as export
 from fastroberta.hf import DECODER_BIAS, HEAD_BIAS, load_huggingface, read_pretrained, save_huggingface
@@ -96,6 +98,26 @@ def test_import_and_export_of_each_kind(tmp_path, tokenizers, name):
     for key in before:  # with an untied decoder, the bias of the head has no effect in transformers
         source = DECODER_BIAS if key == HEAD_BIAS and DECODER_BIAS in before else key
         assert before[source].numpy().tobytes() == after[key].numpy().tobytes(), key
+
+
+def test_a_padding_id_above_one_leaves_fewer_positions(tmp_path, tokenizer, capsys):
+    content = json.loads(tokenizer.to_str())
+    ids = content["model"]["vocab"]
+    ids |= {"<pad>": 3, "<unk>": 1}
+    for token in content["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    config = ModelConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=24,
+    )  # fmt: skip
+    model = RobertaForMaskedLM(config, pad_token_id=3)
+    model.init_weights(1)
+    save_huggingface(model, tokenizer, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 20
+    assert compute_logits(model.eval(), torch.full((1, 20), 9)).shape[1] == 20
+    assert embed([str(tmp_path), TEXT[0] * 9, "--out", str(tmp_path / "vectors.npy"), "--precision", "fp32"]) == 0
+    assert "longer than the model's 20 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])

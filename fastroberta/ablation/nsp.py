@@ -112,7 +112,7 @@ class RobertaForPairs(RobertaForMaskedLM):
         hidden = self.encode(input_ids, scope, dropout_keys, first_sample, rows)
         result = self.lm_head(
             hidden[:, 1:].flatten(0, 1),
-            self.embeddings.word_embeddings.weight,
+            self.decoder_weight,
             labels.flatten(),
             num_classes=self.config.vocab_size,
         )

@@ -49,12 +49,17 @@ class Cleaner:
     """Applies the settings to documents.
 
     Raises:
-        ConfigurationError: an unknown rule or language, or a package is missing.
+        ConfigurationError: an unknown rule or language, a bound without its rule, or a package is missing.
     """
 
     def __init__(self, settings: CleaningSettings):
         self._settings = settings
         self._rules = list_rules(settings.quality) if settings.quality else ()
+        for rule in RULES:
+            if rule not in self._rules and (bound := getattr(settings.thresholds, rule)) != getattr(Thresholds(), rule):
+                raise ConfigurationError(
+                    f"thresholds.{rule} = {bound}: has no effect, as quality does not name that rule; add --quality {rule}"
+                )
         self._find_blocked = Blocklist(settings.blocklist).find if settings.blocklist else None
         self._languages = LanguageFilter(settings.languages) if settings.languages else None
         path = settings.boilerplate

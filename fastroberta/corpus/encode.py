@@ -76,7 +76,8 @@ _WIDE_SPACES = np.array([0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2
 _LONGEST = 32  # bytes of a pre-token that is remembered
 _HASHES = np.random.default_rng(0).integers(0, 2**64, (_LONGEST, 256), dtype=np.uint64)
 _TABLE_BITS = 21
-_MOST_ENTRIES = 1 << 20
+_MOST_ENTRIES = 1 << 20  # with more, all are forgotten before the next batch
+_FULL = 3 << 19  # entries with which three quarters of the slots are taken
 
 
 @dataclass
@@ -317,14 +318,16 @@ class _PreTokens:
         entries = self._find(hashes)
         is_new = entries < 0
         is_new[is_long] = False
-        new_hashes, first = np.unique(hashes[is_new], return_index=True)
         where = np.flatnonzero(is_new)
+        new_hashes, first, group = np.unique(hashes[where], return_index=True, return_inverse=True)
         learned = len(self._offsets)
         raw = text.tobytes()
         units = [raw[starts[i] : starts[i] + lengths[i]] for i in (*where[first], *is_long)]
         self._learn(units)
-        self._insert(new_hashes, learned)
-        entries[where] = self._find(hashes[where])
+        # A long document without a word twice could fill the table, and looking for a free slot would never end.
+        if learned + len(new_hashes) <= _FULL:
+            self._insert(new_hashes, learned)
+        entries[where] = learned + group
         entries[is_long] = learned + len(new_hashes) + np.arange(len(is_long))
         counts = self._counts[entries]
         ends = np.cumsum(counts)

@@ -77,8 +77,8 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
         )
         shards, tokenizer_files = contents["shards"], contents["tokenizer_files"]
         checksums = {entry["name"]: str(entry["sha256"]) for entry in shards + tokenizer_files}
-        names = [Path(entry["name"]).name for entry in shards + tokenizer_files]
-        if names != [entry["name"] for entry in shards + tokenizer_files]:
+        names = [entry["name"] for entry in [*shards, *tokenizer_files, *contents.get("duplicate_tables", [])]]
+        if names != [Path(name).name for name in names]:  # --append deletes the old tables
             raise DataError(f"{path}: names a file outside its directory; run prepare again with another --out")
         for entry in shards + tokenizer_files:
             file = directory / entry["name"]

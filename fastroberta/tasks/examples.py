@@ -153,7 +153,7 @@ def _read_text(record: dict[str, Any], task: Task, place: str) -> Any:
 def _read_labels(value: Any, kind: str, place: str) -> list[str]:
     """The labels of a record as text: one, one per word, or any number of them."""
     if kind == "multi-label" and not isinstance(value, list):
-        value = [part.strip() for part in str(value or "").split(",") if part.strip()]
+        value = [part.strip() for part in str("" if value is None else value).split(",") if part.strip()]
     values = value if isinstance(value, list) and kind != "classification" else [value]
     values = [int(one) if isinstance(one, float) and one.is_integer() else one for one in values]  # pandas writes 1.0
     found = [str(one).strip() if isinstance(one, str | int) else "" for one in values]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..corpus.tokenizer import special_token_ids, special_token_names
 from ..errors import ConfigurationError, DataError
+from ..hf import longest_sequence
 from .heads import load_with_head
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def explain(
         raise ConfigurationError("pair: a masked LM takes one text; leave --pair out")
     encoding = tokenizer.encode(text, pair)
     special = special_token_ids(tokenizer)
-    longest = model.config.max_position_embeddings - 2
+    longest = longest_sequence(model.config.max_position_embeddings, special.pad)
     if len(encoding.ids) > longest:
         raise DataError(f"text: {len(encoding.ids)} tokens, the model takes {longest}; shorten it")
     place = 0
@@ -140,10 +141,11 @@ def _find_target(target: str, head: str, model: PreTrainedModel, tokenizer: Toke
     """Number of a label, by its name or as it is; or id of a token, which usually begins with a space."""
     if head == "SequenceClassification":
         labels = _list_labels(model)
-        found = [i for i, name in enumerate(labels) if target in (name, str(i))]
-        if not found:
-            raise ConfigurationError(f"target = {target}: no label of this model; it has {', '.join(labels)}")
-        return found[0]
+        numbers = [*map(str, range(len(labels)))]
+        for names in (labels, numbers):  # a label's own name counts first: it may itself be a number
+            if target in names:
+                return names.index(target)
+        raise ConfigurationError(f"target = {target}: no label of this model; it has {', '.join(labels)}")
     for text in (f" {target}", target):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         if len(ids) == 1:

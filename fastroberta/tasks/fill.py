@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from ..corpus.tokenizer import special_token_ids, special_token_names
 from ..errors import DataError
+from ..hf import longest_sequence
 from ..model import RobertaForMaskedLM
 from .inference import batch_by_length, predict_masks
 
@@ -62,7 +63,7 @@ class MaskFiller:
         sequences = []
         for number, (text, encoded) in enumerate(zip(texts, self._tokenizer.encode_batch_fast(texts)), 1):
             if encoded.ids.count(self._mask_token_id) != text.count(self.mask_token) or self.mask_token not in text:
-                longest = self._model.config.max_position_embeddings - 2
+                longest = longest_sequence(self._model.config.max_position_embeddings, self._model.pad_token_id)
                 where = "lies beyond" if self.mask_token in text else f"{self.mask_token!r} is missing within"
                 start = text if len(text) <= 60 else f"{text[:57]}..."
                 raise DataError(

@@ -25,7 +25,7 @@ from ..checkpoint import verify_directory
 from ..cli.arguments import to_dict
 from ..corpus.tokenizer import load_tokenizer, save_tokenizer, special_token_ids
 from ..errors import CheckpointError, ConfigurationError, DeviceMemoryError
-from ..hf import read_config
+from ..hf import longest_sequence, read_config
 from ..parallel.processes import select_device
 from ..precision import settle_precision
 from .choices import LETTERS, encode_choices
@@ -96,9 +96,9 @@ def read_data(config: FinetuneConfig) -> Data:
     """
     checkpoint = Path(config.checkpoint)
     verify_directory(checkpoint)
-    model_config, _ = read_config(checkpoint)
+    model_config, content = read_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
-    longest = model_config.max_position_embeddings - 2
+    longest = longest_sequence(model_config.max_position_embeddings, content["pad_token_id"])
     if config.max_seq_length is not None and config.max_seq_length > longest:
         raise ConfigurationError(f"max_seq_length = {config.max_seq_length}: {checkpoint} takes {longest} at most")
     max_length = config.max_seq_length or longest

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import verify_directory
 from ..corpus.tokenizer import load_tokenizer
-from ..hf import load_huggingface
+from ..hf import load_huggingface, longest_sequence
 from ..model import AttentionScope, RobertaForMaskedLM
 from ..parallel.processes import select_device
 from ..precision import settle_precision
@@ -31,7 +31,7 @@ def load_encoder(checkpoint: str, device: str, precision: str) -> tuple[RobertaF
     model = load_huggingface(directory).to(on)
     model.set_precision(settle_precision(precision, on)[0])
     tokenizer = load_tokenizer(directory)
-    tokenizer.enable_truncation(model.config.max_position_embeddings - 2)
+    tokenizer.enable_truncation(longest_sequence(model.config.max_position_embeddings, model.pad_token_id))
     return model, tokenizer
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..corpus.tokenizer import save_tokenizer, special_token_ids
 from ..errors import CheckpointError, ConfigurationError, DataError
+from ..hf import longest_sequence
 from .heads import HEADS, load_with_head
 from .onnx_agreement import compare_predictions
 from .texts import read_labelled_texts, read_texts
@@ -55,7 +56,7 @@ def export_onnx(checkpoint: Path, out: Path, quantize: bool, file: str | None) -
         raise CheckpointError(
             f"{checkpoint}: more than 2 GB of weights do not fit in one ONNX file; take a smaller model"
         )
-    longest = model.config.max_position_embeddings - 2
+    longest = longest_sequence(model.config.max_position_embeddings, model.config.pad_token_id)
     tokenizer.enable_truncation(longest)
     out.mkdir(parents=True, exist_ok=True)
     _trace(model, _make_batch(model, head, 2, min(longest, 8)), out / MODEL)

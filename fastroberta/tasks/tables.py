@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from ..errors import ConfigurationError, DataError
 
+LONGEST_FIELD = 1 << 24  # characters in .csv, where Python's own limit is 131,072
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".conll", ".json")
+_BLANKS = re.compile("[ \t]+")  # not all white space: a word may hold a no-break space, as 10 000 does
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
 
 
 def _split_tsv(path: Path, header: Sequence[str] | None) -> Iterator[tuple[int, list[str], Sequence[str]]]:
-    # Not splitlines(): a text may hold a form feed or a Unicode line separator.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    # Not splitlines(): a text may hold a form feed, a carriage return or a Unicode line separator.
+    lines = path.read_bytes().decode("utf-8-sig").split("\n")
     names = header
     for number, line in enumerate(lines, start=1):
         fields = line.removesuffix("\r").split("\t")
@@ -103,6 +106,7 @@ def _split_tsv(path: Path, header: Sequence[str] | None) -> Iterator[tuple[int, 
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(LONGEST_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
         try:
@@ -121,7 +125,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -151,8 +155,9 @@ def _read_conll(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     words: list[str] = []
     tags: list[str] = []
     start = 1
-    for number, line in enumerate([*path.read_text(encoding="utf-8").split("\n"), ""], start=1):
-        columns = line.split()
+    for number, line in enumerate([*path.read_text(encoding="utf-8-sig").split("\n"), ""], start=1):
+        columns = _BLANKS.split(line.strip(" \t"))
+        columns = columns if columns[0] else []
         if columns and columns[0] != "-DOCSTART-":
             if len(columns) < 2:
                 raise DataError(f"{path}:{number}: one column; a line begins with a word and ends with its tag")

@@ -36,7 +36,8 @@ class Task:
     of_glue: bool = False
 
 
-# Metrics of each kind, the first being the default. F1 is macro-averaged for classes, micro-averaged for several labels.
+# Metrics of each kind, the first being the default. F1 is that of the second of two classes, the mean over more classes,
+# and micro-averaged for several labels.
 METRICS = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),

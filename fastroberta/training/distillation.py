@@ -33,7 +33,7 @@ from ..corpus.manifest import Manifest
 from ..corpus.shards import file_sha256
 from ..corpus.tokenizer import load_tokenizer, tokenizer_hash
 from ..errors import ConfigurationError
-from ..hf import load_huggingface
+from ..hf import load_huggingface, longest_sequence
 from ..model import WHOLE_SEQUENCE, AttentionScope, RobertaForMaskedLM
 
 # What teacher and student must have in common: the student starts from parameters of these shapes.
@@ -67,7 +67,7 @@ class Distillation:
         for module in teacher.modules():
             if isinstance(module, nn.Linear):
                 module.weight.data = module.weight.to(student.compute_dtype)
-        self._decoder = teacher.embeddings.word_embeddings.weight.to(student.compute_dtype)
+        self._decoder = teacher.decoder_weight.to(student.compute_dtype)
         self._decoder_bias = teacher.lm_head.bias.to(student.compute_dtype)
 
     def loss(
@@ -93,7 +93,7 @@ class Distillation:
             with torch.no_grad():
                 teacher_hidden = self._teacher.encode(input_ids, scope, positions=positions).flatten(0, 1)
         hidden = student.encode(input_ids, scope, dropout_keys, first_sample, positions).flatten(0, 1)
-        head, decoder = student.lm_head, student.embeddings.word_embeddings.weight
+        head, decoder = student.lm_head, student.decoder_weight
         num_classes = student.config.vocab_size
         assert num_classes is not None  # the model has checked
         features = head.transform(hidden.masked_fill(~is_used[:, None], 0.0))
@@ -237,7 +237,7 @@ def prepare_distillation(
     if config.model.max_position_embeddings > positions:
         raise ConfigurationError(
             f"model.max_position_embeddings = {config.model.max_position_embeddings}, but the teacher {directory} has only "
-            f"{positions}: lower max_seq_length to {positions - 2} at most"
+            f"{positions}: lower max_seq_length to {longest_sequence(positions, teacher.pad_token_id)} at most"
         )
     depth = config.distillation.teacher_layers = teacher.config.num_hidden_layers
     if config.model.num_hidden_layers > depth:

@@ -5,21 +5,23 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny import prepare_text
 
 pytest.importorskip("matplotlib")
 from fastroberta.ablate import main
 from fastroberta.ablation.experiments import EXPERIMENTS, PRESETS
-from fastroberta.ablation.nsp import PairTrainer
+from fastroberta.ablation.nsp import PairTrainer, RobertaForPairs
 from fastroberta.ablation.report import collect_results, write_report
 from fastroberta.ablation.runs import Ablation, list_runs
 from fastroberta.ablation.settings import AblateConfig
 from fastroberta.cli.arguments import from_dict
 from fastroberta.cli.program import run
-from fastroberta.config import TrainConfig
+from fastroberta.config import ModelConfig, TrainConfig
 from fastroberta.errors import ConfigurationError, Stopped
 from fastroberta.hf import load_huggingface
+from fastroberta.model import WHOLE_SEQUENCE, RobertaForMaskedLM
 
 PRESET = """
 precision: fp32
@@ -174,6 +176,27 @@ def test_pairs_start_from_the_weights_of_the_baseline(place, tmp_path):
         model.embeddings.second_type += torch.randn_like(model.embeddings.second_type)
         changed = (model.embeddings(ids) - before).abs().amax(dim=2)[0]
     assert changed[:4].max() == 0 and changed[4:].min() > 0  # the separator belongs to the first part
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_masked_tokens_of_pairs_are_predicted_as_in_the_ordinary_model(is_tied):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    config = ModelConfig(
+        vocab_size=40, max_position_embeddings=14, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        tie_word_embeddings=is_tied, initializer_range=0.3, **sizes,
+    )  # fmt: skip
+    ordinary = RobertaForMaskedLM(config)
+    ordinary.init_weights(1)
+    pairs = RobertaForPairs(ordinary, eos_token_id=2, seed=1)
+    batch = (
+        torch.randint(4, 40, (3, 12)),
+        torch.tensor([[1, 4], [2, 5], [3, 11]]),
+        torch.tensor([[7, 8], [9, 5], [6, 4]]),
+    )
+    expected = ordinary.loss(*batch).loss
+    loss = pairs.loss(*batch, is_next=torch.tensor([0, 1, 1])).loss
+    of_pairs = F.cross_entropy(pairs.classify(pairs.encode(batch[0], WHOLE_SEQUENCE)[:, 0]), torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(loss, expected + 6 * of_pairs)
 
 
 def test_variants_change_what_they_are_named_for(place, tmp_path):

@@ -385,7 +385,7 @@ def test_files_that_are_no_yaml(tmp_path):
         (["--micro_batch_size", "3"], "--micro_batch_size = 3 must divide train_batch_size = 16"),
         (["--output_dir", ""], "--output_dir is empty: give a value"),
         (["--data="], "--data is empty: give a value"),
-        (["--mlm_probability", "0.001"], "--mlm_probability = 0.001 masks no token in 64: raise it"),
+        (["--mlm_probability", "0.001"], "--mlm_probability = 0.001 is less than one token in 64: raise it"),
         (["--lr_scheduler.power", "0.5"], "--lr_scheduler.power = 0.5 belongs to the polynomial schedule"),
         (["--optimizer.name", "apex_lamb"], "--optimizer.name = apex_lamb: takes adamw or lamb"),
         (["--precision", "fp8", "--model.intermediate_size", "500"], "--precision = fp8 needs multiples of 16 in"),

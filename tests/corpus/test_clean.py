@@ -307,6 +307,7 @@ def test_boilerplate_is_the_same_for_any_number_of_workers(tmp_path, tokenizer_d
     "options, message",
     [
         (["--quality", "gofer"], "quality: 'gofer' is no rule"),
+        (["--quality", "c4", "--thresholds.min_words", 9], "thresholds.min_words = 9: has no effect"),
         (["--languages", "xx"], "languages: 'xx' is not known"),
         (["--blocklist", "none"], "blocklist = none: No such file"),
         (["--report", "a.pdf"], "report = a.pdf: the ending decides the format"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -373,3 +374,24 @@ def test_what_is_remembered_changes_nothing(roberta, monkeypatch, setting, value
     monkeypatch.setattr(fastroberta.corpus.encode, "_BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr(fastroberta.corpus.encode, setting, value)
     assert encode(roberta, texts) == expected
+
+
+def test_a_document_may_have_more_words_than_are_remembered(roberta, monkeypatch):
+    """16 MB without a word twice, such as a list of words, would fill the table of two million; here it is a small one."""
+    for name, value in (("_TABLE_BITS", 8), ("_FULL", 192), ("_MOST_ENTRIES", 128)):
+        monkeypatch.setattr(fastroberta.corpus.encode, name, value)
+    document = " ".join(map("".join, itertools.product("abcdefg", repeat=3)))
+    encoder = DocumentEncoder(roberta, split_sentences=True)
+
+    def give_up(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        for text in (document, TEXTS[0], document):
+            expected = roberta.encode(text, add_special_tokens=False).ids
+            assert encoder.encode([text]).tokens.tolist() == [*expected, special_token_ids(roberta).eos]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -180,6 +180,10 @@ def test_a_whole_directory_is_accepted(tmp_path):
         (lambda d: (d / "manifest.json").write_text('{"format": "other", "version": 1}'), "not of format"),
         (lambda d: (d / "manifest.json").write_text('{"step": 4, "files": {}}'), "not of format"),  # a checkpoint's
         (lambda d: edit(d, "../x", "shards", 0, "name"), "outside its directory"),
+        (
+            lambda d: edit(d, [{"name": "../x"}], "duplicate_tables"),
+            "outside its directory",
+        ),  # --append would delete it
         (lambda d: edit(d, "cd" * 32, "tokenizer_sha256"), "another tokenizer"),
         (lambda d: edit(d, 70000, "vocab_size"), "for a vocabulary of 70000"),
         (lambda d: edit(d, 1, "shards", 1, "documents"), "unlike the manifest"),

@@ -88,6 +88,16 @@ def test_predictions_are_the_models_and_a_target_may_be_given(checkpoint, add_he
     assert explain_in(checkpoint, tmp_path / "parts", "日<mask>", "--steps", "1")["tokens"][1:5] == [*"日⋯⋯", "<mask>"]
 
 
+def test_a_label_that_is_a_number_is_found_by_its_name(add_head, tmp_path):
+    labels = ["-1", "0", "1"]
+    classifier = add_head(
+        "SequenceClassification", id2label=dict(enumerate(labels)), label2id=dict(zip(labels, range(3)))
+    )
+    for target, label in (("1", "1"), ("0", "0"), ("2", "1")):  # no label is called 2: it is the number of one
+        found = explain_in(classifier, tmp_path / target, "Ben thanks Anna", "--target", target, "--steps", "1")
+        assert found["target"] == label
+
+
 def test_a_regression_is_explained_in_its_own_unit(add_head, tmp_path):
     found = explain_in(add_head("SequenceClassification", num_labels=1), tmp_path / "out", "Ben thanks Anna")
     assert found["predictions"] == [["LABEL_0", pytest.approx(found["output"])]]

@@ -45,8 +45,12 @@ def test_batches_change_no_answer(checkpoint, capsys):
 
 def test_texts_come_from_files_and_standard_input(checkpoint, capsys, monkeypatch, tmp_path):
     file = tmp_path / "texts.txt"
-    file.write_text("\n".join(TEXTS) + "\n\n")
-    assert [one["text"] for one in fill(checkpoint, capsys, "--file", str(file))] == TEXTS
+    odd = "A\f b\u2028 c<mask>"
+    file.write_text("\n".join([*TEXTS, " ", odd]) + "\n\n", encoding="utf-8")
+    assert main([str(checkpoint), "--file", str(file), "--format", "jsonl"]) == 0
+    shown = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in shown.out.split("\n")[:-1]] == [*TEXTS, odd]
+    assert "2 blank lines are left out" in shown.err
     monkeypatch.setattr("sys.stdin", io.StringIO(TEXTS[0]))
     assert [one["text"] for one in fill(checkpoint, capsys)] == TEXTS[:1]
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
@@ -75,6 +79,11 @@ def test_table_shows_every_mask(checkpoint, capsys):
 def test_a_text_that_cannot_be_filled_in_is_named(checkpoint, text, message):
     with pytest.raises(DataError, match=message):
         main([str(checkpoint), TEXTS[0], text])
+
+
+def test_texts_beside_the_page_are_refused(checkpoint):
+    with pytest.raises(ConfigurationError, match="demo takes its texts from the browser"):
+        main([str(checkpoint), TEXTS[0], "--demo"])
 
 
 @pytest.fixture

@@ -60,6 +60,8 @@ def test_words_of_conll_columns(checkpoint, tmp_path):
     assert first["input_ids"] == tokenizer.encode("Anna gives Ben a book").ids
     assert [one for one in first["labels"] if one != IGNORED_LABEL] == [1, 2, 1, 2, 2]
     assert first["labels"][0] == first["labels"][-1] == IGNORED_LABEL
+    path.write_text("\ufeff-DOCSTART- O\n\n10\u00a0000\tB-NUM \r\n \nBen O\n", encoding="utf-8")
+    assert [record["words"] for record in read_table(path).records] == [["10\u00a0000"], ["Ben"]]
     path.write_text("Anna B-PER\nBen\n")
     with pytest.raises(DataError, match=r"train.conll:2: one column; a line begins with a word and ends with its tag"):
         read_table(path)
@@ -108,6 +110,16 @@ def test_several_labels(learner, tmp_path):
     classify = transformers.pipeline("text-classification", model=str(out / "model"), device="cpu", top_k=None)
     assert all(one["score"] > 0.5 for one in classify(["Anna Paris"])[0])
     assert not (out / "confusion.png").exists()
+
+
+def test_a_single_label_may_be_a_number(checkpoint, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": "Anna", "label": one}) + "\n" for one in (0, [0, 1], "1", None, [])))
+    table, task = read_table(path), define(path, "multi-label")
+    labels = list_labels(table, task)
+    found = encode_table(table, task, load_tokenizer(checkpoint), labels, 16)
+    assert labels == ["0", "1"]
+    assert [feature["labels"] for feature in found.features] == [[1, 0], [1, 1], [0, 1], [0, 0], [0, 0]]
 
 
 def test_several_labels_are_scored_and_weighed():

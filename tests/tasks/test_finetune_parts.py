@@ -1,6 +1,7 @@
 """The parts of fine-tuning: files, GLUE's columns, the loss, metrics, and the training held against a plain loop."""
 
 import ast
+import csv
 import json
 import re
 import shutil
@@ -140,6 +141,13 @@ def test_formats_give_the_same_records(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
         assert read_table(tmp_path / f"d.{suffix}").records == records
+    (tmp_path / "d.jsonl").write_text('\ufeff{"text": "a"}\n', encoding="utf-8")
+    assert read_table(tmp_path / "d.jsonl").records == [{"text": "a"}]
+    (tmp_path / "d.tsv").write_bytes(b"text\tlabel\r\nAnna\rBen\ta\r\n")  # the second line holds a carriage return
+    assert read_table(tmp_path / "d.tsv").records == [{"text": "Anna\rBen", "label": "a"}]
+    (tmp_path / "d.csv").write_text(f"text,label\n{'a' * 200_000},b\n")  # longer than Python's own limit
+    csv.field_size_limit(1 << 17)
+    assert len(read_table(tmp_path / "d.csv").records[0]["text"]) == 200_000
     (tmp_path / "d.jsonl").write_text('{"text": 1}\n{]\n')
     with pytest.raises(DataError, match=r"d.jsonl:2: not JSON"):
         read_table(tmp_path / "d.jsonl")

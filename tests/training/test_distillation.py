@@ -109,12 +109,15 @@ def test_soft_targets_are_the_divergence_of_plain_pytorch(dtype, bound):
         assert (one.grad.double() - other.grad).norm() <= bound * other.grad.norm()
 
 
-@pytest.mark.parametrize("weights", [(5.0, 2.0, 1.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)], ids=str)
-def test_gradient_of_all_terms_is_that_of_plain_pytorch(weights):
+@pytest.mark.parametrize(
+    "weights, is_tied",
+    [((5.0, 2.0, 1.0), True), ((1.0, 0.0, 0.0), True), ((0.0, 0.0, 1.0), True), ((5.0, 2.0, 1.0), False)],
+)
+def test_gradient_of_all_terms_is_that_of_plain_pytorch(weights, is_tied):
     vocabulary = 75
+    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": is_tied}
     student, teacher, reference = (
-        make_model(*one, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
-        for one in ((2, vocabulary, 1), (3, vocabulary, 2), (2, vocabulary, 1))
+        make_model(*one, **changes).double() for one in ((2, vocabulary, 1), (3, vocabulary, 2), (2, vocabulary, 1))
     )
     for model in (student, teacher, reference):
         model.compute_dtype = torch.float64
@@ -134,7 +137,7 @@ def test_gradient_of_all_terms_is_that_of_plain_pytorch(weights):
     rows = torch.arange(6)[:, None].expand_as(positions)[used], positions[used]
     s_hidden, t_hidden = (model.encode(input_ids, WHOLE_SEQUENCE)[rows] for model in (reference, teacher))
     s, t = (
-        model.lm_head.logits(hidden, model.embeddings.word_embeddings.weight, vocabulary)
+        model.lm_head.logits(hidden, model.decoder_weight, vocabulary)
         for model, hidden in ((reference, s_hidden), (teacher, t_hidden))
     )
     mlm = F.cross_entropy(s, labels[used], reduction="sum")
