@@ -6,7 +6,10 @@ loop (bench/LOG.md, section 8).
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +36,17 @@ class Sweep:
         return (
             f"{self.operation} {('forward', 'backward')[self.part]}, {self.table}[{self.key}], dropout {self.dropout}"
         )
+
+    @contextlib.contextmanager
+    def keep_tables(self) -> Iterator[None]:
+        """Inside the context the entry may be set. Afterwards it is what it was, so the next sweep varies nothing else."""
+        members = vars(importlib.import_module(f"fastroberta_kernels.{self.operation}"))
+        before = {name: members[name] for name in (self.table, f"CHIP_{self.table}") if name in members}
+        members.update(copy.deepcopy(before))
+        try:
+            yield
+        finally:
+            members.update(before)
 
     def choose(self, candidate: Any) -> None:
         """Set the entry in this process. Raises LookupError where the module has none."""
