@@ -392,7 +392,7 @@ def sweep_tiles(session: Session) -> None:
     jobs = []
     for sweep in SWEEPS:
         for candidate in sweep.candidates:
-            jobs.append((sweep.operation, Setting(session.model, sweep.dropout), sweep, candidate))
+            jobs.append((sweep.operation, Setting(session.model, sweep.dropout, sweep.layout), sweep, candidate))
     compile_in_processes(session, jobs)
     for sweep in session.each(SWEEPS):
         with sweep.keep_tables():
@@ -400,7 +400,7 @@ def sweep_tiles(session: Session) -> None:
 
 
 def sweep_one(session: Session, sweep: Sweep, ceilings: dict[str, Any]) -> None:
-    setting = Setting(session.model, sweep.dropout)
+    setting = Setting(session.model, sweep.dropout, sweep.layout)
     case = make_case(sweep.operation, setting, session.device, session.dtype)
     case.check(EAGER)
     function = case.implementations[OURS](setting.dropout)
@@ -451,7 +451,9 @@ def run_gpu_tests(session: Session) -> bool:
     processes = min(8, os.cpu_count() or 1)  # most tests compile some kernels first, a second each on one core
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short", *dict.fromkeys(files)]
     command.append("--continue-on-collection-errors")  # a file whose packages are missing here loses only itself
-    command += ["-n", str(processes), "--dist", "loadgroup"] + ["--collect-only", "-q"] * session.rehearse
+    # In order, one by one; `loadgroup` would run a test again and again that takes its process along.
+    command += ["-n", str(processes), "--dist", "load", "--maxschedchunk", "1"]
+    command += ["--collect-only", "-q"] * session.rehearse
     if importlib.util.find_spec("pytest_timeout"):  # a test that hangs then loses only itself
         command += ["--timeout", str(PATIENCE), "--timeout-method", "thread"]
     log, begun = session.out / "tests.txt", time.monotonic()
