@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.monotonic() - begun
         run.add("stage", name=name, status=status, attempts=len(statuses), seconds=seconds, limit=limit)
         if status != 0:
-            what = {"stopped": "stopped", WRONG: "wrong results"}.get(status, f"exit status {status}")
+            what = {"stopped": "stopped", WRONG: "wrong or missing results"}.get(status, f"exit status {status}")
             failed.append(f"{name} ({what})")
         print(f"=== {name}: {seconds:.0f} s" + ("" if status == 0 else f", {failed[-1]}"), flush=True)
     print(f"\nresults: {run.path}" + (f"; failed: {', '.join(failed)}" if failed else ""))
