@@ -1,4 +1,4 @@
-"""Attention of full, padded and packed sequences, with and without dropout, against every backend of SDPA."""
+"""Attention of full, padded and packed sequences and in a window, with and without dropout, against SDPA's backends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .case import (
     LENGTH,
     MODELS,
     OURS,
-    SMALL,
     Absent,
     Build,
     Case,
@@ -28,10 +27,11 @@ from .case import (
     need_package,
 )
 
+WINDOW = (64, 64)  # keys to the left and right of a query in ModernBERT's local layers
 SETTINGS = [
     Setting(model, dropout, layout)
     for model in MODELS
-    for layout in ("full", "padded", "packed")
+    for layout in ("full", "padded", "packed", "window")
     for dropout in (0.0, 0.1)
 ]  # fmt: skip
 
@@ -42,8 +42,6 @@ def draw_spans(layout: str, sequences: int) -> list[list[int]]:
     padded: one span, of 25% to 100%; packed: documents of about 150 tokens, whose lengths are log-normal.
     """
     generator = torch.Generator().manual_seed(1)
-    if layout == "full":
-        return [[LENGTH]] * sequences
     if layout == "padded":
         return [[int(length)] for length in torch.randint(LENGTH // 4, LENGTH + 1, (sequences,), generator=generator)]
     spans = []
@@ -58,10 +56,14 @@ def draw_spans(layout: str, sequences: int) -> list[list[int]]:
 
 def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Case:
     size, (sequences, length) = find_size(setting), find_layout(setting, device)
+    if setting.layout == "window":  # fewer and longer sequences, where a window saves something
+        sequences, length = max(1, sequences // 4), length * min(sequences, 4)
     shape = (sequences, length, size.heads, HEAD_SIZE)
     q, k, v, upstream = (make_random(shape, dtype, device, seed) for seed in range(4))
-    spans = draw_spans(setting.layout, sequences) if setting.model not in SMALL else [[length]] * sequences
+    has_spans = setting.layout in ("padded", "packed")
+    spans = draw_spans(setting.layout, sequences) if has_spans else [[length]] * sequences
     mask = key_lengths = bounds = None
+    window = (-1, -1)
     if setting.layout == "padded":
         key_lengths = torch.tensor([length for (length,) in spans], dtype=torch.int32, device=device)
         mask = (torch.arange(LENGTH, device=device) < key_lengths[:, None])[:, None, None, :]
@@ -70,30 +72,38 @@ def make_case(setting: Setting, device: torch.device, dtype: torch.dtype) -> Cas
         bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
         document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).view(sequences, LENGTH).to(device)
         mask = (document[:, :, None] == document[:, None, :])[:, None]
+    elif setting.layout == "window":
+        window = WINDOW
+        distance = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]
+        mask = (distance >= -WINDOW[0]) & (distance <= WINDOW[1])
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_eagerly(q, k, v, mask, 0.0)
 
     implementations: dict[str, Build] = {
         EAGER: lambda dropout: lambda q, k, v: attend_eagerly(q, k, v, mask, dropout),
-        OURS: build_ours(key_lengths, bounds, torch.tensor([1, 0], device=device)),
+        OURS: build_ours(key_lengths, bounds, window, torch.tensor([1, 0], device=device)),
     }
     if setting.layout == "full":  # a mask changes what is compiled too little to spend the time on it
         implementations[COMPILED] = compile_function(implementations[EAGER])
     for name in ("FLASH", "CUDNN", "EFFICIENT", "MATH"):
         implementations[f"SDPA {name.lower()}"] = build_sdpa(f"{name}_ATTENTION" if name != "MATH" else name, mask)
     implementations["torch varlen_attn"] = build_torch_varlen(bounds)
-    implementations["flash-attn"] = build_flash(setting.layout, bounds, device)
+    implementations["flash-attn"] = build_flash(setting.layout, bounds, window, device)
+    if setting.layout == "window":
+        implementations["flex_attention"] = build_flex(length, device)
     # Both products of the forward, five of the backward; a padded query counts, since its output is asked for.
     queries_by_keys = sum(
         keys * (keys if setting.layout == "packed" else length) for sequence in spans for keys in sequence
     )
+    if setting.layout == "window":
+        queries_by_keys = sequences * int(mask.sum())
     forward = 4 * queries_by_keys * size.heads * HEAD_SIZE
     tensor_bytes = q.numel() * dtype.itemsize
     return Case(
         "attention", setting, f"{sequences} x {length}, {size.heads} heads of {HEAD_SIZE}", dtype, (q, k, v),
         implementations, Work(forward, 4 * tensor_bytes), upstream.detach(), Work(2.5 * forward, 8 * tensor_bytes),
-        exact, twin=build_ours(key_lengths, bounds, torch.tensor([1, 0], device=device), impl="torch"),
+        exact, twin=build_ours(key_lengths, bounds, window, torch.tensor([1, 0], device=device), impl="torch"),
     )  # fmt: skip
 
 
@@ -106,13 +116,16 @@ def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout
     return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2)
 
 
-def build_ours(key_lengths: Tensor | None, bounds: Tensor | None, seed: Tensor, impl: str | None = None) -> Build:
+def build_ours(
+    key_lengths: Tensor | None, bounds: Tensor | None, window: tuple[int, int], seed: Tensor, impl: str | None = None
+) -> Build:
     from fastroberta_kernels.attention import attention, varlen_attention
 
     def build(dropout: float) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if bounds is None:
-                return attention(q, k, v, dropout_p=dropout, seed=seed, key_lengths=key_lengths, impl=impl)
+                options = {"key_lengths": key_lengths, "window_size": window, "impl": impl}
+                return attention(q, k, v, dropout_p=dropout, seed=seed, **options)
             flat = (value.flatten(0, 1) for value in (q, k, v))
             out = varlen_attention(*flat, bounds, bounds, LENGTH, LENGTH, dropout_p=dropout, seed=seed, impl=impl)
             return out.view_as(q)
@@ -165,7 +178,29 @@ def build_torch_varlen(bounds: Tensor | None) -> Build:
     return build
 
 
-def build_flash(layout: str, bounds: Tensor | None, device: torch.device) -> Build:
+def build_flex(length: int, device: torch.device) -> Build:
+    def build(dropout: float) -> Callable[..., Tensor]:
+        if device.type != "cuda":
+            raise Absent("has no backward on a CPU")
+        if dropout:
+            raise Absent("has no dropout")
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key - query >= -WINDOW[0]) & (key - query <= WINDOW[1])
+
+        blocks = create_block_mask(is_seen, None, None, length, length, device=device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return compiled(*(value.transpose(1, 2) for value in (q, k, v)), block_mask=blocks).transpose(1, 2)
+
+        return attend
+
+    return build
+
+
+def build_flash(layout: str, bounds: Tensor | None, window: tuple[int, int], device: torch.device) -> Build:
     def build(dropout: float) -> Callable[..., Tensor]:
         need_package("flash-attn", gpu=True, device=device)
         from flash_attn import flash_attn_func, flash_attn_varlen_func
@@ -175,7 +210,7 @@ def build_flash(layout: str, bounds: Tensor | None, device: torch.device) -> Bui
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if bounds is None:
-                return flash_attn_func(q, k, v, dropout_p=dropout)
+                return flash_attn_func(q, k, v, dropout_p=dropout, window_size=window)
             flat = (value.flatten(0, 1) for value in (q, k, v))
             return flash_attn_varlen_func(*flat, bounds, bounds, LENGTH, LENGTH, dropout_p=dropout).view_as(q)
 

@@ -76,8 +76,8 @@ class Verdict(NamedTuple):
     fault: str | None = None
 
 
-# Given the dropout probability, an implementation is a function of the case's inputs.
-Build = Callable[[float], Callable[..., Tensor]]
+# Given the dropout probability, an implementation is a function of the case's inputs, with one output or several.
+Build = Callable[[float], Callable[..., Any]]
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Case:
 
     Attributes:
         inputs: arguments of every implementation, with gradients for those that require them.
-        upstream: gradient of the output; None for an operation without a backward.
+        upstream: gradient of the output, or of each output; None for an operation without a backward.
         exact: the same function in plain PyTorch, called with fp64 inputs and no dropout.
         twin: our operation in plain PyTorch. In fp64 it drops the same elements as our kernel: with dropout, output
             and gradients of our kernel are compared with it.
@@ -101,7 +101,7 @@ class Case:
     inputs: tuple[Any, ...]
     implementations: dict[str, Build]
     forward: Work
-    upstream: Tensor | None = None
+    upstream: Tensor | tuple[Tensor, ...] | None = None
     backward: Work = Work(0, 0)
     exact: Callable[..., Tensor] | None = None
     verify: Callable[[str, Callable[..., Tensor]], Verdict] | None = None
@@ -137,8 +137,9 @@ class Case:
         shares_mask = name == OURS and self.twin is not None and self.setting.dropout > 0
         results = self._results(build(self.setting.dropout if shares_mask else 0.0))
         exact = self._find_exact(shares_mask)
-        named = zip(["output", *["gradient"] * (len(exact) - 1)], results, exact)
-        error = {"output": 0.0} | ({"gradient": 0.0} if len(exact) > 1 else {})
+        count = len(self.upstream) if isinstance(self.upstream, tuple) else 1
+        named = zip(["output"] * count + ["gradient"] * (len(exact) - count), results, exact)
+        error = {"output": 0.0} | ({"gradient": 0.0} if len(exact) > count else {})
         for kind, value, expected in named:
             error[kind] = max(error[kind], relative_error(value, expected))
         if not all(math.isfinite(value) for value in error.values()):
@@ -162,7 +163,7 @@ class Case:
     def _results(self, function: Callable[..., Tensor]) -> list[Tensor]:
         output = function(*self.inputs)
         gradients = torch.autograd.grad(output, self.leaves, self.upstream) if self.upstream is not None else ()
-        return [output.detach(), *gradients]
+        return [value.detach() for value in (*as_tuple(output), *gradients)]
 
     def _find_exact(self, shares_mask: bool) -> list[Tensor]:
         """Of our twin with dropout, or of the exact function without; each is computed once."""
@@ -181,8 +182,14 @@ class Case:
         )
         output = function(*wide)
         leaves = [value for value in wide if isinstance(value, Tensor) and value.requires_grad]
-        gradients = torch.autograd.grad(output, leaves, self.upstream.double()) if self.upstream is not None else ()
-        return [value.detach().float() for value in (output, *gradients)]
+        upstream = None if self.upstream is None else [value.double() for value in as_tuple(self.upstream)]
+        gradients = torch.autograd.grad(as_tuple(output), leaves, upstream) if upstream is not None else ()
+        return [value.detach().float() for value in (*as_tuple(output), *gradients)]
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A tuple as it is, anything else as a tuple of one."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

@@ -23,7 +23,7 @@ from .record import Run, default_path
 from .trace import count_launches, record_trace
 
 # File of each operation: its SETTINGS and make_case.
-OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "masking", "embedding", "lamb")
+OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "geglu", "rotary", "masking", "embedding", "lamb")
 SMALL_OPERATIONS = ("attention", "cross_entropy", "layer_norm", "gelu", "embedding")
 
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def choose_settings(
     settings: Sequence[Setting], *, quick: bool, on_gpu: bool, model: str | None = None, small: bool = False
 ) -> list[Setting]:
-    """All of them. With `quick`, those of roberta-base, and on a CPU only one layout of sequences.
+    """All of them. With `quick`, those of roberta-base, and on a CPU full sequences only.
 
     With `small`, full sequences of the sizes in SMALL, for the operations that work on rows.
     """
@@ -86,7 +86,7 @@ def choose_settings(
         settings = [s for s in settings if s.layout in ("full", "plain")]
         return list(dict.fromkeys(s._replace(model=name) for name in SMALL for s in settings))
     if quick:
-        settings = [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain"))]
+        settings = [s for s in settings if s.model == "base" and (on_gpu or s.layout in ("full", "plain", "window"))]
     return list(dict.fromkeys(s._replace(model=model or s.model) for s in settings))
 
 

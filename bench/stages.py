@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import gzip
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -34,6 +35,9 @@ from .tiles import SWEEPS, Sweep
 from .trace import record_trace, sum_kernels, sum_regions
 from .trainers import MLM_PROBABILITY, WAYS, Ours, Task, run_steps
 
+T = TypeVar("T")
+WRONG = 2  # exit status of a stage that did all its work, with wrong or missing results
+PATIENCE = 40.0  # seconds for a piece of a stage's work; a rehearsal gets three times as much
 REPEATS = 20  # of a kernel, whose results must agree to the bit
 MAX_PROCESSES = 16
 GRAPH = "fastroberta, CUDA graph"
@@ -54,9 +58,14 @@ class Stage(NamedTuple):
 
 
 class Session:
-    """What a stage works with: where results go, what to measure, and until when something new may begin."""
+    """What a stage works with: where results go, what to measure, and until when something new may begin.
 
-    def __init__(self, stage: str, out: Path, end: float, rehearse: bool):
+    Attributes:
+        skip: pieces of the work that an earlier process of this stage began, and ended or was lost with.
+    """
+
+    def __init__(self, stage: str, out: Path, end: float, rehearse: bool, skip: Sequence[str] = ()):
+        self.stage, self.skip = stage, set(skip)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.on_gpu = self.device.type == "cuda"
         self.dtype = choose_dtype(self.device)
@@ -74,6 +83,24 @@ class Session:
             return True
         print(f"{what}: not measured, the time is up", flush=True)
         return False
+
+    def each(self, pieces: Iterable[T], patience: float = PATIENCE) -> Iterator[T]:
+        """The pieces of a stage's work, as long as there is time.
+
+        One that raises, takes longer than `patience` or leaves the GPU unusable ends this process. The results have a line
+        for each piece that was begun, so `python -m bench gpu` can start the stage again without it.
+        """
+        for piece in pieces:
+            name = str(piece)
+            if name in self.skip or not self.has_time(name):
+                continue
+            self.add("begin", stage=self.stage, piece=name)
+            seconds = patience * (3 if self.rehearse else 1)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+            yield piece
+            if self.on_gpu:
+                torch.cuda.synchronize()  # raises after a kernel that went astray: all later ones would fail as well
+            faulthandler.cancel_dump_traceback_later()
 
     def add(self, kind: str, **values: Any) -> dict[str, Any]:
         return self.run.add(kind, **values)
@@ -102,10 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--end", type=float, default=1e12, help="begin nothing new after this value of time.monotonic()"
     )
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--skip", action="append", default=[], help="piece of the stage to leave out (may be repeated)")
     arguments = parser.parse_args(argv)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    session = Session(arguments.stage, arguments.out, arguments.end, arguments.rehearse)
-    return int(STAGES[arguments.stage].work(session) is False)
+    session = Session(arguments.stage, arguments.out, arguments.end, arguments.rehearse, arguments.skip)
+    return WRONG if STAGES[arguments.stage].work(session) is False else 0
 
 
 # Machine
@@ -162,17 +190,21 @@ def make_case(name: str, setting: Setting, device: torch.device, dtype: torch.dt
 def compile_in_processes(session: Session, jobs: Sequence[tuple]) -> None:
     """Compile what each job (operation, setting, sweep and candidate or None) launches; failures show again later."""
     count = min(MAX_PROCESSES, len(jobs), os.cpu_count() or 1)
-    started = time.monotonic()
+    started, limit = time.monotonic(), session.seconds / 2
     arguments = [(*job, session.device, session.dtype) for job in jobs]
-    with multiprocessing.get_context("spawn").Pool(count) as pool, contextlib.suppress(multiprocessing.TimeoutError):
-        pool.map_async(compile_job, arguments, chunksize=1).get(session.seconds / 2)
-    print(f"{len(jobs)} cases compiled in {count} processes in {time.monotonic() - started:.0f} s")
+    for _ in session.each(["compile"], patience=limit + 10):
+        with (
+            multiprocessing.get_context("spawn").Pool(count) as pool,
+            contextlib.suppress(multiprocessing.TimeoutError),
+        ):
+            pool.map_async(compile_job, arguments, chunksize=1).get(limit)
+        print(f"{len(jobs)} cases compiled in {count} processes in {time.monotonic() - started:.0f} s")
 
 
 def compile_job(job: tuple) -> None:
     name, setting, sweep, candidate, device, dtype = job
     torch.set_num_threads(1)
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), contextlib.nullcontext() if sweep is None else sweep.keep_tables():
         if sweep is not None:
             sweep.choose(candidate)
         case = make_case(name, setting, device, dtype)
@@ -182,12 +214,13 @@ def compile_job(job: tuple) -> None:
 def check_kernels(session: Session) -> bool:
     """Errors against fp64, agreement of repeated runs to the bit, and time beside PyTorch's eager operations."""
     ceilings = session.read_ceilings()
-    settings = [(name, Setting(session.model, dropout, layout)) for name, dropout, layout in HOT]
-    compile_in_processes(session, [(name, setting, None, None) for name, setting in settings])
+    settings = {
+        f"{name} {layout} {dropout}": (name, Setting(session.model, dropout, layout)) for name, dropout, layout in HOT
+    }
+    compile_in_processes(session, [(name, setting, None, None) for name, setting in settings.values()])
     is_right = True
-    for name, setting in settings:
-        if not session.has_time(f"{name} {setting}"):
-            continue
+    for piece in session.each(settings):
+        name, setting = settings[piece]
         case = make_case(name, setting, session.device, session.dtype)
         lines = kernels.measure_case(case, session.device, ceilings, quick=True)
         ours = next(line for line in lines if line["implementation"] == OURS)
@@ -337,18 +370,22 @@ def list_floors(task: Task, ceilings: dict[str, Any]) -> list[tuple[str, str, fl
 def measure_peers(session: Session) -> bool:
     """Training and hot kernels against what others would use, in the same minutes."""
     common = ["--model", session.model, "--out", str(session.results)]
-    ways = [
-        "transformers sdpa" if session.rehearse else "transformers sdpa, torch.compile",
-        "transformers, our kernels",
-    ]
-    options = [option for way in ways for option in ("--way", way)]
-    size = ["--sequences", "2"] if session.rehearse else []
-    # The compiler of the peer takes most of it.
-    seconds = ["--seconds", str(0.7 * session.seconds)]
-    status = train.main(["--only", "compare", "--rounds", "3", *common, *options, *size, *seconds])
-    names = ("gelu",) if session.rehearse else ("layer_norm", "gelu", "attention", "cross_entropy")
-    operations = [option for name in names for option in ("--only", name)]
-    return kernels.main(["--quick", *operations, *common, "--seconds", str(0.8 * session.seconds)]) + status == 0
+    is_right = True
+    for _ in session.each(["training"], patience=0.8 * session.seconds):
+        ways = [
+            "transformers sdpa" if session.rehearse else "transformers sdpa, torch.compile",
+            "transformers, our kernels",
+        ]
+        options = [option for way in ways for option in ("--way", way)]
+        size = ["--sequences", "2"] if session.rehearse else []
+        # The compiler of the peer takes most of it.
+        seconds = ["--seconds", str(0.7 * session.seconds)]
+        is_right &= train.main(["--only", "compare", "--rounds", "3", *common, *options, *size, *seconds]) == 0
+    names = ("gelu",) if session.rehearse else ("layer_norm", "gelu", "cross_entropy", "attention", "geglu", "rotary")
+    for name in session.each(names, patience=60):
+        options = ["--quick", "--only", name, *common, "--seconds", str(0.8 * session.seconds)]
+        is_right &= kernels.main(options) == 0
+    return is_right
 
 
 # Tiles
@@ -360,26 +397,29 @@ def sweep_tiles(session: Session) -> None:
     jobs = []
     for sweep in SWEEPS:
         for candidate in sweep.candidates:
-            jobs.append((sweep.operation, Setting(session.model, sweep.dropout), sweep, candidate))
+            jobs.append((sweep.operation, Setting(session.model, sweep.dropout, sweep.layout), sweep, candidate))
     compile_in_processes(session, jobs)
-    for sweep in SWEEPS:
-        if session.has_time(f"{sweep}"):
+    for sweep in session.each(SWEEPS):
+        with sweep.keep_tables():
             sweep_one(session, sweep, ceilings)
 
 
 def sweep_one(session: Session, sweep: Sweep, ceilings: dict[str, Any]) -> None:
-    setting = Setting(session.model, sweep.dropout)
+    setting = Setting(session.model, sweep.dropout, sweep.layout)
     case = make_case(sweep.operation, setting, session.device, session.dtype)
     case.check(EAGER)
     function = case.implementations[OURS](setting.dropout)
     runs: dict[str, Callable[[], Marks]] = {}
     reasons: dict[str, str] = {}
     for candidate in sweep.candidates:
+        if not session.has_time(f"{candidate}"):
+            break
         try:
             sweep.choose(candidate)
             verdict = case.check(OURS)
         except Exception as error:  # out of registers, shared memory or patience: the finding
-            reasons[str(candidate)] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            first = str(error).strip().partition("\n")[0]
+            reasons[str(candidate)] = f"{type(error).__name__}: {first[:120]}"
             continue
         if verdict.fault:
             reasons[str(candidate)] = verdict.fault
@@ -416,7 +456,11 @@ def run_gpu_tests(session: Session) -> bool:
     processes = min(8, os.cpu_count() or 1)  # most tests compile some kernels first, a second each on one core
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short", *dict.fromkeys(files)]
     command.append("--continue-on-collection-errors")  # a file whose packages are missing here loses only itself
-    command += ["-n", str(processes), "--dist", "loadgroup"] + ["--collect-only", "-q"] * session.rehearse
+    # In order, one by one; `loadgroup` would run a test again and again that takes its process along.
+    command += ["-n", str(processes), "--dist", "load", "--maxschedchunk", "1"]
+    command += ["--collect-only", "-q"] * session.rehearse
+    if importlib.util.find_spec("pytest_timeout"):  # a test that hangs then loses only itself
+        command += ["--timeout", str(PATIENCE), "--timeout-method", "thread"]
     log, begun = session.out / "tests.txt", time.monotonic()
     log.unlink(missing_ok=True)
     status = run_limited(command, session.seconds, log, max_bytes=15 * 2**20, own_group=False)
@@ -504,10 +548,14 @@ def run_quickstart(session: Session) -> bool:
             command += ["--max_steps=2", "--lr_scheduler.warmup_steps=1", "--eval_sequences=8", "--train_batch_size=2"]
         begun = time.monotonic()
         status = run_limited(command, session.seconds, own_group=False)
+        losses = list(read_losses(Path(folder, "metrics.jsonl")))
     seconds = time.monotonic() - begun
-    session.add("quickstart", status=status, seconds=seconds)
-    print(f"quickstart: {f'exit status {status}' if status is not None else 'stopped'} after {seconds:.0f} s")
-    return status == 0
+    session.add("quickstart", status=status, seconds=seconds, losses=losses)
+    print(
+        f"quickstart: {f'exit status {status}' if status is not None else 'stopped'} after {seconds:.0f} s; losses "
+        f"{', '.join(f'{loss:.2f}' for loss in losses[:: max(1, len(losses) // 8)])}"
+    )
+    return status in (0, None)  # it may well be longer than what is left
 
 
 STAGES = {

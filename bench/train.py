@@ -168,7 +168,7 @@ def compare(
                         worker.tell(command, argument)
                     for name, worker in list(ready.items()):
                         try:
-                            answer = worker.hear()
+                            answer = worker.hear(end)
                             if command == "check":
                                 exact = exact or finish_reference(reference)
                                 lines[name] |= judge(answer, exact)

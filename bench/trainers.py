@@ -345,7 +345,7 @@ def read_peak_bytes() -> int:
 
 
 class Failure(Exception):
-    """A worker could not carry out a command; `status` is "absent" or "failed"."""
+    """A worker could not carry out a command; `status` is "absent", "failed" or "skipped"."""
 
     def __init__(self, status: str, reason: str):
         super().__init__(reason)
@@ -378,13 +378,18 @@ class Worker:
         with contextlib.suppress(OSError):  # a dead worker is noticed by `hear`
             self._connection.send((command, argument))
 
-    def hear(self) -> Any:
+    def hear(self, deadline: float = float("inf")) -> Any:
         """The answer to the last command.
 
         Raises:
-            Failure: the worker could not do it, or died.
+            Failure: the worker could not do it, died, or was ended because it had not answered at `deadline`, a value of
+                time.monotonic().
         """
         try:
+            # A day at most: the system takes no longer time.
+            if not self._connection.poll(min(max(0.0, deadline - time.monotonic()), 86_400.0)):
+                self._process.kill()
+                raise Failure("skipped", "not ready in time")
             status, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise Failure("failed", "the process ended, perhaps for lack of memory") from error

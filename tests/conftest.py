@@ -71,6 +71,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.hookimpl(trylast=True)  # once the report is sent
+def pytest_runtest_logreport(report):
+    """After an illegal memory access a process cannot use its GPU any more, and all its later tests would fail as well. One
+    of several processes ends itself then, and xdist starts another."""
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where Triton kernels run in this session: the GPU, or the CPU through Triton's interpreter."""

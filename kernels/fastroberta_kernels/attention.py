@@ -344,8 +344,10 @@ BACKWARD_BLOCKS = {
 # spills on sm_80, as the 128 x 128 forward does on sm_100.
 CHIP_FORWARD_BLOCKS = {(90, 2, 64): (128, 128, 8, 2)}
 CHIP_BACKWARD_BLOCKS = {(90, 2, 64): (64, 128, 8, 1), (100, 2, 64): (64, 128, 8, 1)}
-# Exceptions of the forward in a window by (bytes, head_dim): the blocks above would spill on sm_90.
+# Exceptions of the forward in a window. That of fp32 would spill on sm_90. Smaller tiles visit fewer keys outside the
+# window: for 64 keys on either side they need 48% fewer issue slots on sm_90, 19% fewer on sm_100.
 WINDOW_FORWARD_BLOCKS = {(4, 128): (32, 16, 8, 1)}
+CHIP_WINDOW_FORWARD_BLOCKS = {(90, 2, 64): (64, 64, 4, 3), (100, 2, 64): (64, 64, 4, 3)}
 # `maxnreg` where ptxas, given no limit, spills registers in order to fit one more block on a multiprocessor.
 FORWARD_REGISTERS = {(2, 128): 255, (4, 32): 255, (4, 64): 128, (4, 128): 255}
 BACKWARD_REGISTERS = {(2, 32): 255, (2, 128): 255, (4, 64): 255}
@@ -433,8 +435,10 @@ def attention_forward(
     total_q = q.shape[0] if is_varlen else q.shape[0] * q.shape[1]
     lse = new((num_heads, total_q), dtype=torch.float32, device=q.device)
     window = window_arguments(window_left, window_right)
-    exceptions = {} if window[0] is None else WINDOW_FORWARD_BLOCKS
-    block_m, block_n, num_warps, num_stages = choose_blocks(q, FORWARD_BLOCKS | exceptions, CHIP_FORWARD_BLOCKS)
+    blocks, chip_blocks = FORWARD_BLOCKS, CHIP_FORWARD_BLOCKS
+    if window[0] is not None:
+        blocks, chip_blocks = blocks | WINDOW_FORWARD_BLOCKS, chip_blocks | CHIP_WINDOW_FORWARD_BLOCKS
+    block_m, block_n, num_warps, num_stages = choose_blocks(q, blocks, chip_blocks)
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(

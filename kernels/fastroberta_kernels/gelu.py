@@ -38,12 +38,41 @@ from ._dispatch import align, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 from .fp8 import E4M3, E5M2, TOPS, Scaled, allocate, cast, make_scale
 
-TILE = {"ROWS": 8, "BLOCK": 256}  # for eight warps; 256 columns are 512 bytes of a bf16 row
+# For eight warps; 256 columns are 512 bytes of a bf16 row.
+TILE = {"ROWS": 8, "BLOCK": 256}
+FORWARD_TILE = {"ROWS": 16, "BLOCK": 256}  # 7% fewer instructions an element than with 8 rows
 
 
 def bias_gelu_torch(x: torch.Tensor, bias: torch.Tensor | None, approximate: str = "none") -> torch.Tensor:
     """`bias_gelu` in PyTorch operations."""
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
+
+
+@jit
+def _distribute(s):
+    """Phi(s) and exp(-s^2 / 2).
+
+    1 - Phi(|s|) is exp(-s^2 / 2) times a smooth ratio (Mills'), here a polynomial of degree 12. Fitted with the weights
+    max(1, |s|) exp(-s^2 / 2), it is off by 9e-9 at most, less than fp32 rounds. CUDA's erf evaluates two polynomials and
+    takes one of them. With it the forward needs 1.4 times as many instructions, whose issue takes longer on a H100 than
+    the memory traffic.
+    """
+    size = tl.minimum(tl.abs(s), 16.0)  # the tail is zero there, and a polynomial of infinity is not
+    e = tl.exp2(size * size * -0.7213475204444817)
+    ratio = 4.61809719e-08 * size - 1.3252594e-06
+    ratio = ratio * size + 1.71984211e-05
+    ratio = ratio * size - 0.000135102353
+    ratio = ratio * size + 0.000729966036
+    ratio = ratio * size - 0.00294681708
+    ratio = ratio * size + 0.00950587634
+    ratio = ratio * size - 0.0259299949
+    ratio = ratio * size + 0.0621858723
+    ratio = ratio * size - 0.132893607
+    ratio = ratio * size + 0.249987885
+    ratio = ratio * size - 0.398941696
+    ratio = ratio * size + 0.5
+    tail = ratio * e
+    return tl.where(s < 0.0, tail, 1.0 - tail), e
 
 
 @jit
@@ -53,7 +82,7 @@ def _evaluate(s, TANH: tl.constexpr):
         # For negative s, 1 + tanh(u) cancels; the logistic function of 2u does not.
         q = 1.0 / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (s + 0.044715 * s * s * s)))
     else:
-        q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
+        q, _ = _distribute(s)
     return q
 
 
@@ -68,8 +97,8 @@ def _differentiate(s, TANH: tl.constexpr):
         du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * s * s)
         slope = q + 2.0 * s * du * (e / ((1.0 + e) * (1.0 + e)))
     else:
-        q = 0.5 + 0.5 * tl.erf(s * 0.7071067811865476)
-        slope = q + s * 0.3989422804014327 * tl.exp(-0.5 * s * s)
+        q, e = _distribute(s)
+        slope = q + s * 0.3989422804014327 * e
     return q, slope
 
 
@@ -141,14 +170,14 @@ def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -
 
 def _launch_forward(x, bias, tanh, y, *in_8_bits):
     """Args:
-    in_8_bits: the bound on y, and what is written: y in 8 bits and its inverse scale.
+    in_8_bits: the bound on y; y in 8 bits and its inverse scale, to be written.
     """
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
-    num_tiles = -(-num_rows // TILE["ROWS"]) * -(-num_columns // TILE["BLOCK"])
+    num_tiles = -(-num_rows // FORWARD_TILE["ROWS"]) * -(-num_columns // FORWARD_TILE["BLOCK"])
     launch(
         _bias_gelu_forward_kernel, (num_tiles,),
         align(x), align(bias), y, *(in_8_bits or (None,) * 3), num_rows, num_columns,
-        TANH=tanh, **TILE, TOP=TOPS[E4M3], num_warps=8,
+        TANH=tanh, **FORWARD_TILE, TOP=TOPS[E4M3], num_warps=8,
     )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ BACKWARD_STAGES_AND_REGISTERS = {
     2048: (2, 255),
     4096: (2, 255),
 }
+ELEMENTS = {"forward": 2048, "backward": 2048}  # of a tile of whole rows; at least one row
 # Tiles for rows that are taken a block of columns at a time.
 ROW_IN_BLOCKS = {"ROWS": 1, "BLOCK": 512, "num_warps": 4}
 BACKWARD_IN_BLOCKS = {"ROWS": 4, "BLOCK": 256}
@@ -320,10 +321,10 @@ def _is_whole(num_columns: int) -> bool:
     return num_columns <= LONGEST_WHOLE_ROW and num_columns % 16 == 0
 
 
-def _whole_tile(num_columns: int) -> dict[str, int]:
-    """ROWS and BLOCK for whole rows, as many as make up 2048 elements."""
+def _whole_tile(num_columns: int, direction: str) -> dict[str, int]:
+    """ROWS and BLOCK for whole rows, as many as make up ELEMENTS."""
     block = max(128, 1 << (num_columns - 1).bit_length())
-    return {"ROWS": max(1, 2048 // block), "BLOCK": block}
+    return {"ROWS": max(1, ELEMENTS[direction] // block), "BLOCK": block}
 
 
 @operator("layer_norm_forward")
@@ -352,7 +353,7 @@ def _launch_forward(x, residual, x_bias, weight, bias, seed, p, eps, y, statisti
         num_rows, statistics.shape[1], num_columns, philox.dropout_threshold(p), philox.dropout_scale(p), eps,
     )  # fmt: skip
     if is_whole := _is_whole(num_columns):
-        tile = _whole_tile(num_columns)
+        tile = _whole_tile(num_columns, "forward")
         tile["num_warps"] = 16 if tile["BLOCK"] > 2048 else 4
         registers = REGISTER_LIMIT if tile["BLOCK"] == 2048 else None
     else:
@@ -416,7 +417,7 @@ def _layer_norm_backward(
     sums = (dweight, *[dbias] * (bias is not None), *[dx_bias] * (x_bias is not None))
     means, num_blocks = None, 1
     if _is_whole(num_columns):
-        tile = _whole_tile(num_columns)
+        tile = _whole_tile(num_columns, "backward")
         stages, registers = BACKWARD_STAGES_AND_REGISTERS[tile["BLOCK"]]
     else:
         tile, stages, registers = BACKWARD_IN_BLOCKS, None, REGISTER_LIMIT

@@ -103,6 +103,23 @@ def test_gradients_under_dropout_are_compared_with_the_twin():
         assert verdict.fault is None if fault is None else fault in verdict.fault
 
 
+def test_each_of_several_outputs_counts():
+    x = torch.linspace(-1, 1, 64).requires_grad_()
+    implementations = {
+        EAGER: lambda p: lambda x: (x * 2, x * 3),
+        OURS: lambda p: lambda x: (x * 2, x * 3.001),
+        "wrong gradient": lambda p: lambda x: (x * 2, x.detach() * 3 + 0 * x),
+    }
+    case = Case(
+        "toy", Setting("base"), "64", torch.float32, (x,), implementations, Work(1, 1),
+        (torch.ones(64), torch.linspace(0, 1, 64)), Work(1, 1), lambda x: (x * 2, x * 3),
+    )  # fmt: skip
+    lines = {line["implementation"]: line for line in measure_case(case, CPU, CEILINGS, quick=True)}
+    assert lines[EAGER]["status"] == "ok" and set(lines[EAGER]["seconds"]) == {"forward", "backward", "both"}
+    assert "error of the output" in lines[OURS]["reason"]
+    assert "error of the gradient" in lines["wrong gradient"]["reason"]
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_our_kernel_is_right_in_every_setting(operation, monkeypatch):
     torch.manual_seed(0)
@@ -227,8 +244,10 @@ def test_a_worker_that_fails_says_so_and_goes_on(task):
         worker.ask("build", task)
         result = worker.ask("steps", 2)
         assert result["steps"] == 2 and result["seconds"] >= result["host_seconds"] > 0
-        worker._process.kill()
-        with pytest.raises(Failure, match="process ended"):
+        worker.tell("steps", 10**6)
+        with pytest.raises(Failure, match="not ready in time"):
+            worker.hear(deadline=time.monotonic() + 0.1)
+        with pytest.raises(Failure, match="process ended"):  # it was not waited for any longer
             worker.ask("steps", 1)
 
 

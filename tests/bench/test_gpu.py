@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import copy
 import gzip
 import importlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -51,6 +51,39 @@ def test_each_stage_is_ended_and_the_next_one_runs(tmp_path, monkeypatch, capfd)
     assert (tmp_path / "log.txt").read_text().count("began") == 3
 
 
+def stumble(session):
+    for piece in session.each(["raises", "hangs", "works"], patience=0.2):
+        if piece == "raises":
+            raise RuntimeError("an illegal memory access was encountered")
+        time.sleep(60 * (piece == "hangs"))
+        session.add("done", piece=piece)
+    return False
+
+
+def run_in_fork(command, *_, **__):
+    """Run a stage as `run_limited` does, without the seconds that another process needs for its imports."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        status = stages.main(command[3:])
+    except BaseException:
+        status = 1
+    os._exit(status)
+
+
+def test_a_stage_that_stumbles_is_run_again_without_the_piece_it_lost(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(stages, "STAGES", {"stumbles": stages.Stage(stumble, 1, "")})
+    monkeypatch.setattr(gpu, "STAGES", stages.STAGES)
+    monkeypatch.setattr(gpu, "run_limited", run_in_fork)
+    assert gpu.main(["--minutes", "1", "--rehearse", "--out", str(tmp_path)]) == 1
+    lines = list(read_lines(tmp_path / "results.jsonl"))
+    assert [line["piece"] for line in lines if line["kind"] == "begin"] == ["raises", "hangs", "works"]
+    assert [line["piece"] for line in lines if line["kind"] == "done"] == ["works"]
+    assert [line["attempts"] for line in lines if line["kind"] == "stage"] == [3]
+    said = capfd.readouterr()
+    assert "lost raises" in said.out and "lost hangs" in said.out and "in stumble" in said.err
+
+
 def test_a_log_stays_small_enough_to_be_sent_back(tmp_path):
     log = tmp_path / "log.txt"
     program = "print('x' * 99); print('y' * 99, flush=True); print('short')"
@@ -88,7 +121,8 @@ def test_the_whole_rehearsal(tmp_path):
     assert gpu.main(["--minutes", "30", "--rehearse", "--out", str(tmp_path)]) == 0
     kinds = {line["kind"] for line in read_lines(tmp_path / "results.jsonl")}
     assert kinds == {
-        "run", "stage", "ceilings", "product", "kernel", "train", "profile", "tile", "tests", "losses", "quickstart",
+        "run", "stage", "begin", "ceilings", "product", "kernel", "train", "profile", "tile", "tests", "losses",
+        "quickstart",
     }  # fmt: skip
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) <= 8 and all(path.stat().st_size < 16 * 2**20 for path in files)
@@ -119,12 +153,12 @@ def test_sweeps_name_entries_that_exist_and_begin_with_todays(monkeypatch):
         assert len(set(sweep.candidates)) == len(sweep.candidates) > 1
         module = importlib.import_module(f"fastroberta_kernels.{sweep.operation}")
         before = getattr(module, sweep.table)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, sweep.table, copy.deepcopy(before))
+        with sweep.keep_tables():
             sweep.choose(sweep.candidates[0])
             assert callable(before) or getattr(module, sweep.table) == before
             sweep.choose(sweep.candidates[1])
             assert getattr(module, sweep.table) != before
+        assert getattr(module, sweep.table) is before
     attention = importlib.import_module("fastroberta_kernels.attention")
     with monkeypatch.context() as patch:
         patch.setattr(attention, "FORWARD_BLOCKS", dict(attention.FORWARD_BLOCKS))
@@ -139,7 +173,7 @@ def test_sweeps_name_entries_that_exist_and_begin_with_todays(monkeypatch):
 
 
 def test_a_sweep_shows_the_best_and_what_failed(session, monkeypatch, capsys):
-    sweep = SWEEPS[-2]
+    sweep = next(sweep for sweep in SWEEPS if sweep.key == "BLOCK")
 
     def choose(self, candidate):
         if candidate == 512:
@@ -151,7 +185,7 @@ def test_a_sweep_shows_the_best_and_what_failed(session, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "best on sm_cpu: TILE = " in shown and "RuntimeError: out of resource: shared memory" in shown
     found = {line["candidate"]: line["status"] for line in read_lines(session.results) if line["kind"] == "tile"}
-    assert found == {"256": "ok", "512": "failed", "1024": "ok", "128": "ok"}
+    assert found == {"256": "ok", "512": "failed", "1024": "ok"}
 
 
 def test_a_profile_stands_beside_its_floors(session, capsys):

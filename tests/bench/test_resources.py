@@ -20,6 +20,7 @@ from bench.resources import (
     Resources,
     count_loop_instructions,
     count_resident_blocks,
+    count_turns,
     measure_resources,
 )
 
@@ -220,7 +221,36 @@ SASS = """
 
 def test_the_loop_with_the_most_products_is_counted():
     assert count_loop_instructions(SASS) == 7
-    assert count_loop_instructions(SASS.replace("HGMMA", "FFMA")) == 0
+    assert count_loop_instructions(SASS.replace("HGMMA", "FFMA")) == 7  # the longest
+    assert count_loop_instructions(SASS.replace("HGMMA", "FFMA").replace("BRA 0x10", "BRA 0x90")) == 3
+    assert count_loop_instructions(re.sub("BRA 0x[12]0", "NOP", SASS)) == 9  # up to the exit
+    assert count_loop_instructions("") == 0
+
+
+def test_turns_of_the_inner_loop():
+    def record(*calls):
+        with _dispatch.record_launches(90) as launches:
+            for call in calls:
+                y = call()
+                y.backward(torch.zeros_like(y))
+        return [(launch.kernel.__name__, count_turns(launch), launch.options) for launch in launches]
+
+    def attend(window):
+        q, k, v = torch.zeros(1, 512, 3, 2, 64, dtype=torch.bfloat16, requires_grad=True).unbind(2)
+        return attention.attention(q, k, v, window_size=window, impl="triton")
+
+    for window, share in (((-1, -1), 1.0), ((64, 64), None), ((-1, 0), None)):
+        for _, turns, options in record(lambda window=window: attend(window)):
+            whole = 64 * 12 * 512 * 512 // (options["BLOCK_M"] * options["BLOCK_N"])
+            assert turns == whole if share else 0.3 * whole < turns < 0.9 * whole
+    x, vector = torch.zeros(48, 768, requires_grad=True), torch.zeros(768, requires_grad=True)
+    found = record(
+        lambda: layer_norm.layer_norm(x, vector, vector, impl="triton"),
+        lambda: gelu.bias_gelu(x, vector, impl="triton"),
+    )
+    for name, turns, options in found:
+        columns = {"layer": 1, "bias": 3072 // options["BLOCK"], "sum": 0}[name.split("_")[1]]
+        assert turns == 32768 // options["ROWS"] * columns, name
 
 
 @pytest.mark.parametrize(

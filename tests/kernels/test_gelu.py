@@ -73,6 +73,23 @@ def test_bias_gelu_is_as_exact_as_torch(impl, approximate, dtypes, shape, device
     assert_exact(inputs, dy, approximate, impl)
 
 
+@needs_triton
+@pytest.mark.parametrize("operation", [bias_gelu, geglu], ids=lambda operation: operation.__name__)
+def test_the_polynomial_is_as_good_as_fp32(operation, device):
+    """The kernels' own normal distribution: value and slope from one tail to the other."""
+    s = torch.linspace(-9, 9, 6001, device=device)
+    ones = torch.ones_like(s)
+    x = (s if operation is bias_gelu else torch.stack((s, ones), -1)).requires_grad_()
+    y = operation(x, None, impl="triton").view(-1)
+    slope = torch.autograd.grad(y, x, ones)[0].view(len(s), -1)[:, 0]
+    wide = s.double().requires_grad_()
+    exact = F.gelu(wide)
+    exact_slope = torch.autograd.grad(exact.sum(), wide)[0]
+    assert (y - exact).abs().max() < 5e-7 and (slope - exact_slope).abs().max() < 5e-7
+    middle = s.abs() < 3
+    assert (y / exact - 1)[middle & (s != 0)].abs().max() < 1e-4
+
+
 @both
 @both_forms
 def test_tails_are_flat(impl, approximate, device):
