@@ -9,7 +9,6 @@ your own starts from defaults for a first run on one GPU: roberta-base's size, 1
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,15 +16,12 @@ from pathlib import Path
 
 from .cli.arguments import parse_arguments
 from .cli.directories import check_directory, own_directory
-from .cli.program import run
+from .cli.program import limit_spinning, run
 from .config import TrainConfig
 from .log import check_trackers
 from .plan import main as plan
 
 QUICKSTART_VOCABULARY = 512
-# How often an idle thread of PyTorch's looks for work before it sleeps. OpenMP's own 300,000 take milliseconds, in which it
-# keeps a core from whoever it waits for; these take a fraction of one (bench/LOG.md, section 12).
-SPINS = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, TrainConfig, description=__doc__ or "", default_preset="quickstart")
     check_trackers(config.report_to)
 
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read by OpenMP when torch is imported
+    limit_spinning()
     # After the settings: importing torch takes a second that --help and a mistyped option should not.
     from .parallel.processes import join_processes, keep_freed_memory
     from .training.dry_run import rehearse
