@@ -15,7 +15,7 @@ from fastroberta.cli.program import run
 from fastroberta.corpus.tokenizer import SpecialTokenIds, load_tokenizer
 from fastroberta.export import main
 from fastroberta.finetune import main as finetune
-from fastroberta.tasks import onnx_export
+from fastroberta.tasks import onnx_export, onnx_heldout
 from fastroberta.tasks.metrics import list_predictions
 from fastroberta.tasks.onnx_heldout import compare_examples, compare_masks, compute_logits, read_held_out
 from fastroberta.tasks.task import load_task
@@ -132,7 +132,8 @@ LABELS = {"id2label": {0: "B-PER", 1: "O", 2: "B-LOC"}}
          [{"text": text, "question": "_ is here.", "choices": ["Anna", "the book", "Paris"]} for text in TEXTS], "label"),
     ],
 )  # fmt: skip
-def test_every_kind_is_scored_before_and_after(add_head, tmp_path, kind, head, settings, records, label):
+def test_every_kind_is_scored_before_and_after(add_head, tmp_path, monkeypatch, kind, head, settings, records, label):
+    monkeypatch.setattr(onnx_heldout, "BATCH_TOKENS", 24)  # several batches
     directory = add_head(head, **settings)
     model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(directory).eval()
     outputs = ["start_logits", "end_logits"] if head == "QuestionAnswering" else ["logits"]
@@ -146,6 +147,9 @@ def test_every_kind_is_scored_before_and_after(add_head, tmp_path, kind, head, s
     plain = read()
     assert plain.task.kind == kind and "scores" not in compare_examples(sessions, outputs, plain, 1)
     logits = compute_logits(sessions["fp32"], outputs, plain.part.features, 1)
+    for feature, row in zip(plain.part.features, logits, strict=True):  # each as if it were alone
+        alone = compute_logits(sessions["fp32"], outputs, [feature], 1)[0]
+        np.testing.assert_allclose(row[tuple(map(slice, alone.shape))], alone, atol=1e-5)
     for record, said in zip(records, list_predictions(kind, plain.labels, plain.part, logits), strict=True):
         answer = {"text": [said], "answer_start": [CONTEXT.find(said)]}
         record[label] = {"tokens": said.split(), "question-answering": answer}.get(kind, said)
