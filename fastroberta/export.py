@@ -33,7 +33,8 @@ class ExportConfig:
     quantize: Literal["none", "int8"] = setting("none", "how to store the weights of the ONNX file; none: as fp32")
     file: str | None = setting(
         None,
-        "held-out texts to compare int8 with fp32 on, one per line; for a classifier, also .tsv with labels",
+        "held-out data to compare int8 with fp32 on: texts, one per line, for a masked LM; of a fine-tuned model, a file "
+        "like its dev data",
     )
 
     def check(self) -> None:
@@ -41,7 +42,7 @@ class ExportConfig:
         if self.quantize != "none" and self.format != "onnx":
             raise ConfigurationError(f"quantize = {self.quantize}: only an ONNX file is quantized; add --format onnx")
         if self.file is not None and self.quantize == "none":
-            raise ConfigurationError(f"file = {self.file}: held-out texts are for int8 only; add --quantize int8")
+            raise ConfigurationError(f"file = {self.file}: held-out data are for int8 only; add --quantize int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

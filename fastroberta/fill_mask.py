@@ -35,7 +35,7 @@ class FillMaskConfig:
     batch_tokens: int = setting(16384, "number of tokens per batch, padding included", valid="[1, inf)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto", "precision of the matrix products; auto: what the device is fast in"
+        "auto", "precision of the matrix products; auto: the one that this device multiplies fastest in"
     )
     demo: bool = setting(False, "serve a page to try the model in a browser, on this machine only")
     port: int = setting(8000, "port of the page; 0 takes a free one", valid="[0, 65535]")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.arguments import parse_arguments
-from .cli.program import run
+from .cli.program import limit_spinning, run
 from .errors import ConfigurationError
 from .tasks.finetune_settings import FinetuneConfig
 
@@ -19,6 +19,7 @@ from .tasks.finetune_settings import FinetuneConfig
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, FinetuneConfig, description=__doc__ or "")
 
+    limit_spinning()
     try:
         from .tasks.finetune_runs import finetune
         from .tasks.glue_suite import run_glue
@@ -38,14 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores = "; ".join(
             f"{name} " + ", ".join(f"{key} {value:.4f}" for key, value in one[name].items())
             for name in one
-            if isinstance(one[name], dict) and name != "speed"
+            if isinstance(one[name], dict)
         )
         print(f"seed {one['seed']}: epoch {one['best_epoch']} of {one['epochs']}; {scores}")
-    if speed := result["runs"][0].get("speed"):
-        print(
-            f"training speed: {speed['tokens_per_second']:,.0f} tokens/s, "
-            f"{speed['tokens_per_second_without_kernels']:,.0f} without the kernels"
-        )
     median = f", the median of {len(result['runs'])} seeds" if len(result["runs"]) > 1 else ""
     print(f"{config.out}: dev {metric} {result['median']:.4f}{median}; the model is in {config.out}/model")
     return 0

@@ -17,16 +17,13 @@ from pathlib import Path
 
 from .cli.arguments import parse_arguments
 from .cli.directories import check_directory, own_directory
-from .cli.program import run
+from .cli.program import limit_spinning, run
 from .config import TrainConfig
 from .errors import DataError
 from .log import check_trackers, print_line
 from .plan import main as plan
 
 QUICKSTART_VOCABULARY = 512
-# How often an idle thread of PyTorch's looks for work before it sleeps. OpenMP's own 300,000 take milliseconds, in which it
-# keeps a core from whoever it waits for; these take a fraction of one (bench/LOG.md, section 12).
-SPINS = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # PyTorch comes last. Importing it takes seconds, which --help and a mistyped option should not.
         if is_first:
             print_line("loading PyTorch", sys.stderr)
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read by OpenMP when torch is imported
+        limit_spinning()
         from .parallel.processes import join_processes, keep_freed_memory
         from .training.dry_run import rehearse
         from .training.trainer import Trainer

@@ -12,6 +12,16 @@ from typing import Any
 
 from ..errors import FastRobertaError, Stopped
 
+# How often an idle thread of PyTorch's looks for work before it sleeps. OpenMP's own 300,000 take milliseconds, in which it
+# keeps a core from whoever it waits for; these take a fraction of one (bench/LOG.md, section 12).
+SPINS = 10_000
+
+
+def limit_spinning() -> None:
+    """Keep idle threads from taking the cores of others; to be called before torch is imported, which reads it."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
 
 def run(program: Callable[[], int | None]) -> int:
     """Call a program's main and return its exit code. An expected error becomes one line on stderr, without a traceback.

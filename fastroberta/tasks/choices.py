@@ -35,10 +35,10 @@ def encode_choices(
     for index, record in enumerate(table.records):
         choices, text, question = record[CHOICES], record[task.text], record[task.pair] if task.pair else ""
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
-            raise DataError(f"{table.place(index)}: {CHOICES} is no list of two texts or more; mend the record")
+            raise DataError(f"{table.place(index)}: {CHOICES} is no list of two texts or more; fix the record")
         if len(choices) != count:
             raise DataError(
-                f"{table.place(index)}: {len(choices)} choices, the first record has {count}; mend the record"
+                f"{table.place(index)}: {len(choices)} choices, the first record has {count}; fix the record"
             )
         if not isinstance(text, str) or not isinstance(question, str) or not text.strip():
             raise DataError(f"{table.place(index)}: {task.text} or {task.pair} holds no text; fill it in")

@@ -53,13 +53,15 @@ def count_tokens(feature: dict[str, Any]) -> int:
 
 
 def list_labels(table: Table, task: Task) -> list[str]:
-    """The labels that occur in the training file, in numerical order if all are whole numbers; none for regression.
+    """The labels that occur in the training file, in numerical order if all are whole numbers.
+
+    Regression, questions and choices have none.
 
     Raises:
         DataError: a column or a label is missing, or all records have the same label.
     """
     table.require(list_columns(task, with_label=True), HINT)
-    if task.kind == "regression":
+    if task.kind in ("regression", "question-answering", "multiple-choice"):
         return []
     found: Counter[str] = Counter()
     for index, record in enumerate(table.records):
@@ -169,13 +171,13 @@ def _read_value(value: Any, task: Task, number_of: dict[str, int], place: str) -
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise DataError(f"{place}: {task.label} is {value!r}, and regression needs a number; mend the record")
+            raise DataError(f"{place}: {task.label} is {value!r}, and regression needs a number; fix the record")
         return number
     found = _read_labels(value, task.kind, place)
     for label in found:
         if label not in number_of:
             known = ", ".join(list(number_of)[:10]) + ", ..." * (len(number_of) > 10)
-            raise DataError(f"{place}: the training file has no label {label!r}, it has {known}; mend one of the two")
+            raise DataError(f"{place}: the training file has no label {label!r}, it has {known}; fix one of the two")
     if task.kind == "multi-label":
         return [float(label in found) for label in number_of]
     return [number_of[label] for label in found] if task.kind == "tokens" else number_of[found[0]]

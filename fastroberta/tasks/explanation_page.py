@@ -127,7 +127,7 @@ def make_page(explanation: Explanation, pictures: Sequence[Path]) -> str:
         shares.append(f'<tr><td class="number">{share:+.3f}</td><td style="{style}">{shown}</td></tr>')
     form = "{:.4f}" if explanation.is_regression else "{:.2%}"
     predictions = (
-        f'<tr><td class="number">{form.format(score)}</td><td>{html.escape(name)}</td></tr>'
+        f'<tr><td class="number">{form.format(score)}</td><td>{html.escape(show_token(name))}</td></tr>'
         for name, score in explanation.predictions
     )
     attention = (
@@ -136,7 +136,7 @@ def make_page(explanation: Explanation, pictures: Sequence[Path]) -> str:
         for number, path in enumerate(pictures, 1)
     )
     return PAGE.format(
-        target=html.escape(explanation.target.strip()),
+        target=html.escape(show_token(explanation.target)),
         checkpoint=html.escape(explanation.checkpoint),
         text="".join(text),
         output=explanation.output,

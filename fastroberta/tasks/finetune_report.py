@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,35 +12,8 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 from .examples import Examples
 from .metrics import decide
-from .questions import choose_answers, settle_answer
 
 MOST_CLASSES_DRAWN = 40  # more squares than this cannot be read
-
-
-def list_predictions(
-    kind: str, logits: np.ndarray, labels: Sequence[str], part: Examples, threshold: float
-) -> list[str]:
-    """A prediction in words for each example.
-
-    Several labels are joined by commas, the tags of a sentence's words by spaces; a word that was cut off has the tag O.
-
-    Args:
-        threshold: see `questions`.
-    """
-    if kind == "question-answering":
-        return [settle_answer(answer, threshold) for answer in choose_answers(part, logits)]
-    decided = decide(kind, logits)
-    if kind == "regression":
-        return [f"{value:.3f}" for value in decided]
-    if kind == "multi-label":
-        return [",".join(itertools.compress(labels, row)) for row in decided]
-    if kind == "tokens":
-        found = []
-        for row, feature in zip(decided, part.features):
-            tags = {word: labels[number] for word, number in zip(feature["words"], row) if word is not None}
-            found.append(" ".join(tags.get(word, "O") for word in range(feature["num_words"])))
-        return found
-    return [labels[number] for number in decided]
 
 
 def write_predictions(path: Path, predictions: Sequence[str], part: Examples) -> None:

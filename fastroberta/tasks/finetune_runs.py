@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -18,36 +17,29 @@ from typing import Any
 import torch
 import transformers
 from fastroberta_kernels import huggingface
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from ..checkpoint import verify_directory
 from ..cli.arguments import to_dict
 from ..corpus.tokenizer import load_tokenizer, save_tokenizer, special_token_ids
-from ..errors import CheckpointError, ConfigurationError, DeviceMemoryError
+from ..errors import ConfigurationError, DeviceMemoryError
 from ..hf import longest_sequence, read_config
-from ..parallel.processes import select_device
-from ..precision import settle_precision
-from .choices import LETTERS, encode_choices
-from .examples import Examples, encode_table, list_labels, make_collate
-from .finetune_report import draw_confusion, draw_curves, list_predictions, write_predictions
+from ..parallel.processes import keep_freed_memory, select_device
+from .choices import LETTERS
+from .encoding import encode_examples
+from .examples import Examples, list_labels, make_collate
+from .finetune_report import draw_confusion, draw_curves, write_predictions
 from .finetune_search import read_trials, search_settings
 from .finetune_settings import FinetuneConfig
-from .finetune_train import (
-    Place,
-    load_model,
-    make_trainer,
-    measure_speed,
-    predict_logits,
-    score_examples,
-    stack_labels,
-)  # fmt: skip
-from .questions import encode_questions
+from .finetune_speed import choose_place, describe_choice
+from .finetune_train import Place, load_model, make_trainer, predict_logits
+from .metrics import list_predictions, score_examples, stack_labels
 from .tables import read_table
-from .task import COLUMNS, METRICS, Task, find_task
+from .task import COLUMNS, METRICS, Task, find_task, save_task
 
 RESULT = "result.json"
 SETTINGS = "settings.json"
+CHOSEN = "chosen"  # in SETTINGS, beside the settings: how the run computes
 
 
 @dataclass(frozen=True)
@@ -110,16 +102,12 @@ def read_data(config: FinetuneConfig) -> Data:
         )
         for name, path in {"train": task.train, "dev": task.dev, **task.scored, **task.predicted}.items()
     }
-    labels: list[str] = []
-    if task.kind == "multiple-choice":
-        encode: Callable[..., Examples] = functools.partial(encode_choices, max_length=max_length)
-    elif task.kind == "question-answering":
-        encode = functools.partial(encode_questions, max_length=max_length, stride=config.stride)
-    else:
-        labels = list_labels(tables["train"], task)
-        encode = functools.partial(encode_table, labels=labels, max_length=max_length)
+    labels = list_labels(tables["train"], task)
     examples = {
-        name: encode(table, task, tokenizer, with_label=name not in task.predicted) for name, table in tables.items()
+        name: encode_examples(
+            table, task, tokenizer, labels, max_length, config.stride, with_label=name not in task.predicted
+        )
+        for name, table in tables.items()
     }
     if task.kind == "multiple-choice":
         labels = list(LETTERS[: max(len(feature["input_ids"]) for feature in examples["train"].features)])
@@ -134,16 +122,28 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if config.precision == "fp16" and device.type == "cpu":
         raise ConfigurationError("precision = fp16: needs a GPU; take bf16, fp32 or auto")
     data = read_data(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     out = Path(config.out)
-    _claim(out, config)
-    place = Place(device, settle_precision(config.precision, device)[0])
+    chosen = _claim(out, config)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(_describe(data, place), flush=True)
+    print(_describe(data), flush=True)
+    collate = make_collate(special_token_ids(data.tokenizer).pad, 8 if device.type == "cuda" else 1)
+    if not chosen or chosen["device"] != str(device):  # else an interrupted run, which goes on as it began
+        train_part = data.examples["train"]
+        place, why, speeds = _guard_memory(
+            lambda: choose_place(config, device, data.task.kind, data.labels, train_part, collate)
+        )
+        how = {"precision": place.precision, "kernels": place.kernels, "why": why, "speeds": speeds}
+        chosen = {"device": str(device), **how}
+        _write_json(out / SETTINGS, {**to_dict(config), CHOSEN: chosen})
+    place = Place(device, chosen["precision"], chosen["kernels"])
+    print(describe_choice(place, chosen["why"], chosen["speeds"]), flush=True)
     if config.search:
 
         def train(tried: FinetuneConfig, directory: Path) -> dict[str, Any]:
-            return run_seed(tried, data, place, tried.seed, directory)
+            return run_seed(tried, data, place, collate, tried.seed, directory)
 
         config = search_settings(config, data.task.metric, out, train)
     runs: list[dict[str, Any]] = []
@@ -152,7 +152,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         if (directory / RESULT).exists():
             runs.append(json.loads((directory / RESULT).read_text(encoding="utf-8")))
         else:
-            runs.append(run_seed(config, data, place, seed, directory))
+            runs.append(run_seed(config, data, place, collate, seed, directory))
         best = max(runs, key=lambda run: run["dev"][data.task.metric])
         for run in runs:  # only the best model is worth its disk
             if run is not best:
@@ -172,8 +172,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "examples": {name: len(part.features) for name, part in data.examples.items()},
         "truncated": {name: part.num_truncated for name, part in data.examples.items() if part.num_truncated},
         "skipped_lines": data.num_skipped,
-        "device": str(device),
-        "precision": place.precision,
+        **chosen,
         "settings": to_dict(config),
         **({"trials": read_trials(out)} if config.search else {}),
         "runs": runs,
@@ -182,23 +181,21 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     return result
 
 
-def run_seed(config: FinetuneConfig, data: Data, place: Place, seed: int, directory: Path) -> dict[str, Any]:
+def run_seed(
+    config: FinetuneConfig, data: Data, place: Place, collate: Callable, seed: int, directory: Path
+) -> dict[str, Any]:
     """One training: its model and pictures go to `directory`, and its scores, last, to result.json there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     started = time.perf_counter()
     task, examples = data.task, data.examples
-    collate = make_collate(special_token_ids(data.tokenizer).pad, 8 if place.device.type == "cuda" else 1)
     transformers.set_seed(seed)
-    try:
-        model = load_model(config.checkpoint, task.kind, data.labels)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{config.checkpoint}: cannot be loaded ({error}); take another checkpoint") from error
-    applied = huggingface.apply(model) if config.kernels else None
+    model = load_model(config.checkpoint, task.kind, data.labels)
+    applied = huggingface.apply(model) if place.kernels else None
     trainer = make_trainer(
         model, examples["train"], examples["dev"], task, data.labels, config, place, collate, seed, directory
     )
-    _run_out_of_memory(trainer.train)
+    _guard_memory(trainer.train)
     scores: dict[str, dict[str, float]] = {}
     for name, part in examples.items():
         if name == "train":
@@ -206,11 +203,11 @@ def run_seed(config: FinetuneConfig, data: Data, place: Place, seed: int, direct
         logits = predict_logits(trainer, part.features)
         threshold = scores["dev"].get("no_answer_threshold", math.inf) if scores else None
         if name not in task.predicted:
-            scores[name] = score_examples(task, data.labels, part, logits, threshold)
+            scores[name] = score_examples(task.kind, data.labels, part, logits, threshold)
         if name in (task.predicted or ["test" if "test" in task.scored else "dev"]):
             path = directory / f"{name if name in task.predicted else 'predictions'}.tsv"
-            threshold = scores["dev"].get("no_answer_threshold", math.inf)
-            write_predictions(path, list_predictions(task.kind, logits, data.labels, part, threshold), part)
+            threshold = scores["dev"].get("no_answer_threshold")
+            write_predictions(path, list_predictions(task.kind, data.labels, part, logits, threshold), part)
         if name == "dev" and task.kind in ("classification", "regression"):
             title = f"{task.name}, dev: {task.metric} {scores[name][task.metric]:.3f}"
             expected = stack_labels(part, logits)
@@ -221,7 +218,7 @@ def run_seed(config: FinetuneConfig, data: Data, place: Place, seed: int, direct
         applied.revert()
     model.save_pretrained(directory / "model")
     save_tokenizer(data.tokenizer, directory / "model", model_max_length=data.max_length)
-    batch_size = config.micro_batch_size or config.train_batch_size
+    save_task(task, directory / "model", data.max_length, config.stride, scores["dev"].get("no_answer_threshold"))
     result = {
         "seed": seed,
         "best_epoch": max(_list_epochs(history, task.metric), key=lambda epoch: epoch[1])[0],
@@ -230,15 +227,13 @@ def run_seed(config: FinetuneConfig, data: Data, place: Place, seed: int, direct
         **scores,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    if config.kernels and seed == config.seed:
-        result["speed"] = measure_speed(model, examples["train"].features, collate, batch_size, place)
     shutil.rmtree(directory / "epochs", ignore_errors=True)
     _write_json(directory / RESULT, result)
     return result
 
 
-def _claim(out: Path, config: FinetuneConfig) -> None:
-    """Note the settings in the directory, or find the same ones there from an interrupted run."""
+def _claim(out: Path, config: FinetuneConfig) -> dict[str, Any] | None:
+    """Note the settings in the directory, or find the same ones there from an interrupted run; the choice that it made."""
     if (out / RESULT).exists():
         raise ConfigurationError(f"out: {out} holds a finished run; give another directory")
     settings = to_dict(config)
@@ -248,16 +243,18 @@ def _claim(out: Path, config: FinetuneConfig) -> None:
             raise ConfigurationError(
                 f"out: {out} holds a run with {changed[0]} = {before.get(changed[0])}; give another directory"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return before.get(CHOSEN)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigurationError(f"out: {out} exists and is not an empty directory; give another")
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / SETTINGS, settings)
+    return None
 
 
-def _describe(data: Data, place: Place) -> str:
+def _describe(data: Data) -> str:
     sizes = ", ".join(f"{len(part.features):,} {name}" for name, part in data.examples.items())
     cut = sum(part.num_truncated for part in data.examples.values())
-    lines = [f"{data.task.name}: {sizes}; {place.precision} on {place.device}"]
+    lines = [f"{data.task.name}: {sizes}"]
     if cut:
         lines.append(f"{cut:,} examples are longer than {data.max_length} tokens and are cut there")
     if data.num_skipped:
@@ -269,9 +266,9 @@ def _list_epochs(history: list[dict[str, float]], metric: str) -> list[tuple[int
     return [(round(entry["epoch"]), entry[f"eval_{metric}"]) for entry in history if f"eval_{metric}" in entry]
 
 
-def _run_out_of_memory(train: Callable[[], Any]) -> None:
+def _guard_memory(train: Callable[[], Any]) -> Any:
     try:
-        train()
+        return train()
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             "training: the GPU has too little memory; give a smaller micro_batch_size, or a smaller max_seq_length"

@@ -100,6 +100,6 @@ def read_trials(out: Path) -> list[dict[str, Any]]:
             if trial["trial"] != number or not math.isfinite(trial["value"]):
                 raise ValueError(f"trial {number} is expected here")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a trial ({error}); mend the line, or give another --out") from error
+            raise DataError(f"{path}:{number}: not a trial ({error}); fix the line, or give another --out") from error
         trials.append(trial)
     return trials

@@ -78,9 +78,11 @@ class FinetuneConfig:
     search_batch_sizes: list[int] = setting(list, "batch sizes to try; []: 16, 32", valid="[1, inf)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute; auto: on a GPU if there is one")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "auto", "precision of the matrix products; auto: what the device is fast in"
+        "auto", "precision of the matrix products; auto: the fastest here, by a short trial on a CPU"
     )
-    kernels: bool = setting(True, "whether to put this project's kernels into the model")
+    kernels: bool | Literal["auto"] = setting(
+        "auto", "whether to put this project's kernels into the model; auto: if training is faster so in a short trial"
+    )
 
     def check(self) -> None:
         """Refuse settings that do not fit together."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,16 @@ import accelerate  # noqa: F401  the Trainer needs it, and says so only when it 
 import numpy as np
 import torch
 import transformers
-from fastroberta_kernels import huggingface
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..errors import NonFiniteError
-from .examples import IGNORED_LABEL, Examples, count_tokens
+from ..errors import CheckpointError, NonFiniteError
+from .examples import Examples, count_tokens
 from .finetune_loss import make_loss, weigh_classes
 from .finetune_settings import FinetuneConfig
-from .metrics import score_predictions
-from .questions import choose_answers, choose_threshold, score_answers
+from .metrics import score_examples
 from .task import Task
 
 MODELS = {  # of the other kinds: AutoModelForSequenceClassification
@@ -41,10 +39,19 @@ PROBLEM_TYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how to compute."""
+    """Where and how to compute: on which device, in which precision, and with or without this project's kernels."""
 
     device: torch.device
     precision: str
+    kernels: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of autocast; None without it."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+    def __str__(self) -> str:
+        return f"{self.precision} {'with' if self.kernels else 'without'} kernels"
 
 
 class BucketTrainer(transformers.Trainer):
@@ -84,14 +91,23 @@ class Progress(transformers.TrainerCallback):
         )
 
 
-def load_model(checkpoint: str, kind: str, labels: Sequence[str]) -> Any:
-    """A transformers model with a new head, fp32, drawn from torch's generator."""
+def load_model(checkpoint: str, kind: str, labels: Sequence[str], **settings: Any) -> Any:
+    """A transformers model in fp32 with a new head, drawn from torch's generator.
+
+    Args:
+        settings: of the model's configuration, over those of the checkpoint.
+    Raises:
+        CheckpointError: the weights cannot be read.
+    """
     model_class = getattr(transformers, MODELS.get(kind, "AutoModelForSequenceClassification"))
-    more: dict[str, Any] = {"problem_type": PROBLEM_TYPES[kind]} if kind in PROBLEM_TYPES else {}
+    more: dict[str, Any] = settings | ({"problem_type": PROBLEM_TYPES[kind]} if kind in PROBLEM_TYPES else {})
     if kind not in ("question-answering", "multiple-choice"):
         names = dict(enumerate(labels)) or {0: "value"}
         more |= {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
-    return model_class.from_pretrained(checkpoint, dtype=torch.float32, ignore_mismatched_sizes=True, **more)
+    try:
+        return model_class.from_pretrained(checkpoint, dtype=torch.float32, ignore_mismatched_sizes=True, **more)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be loaded ({error}); use another checkpoint") from error
 
 
 def make_trainer(
@@ -139,7 +155,7 @@ def make_trainer(
     ordered = dataclasses.replace(dev, features=sorted(dev.features, key=count_tokens, reverse=True))
 
     def compute_metrics(found: Any) -> dict[str, float]:
-        return score_examples(task, labels, ordered, _join_logits(found.predictions))
+        return score_examples(task.kind, labels, ordered, _join_logits(found.predictions))
 
     trainer = BucketTrainer(
         model=model,
@@ -165,69 +181,6 @@ def predict_logits(trainer: BucketTrainer, features: list[dict[str, Any]]) -> np
     return logits
 
 
-def score_examples(
-    task: Task, labels: Sequence[str], part: Examples, logits: np.ndarray, threshold: float | None = None
-) -> dict[str, float]:
-    """All metrics of a part; of question answering, also `no_answer_threshold`, chosen here if it is not given."""
-    if task.kind != "question-answering":
-        return score_predictions(task.kind, logits, stack_labels(part, logits), labels)
-    answers = choose_answers(part, logits)
-    if threshold is None:
-        threshold = choose_threshold(part, answers)
-    chosen = {"no_answer_threshold": threshold} if math.isfinite(threshold) else {}
-    return score_answers(part, answers, threshold) | chosen
-
-
-def stack_labels(part: Examples, logits: np.ndarray) -> np.ndarray:
-    """The labels of all examples as an array; those of tokens padded to the logits' length."""
-    values = [feature["labels"] for feature in part.features]
-    if logits.ndim < 3:
-        return np.array(values)
-    expected = np.full(logits.shape[:2], IGNORED_LABEL)
-    for row, labels in zip(expected, values):
-        row[: len(labels)] = labels
-    return expected
-
-
 def _join_logits(found: Any) -> np.ndarray:
     """Logits (n, 2, l) of the starts and the ends of spans; others as they are."""
     return np.stack(found, axis=1) if isinstance(found, tuple) else found
-
-
-def measure_speed(model: Any, features: list[dict[str, Any]], collate: Callable, batch_size: int, place: Place) -> dict:
-    """Tokens per second of training with and without the kernels: forward and backward, the median of several batches.
-
-    The model must have its original forwards; it leaves with them, and with no gradients.
-    """
-    ordered = sorted(features, key=count_tokens)
-    middle = len(ordered) // 2  # batches of usual length, and without padding that would blur the comparison
-    batch = collate(ordered[middle : middle + batch_size])
-    batch = {name: tensor.to(place.device) for name, tensor in batch.items()}
-    num_tokens = int(batch["attention_mask"].sum())
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(place.precision)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    model.train()
-    for turn in range(12):  # in turn, so that a busy machine slows both
-        uses_kernels = turn % 2 == 0
-        applied = huggingface.apply(model) if uses_kernels else None
-        started = _read_clock(place.device)
-        with torch.autocast(place.device.type, dtype, enabled=dtype is not None):
-            outputs = model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
-        torch.stack([logits.float().square().mean() for logits in outputs.to_tuple()]).sum().backward()
-        if turn >= 4:  # the first ones compile and warm up
-            seconds[uses_kernels].append(_read_clock(place.device) - started)
-        model.zero_grad()
-        if applied:
-            applied.revert()
-    with_kernels, without = (num_tokens / float(np.median(seconds[uses])) for uses in (True, False))
-    return {
-        "tokens_per_second": round(with_kernels, 1),
-        "tokens_per_second_without_kernels": round(without, 1),
-        "ratio": round(with_kernels / without, 3),
-    }
-
-
-def _read_clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -1,7 +1,12 @@
-"""Scores of predictions: scikit-learn's, scipy's and seqeval's functions under the names that reports use."""
+"""From logits to predictions in words and to scores, for every kind of task.
+
+The scores are scikit-learn's, scipy's and seqeval's, and SQuAD's own (`questions`), under the names that reports use.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +16,65 @@ from scipy import stats
 from seqeval import metrics as spans
 from sklearn import metrics
 
-from .examples import IGNORED_LABEL
+from .examples import IGNORED_LABEL, Examples
+from .questions import choose_answers, choose_threshold, score_answers, settle_answer
+
+
+def score_examples(
+    kind: str, labels: Sequence[str], part: Examples, logits: np.ndarray, threshold: float | None = None
+) -> dict[str, float]:
+    """All metrics of a labelled part.
+
+    Args:
+        logits: one row for each feature of the part; see `score_predictions`, and `choose_answers` for questions.
+        threshold: the doubt above which a question gets no answer; None: chosen here for the best F1 and returned as
+            `no_answer_threshold`, unless every question has an answer.
+    """
+    if kind != "question-answering":
+        return score_predictions(kind, logits, stack_labels(part, logits), labels)
+    answers = choose_answers(part, logits)
+    if threshold is None:
+        threshold = choose_threshold(part, answers)
+    chosen = {"no_answer_threshold": threshold} if math.isfinite(threshold) else {}
+    return score_answers(part, answers, threshold) | chosen
+
+
+def list_predictions(
+    kind: str, labels: Sequence[str], part: Examples, logits: np.ndarray, threshold: float | None = None
+) -> list[str]:
+    """A prediction in words for each example.
+
+    Several labels are joined by commas, the tags of a sentence's words by spaces; a word that was cut off gets the tag O.
+
+    Args:
+        threshold: as in `score_examples`; None: every question is answered.
+    """
+    if kind == "question-answering":
+        limit = math.inf if threshold is None else threshold
+        return [settle_answer(answer, limit) for answer in choose_answers(part, logits)]
+    decided = decide(kind, logits)
+    if kind == "regression":
+        return [f"{value:.3f}" for value in decided]
+    if kind == "multi-label":
+        return [",".join(itertools.compress(labels, row)) for row in decided]
+    if kind == "tokens":
+        found = []
+        for row, feature in zip(decided, part.features):
+            tags = {word: labels[number] for word, number in zip(feature["words"], row) if word is not None}
+            found.append(" ".join(tags.get(word, "O") for word in range(feature["num_words"])))
+        return found
+    return [labels[number] for number in decided]
+
+
+def stack_labels(part: Examples, logits: np.ndarray) -> np.ndarray:
+    """The labels of all examples as one array; those of tokens are padded to the length of the logits."""
+    values = [feature["labels"] for feature in part.features]
+    if logits.ndim < 3:
+        return np.array(values)
+    expected = np.full(logits.shape[:2], IGNORED_LABEL)
+    for row, labels in zip(expected, values):
+        row[: len(labels)] = labels
+    return expected
 
 
 def score_predictions(kind: str, logits: np.ndarray, expected: np.ndarray, labels: Sequence[str]) -> dict[str, float]:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..corpus.tokenizer import save_tokenizer, special_token_ids
-from ..errors import CheckpointError, ConfigurationError, DataError
+from ..errors import CheckpointError, ConfigurationError
 from ..hf import longest_sequence
 from .heads import HEADS, load_with_head
-from .onnx_agreement import compare_predictions
-from .texts import read_labelled_texts, read_texts
+from .texts import read_texts
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -38,25 +37,28 @@ def export_onnx(checkpoint: Path, out: Path, quantize: bool, file: str | None) -
 
     Args:
         out: directory, made if need be. quantize: store weights as int8 and quantize activations as they come.
-        file: held-out texts, on which is measured what int8 changes: one per line; or, for sequence classification, a
-            .tsv file with labels.
+        file: held-out data, on which what int8 changes is measured: texts, one per line, for a masked LM; otherwise
+            labelled examples in any format of fine-tuning.
     Raises:
         CheckpointError: not a model that can be exported, or onnxruntime computes something else than PyTorch.
-        ConfigurationError: a package is missing, or the texts do not suit the model.
+        ConfigurationError: a package is missing. DataError: the held-out data cannot be used.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # what torch.onnx needs
+
+        from .onnx_heldout import compare_examples, compare_masks, read_held_out  # needs scikit-learn and seqeval
     except ImportError as error:
         raise ConfigurationError(f"format = onnx: needs {error.name}; pip install 'fastroberta[onnx]'") from error
 
     model, head, tokenizer = load_with_head(checkpoint, heads=list(HEADS), extra="onnx")
-    held_out = _read_held_out(file, head, model) if file else None
     if sum(parameter.nbytes for parameter in model.parameters()) > LARGEST:
         raise CheckpointError(
             f"{checkpoint}: more than 2 GB of weights do not fit in one ONNX file; take a smaller model"
         )
     longest = longest_sequence(model.config.max_position_embeddings, model.config.pad_token_id)
+    texts = read_texts([], file) if file and head == "MaskedLM" else []
+    held_out = read_held_out(Path(file), checkpoint, model, head, tokenizer) if file and not texts else None
     tokenizer.enable_truncation(longest)
     out.mkdir(parents=True, exist_ok=True)
     _trace(model, _make_batch(model, head, 2, min(longest, 8)), out / MODEL)
@@ -84,10 +86,12 @@ def export_onnx(checkpoint: Path, out: Path, quantize: bool, file: str | None) -
         }
         report["bytes"]["int8"] = (out / MODEL).stat().st_size
         report["tokens_per_second"] = _measure_speed(sessions, _make_batch(model, head, 8, min(longest, 128)))
-        if held_out:
-            sequences = [encoded.ids for encoded in tokenizer.encode_batch(held_out[0])]
-            special = special_token_ids(tokenizer)
-            report["held_out"] = compare_predictions(sessions, head, sequences, special, held_out[1])
+        special = special_token_ids(tokenizer)
+        if texts:
+            sequences = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
+            report["held_out"] = compare_masks(sessions, sequences, special)
+        elif held_out:
+            report["held_out"] = compare_examples(sessions, report["outputs"], held_out, special.pad)
     model.config.save_pretrained(out)
     save_tokenizer(tokenizer, out, model_max_length=longest)
     (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -108,29 +112,19 @@ def describe_report(report: dict[str, Any]) -> str:
             f"speed: {speed['fp32']:,.0f} tokens/s in fp32, {speed['int8']:,.0f} in int8",
         ]
         if held_out := report.get("held_out"):
-            line = f"held out: the same prediction for {held_out['agreement']:.2%} of {held_out['predictions']:,}"
-            if accuracy := held_out.get("accuracy"):
-                line += f"; accuracy {accuracy['fp32']:.2%} in fp32, {accuracy['int8']:.2%} in int8"
-            lines.append(line)
+            what = "masked tokens" if report["head"] == "MaskedLM" else "examples"
+            parts = [f"held out, {held_out['examples']:,} {what}"]
+            if scores := held_out.get("scores"):
+                metric = held_out["metric"]
+                parts.append(f"{metric} {scores['fp32'][metric]:.4f} in fp32, {scores['int8'][metric]:.4f} in int8")
+            if "agreement" in held_out:
+                parts.append(f"the same prediction for {held_out['agreement']:.2%}")
+            lines.append("; ".join(parts))
         else:
-            lines.append("held out: not measured; --file TEXTS does it")
+            lines.append("held out: not measured; give --file")
     else:
         lines.append(f"size: {size['fp32'] / 1e6:,.2f} MB")
     return "\n".join(lines)
-
-
-def _read_held_out(file: str, head: str, model: PreTrainedModel) -> tuple[list[Any], list[int] | None]:
-    """Texts, or pairs, and the numbers of their labels, if the file has labels."""
-    if head not in ("MaskedLM", "SequenceClassification", "TokenClassification"):
-        raise ConfigurationError(f"file = {file}: a line of text is no input for {HEADS[head]}; leave --file out")
-    if head != "SequenceClassification" or not file.endswith(".tsv"):
-        return read_texts([], file), None
-    texts, labels = read_labelled_texts(file)
-    names = list((model.config.id2label or {}).values())
-    number_of = {str(number): number for number in range(len(names))} | {name: i for i, name in enumerate(names)}
-    if unknown := [label for label in labels if label not in number_of]:
-        raise DataError(f"{file}: label {unknown[0]!r} is unknown to the model, which has {', '.join(names)}")
-    return texts, [number_of[label] for label in labels]
 
 
 def _make_batch(model: PreTrainedModel, head: str, batch: int, length: int) -> dict[str, Tensor]:

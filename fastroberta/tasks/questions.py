@@ -160,13 +160,11 @@ def _normalize(text: str) -> str:
 def _read_answers(value: Any, context: str, place: str) -> list[tuple[str, int]]:
     """Texts and places of a record's answers: {"text": [...], "answer_start": [...]}."""
     if not isinstance(value, dict) or not {"text", "answer_start"} <= set(value):
-        raise DataError(f'{place}: answers are no {{"text": [...], "answer_start": [...]}}; mend the record')
+        raise DataError(f'{place}: answers are no {{"text": [...], "answer_start": [...]}}; fix the record')
     answers = list(zip(value["text"], value["answer_start"]))
     for text, start in answers:
         if not isinstance(text, str) or not isinstance(start, int) or context[start : start + len(text)] != text:
-            raise DataError(
-                f"{place}: answer {text!r} does not stand at character {start} of the text; mend the record"
-            )
+            raise DataError(f"{place}: answer {text!r} does not stand at character {start} of the text; fix the record")
     return [(text.strip(), start + len(text) - len(text.lstrip())) for text, start in answers if text.strip()]
 
 

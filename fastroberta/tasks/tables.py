@@ -78,7 +78,7 @@ def read_table(path: Path, header: Sequence[str] | None = None, skip_broken: boo
                 else:
                     raise DataError(
                         f"{path}:{number}: expected {len(names)} fields, as in the header, found {len(fields)}; "
-                        "mend the line"
+                        "fix the line"
                     )
         elif path.suffix in readers or path.is_dir():
             pairs = list((_read_race if path.is_dir() else readers[path.suffix])(path))
@@ -121,7 +121,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     )
                 yield reader.line_num, dict(zip(names, fields))
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not csv ({error}); mend the line") from error
+            raise DataError(f"{path}:{reader.line_num}: not csv ({error}); fix the line") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,7 +132,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); mend the line") from error
+                raise DataError(f"{path}:{number}: not JSON ({error}); fix the line") from error
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number}: not a JSON object; write {{...}} with the columns by name")
             yield number, record
@@ -197,4 +197,4 @@ def _read_race(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 record = {"id": f"{passage['id']}-{place}", "text": passage["article"], "question": question}
                 yield number, record | {"choices": choices, "label": label}
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: not in RACE's format ({type(error).__name__}: {error}); mend the file") from error
+            raise DataError(f"{file}: not in RACE's format ({type(error).__name__}: {error}); fix the file") from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import CheckpointError, DataError
+
+SAVED = "task.json"  # beside a fine-tuned model
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,54 @@ def find_glue_task(name: str, data: Path) -> Task:
 def list_columns(task: Task, *, with_label: bool) -> Sequence[str]:
     """The columns that a file of the task needs."""
     return [task.text, *filter(None, [task.pair]), *[task.label] * with_label]
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """How the data of a fine-tuned model were read, which is how its held-out data are read again.
+
+    Attributes:
+        no_answer_threshold: see `questions`. The others are as in `Task` and in the settings of fine-tuning.
+    """
+
+    kind: str
+    text: str
+    pair: str | None
+    label: str
+    metric: str
+    header: list[str] | None = None
+    of_glue: bool = False
+    max_length: int | None = None
+    stride: int | None = None
+    no_answer_threshold: float | None = None
+
+    def of_file(self, path: Path) -> Task:
+        """The task with a file of its own."""
+        return Task(
+            path.stem, self.kind, self.text, self.pair, self.label, self.metric, path, path,
+            header=tuple(self.header) if self.header else None, of_glue=self.of_glue,
+        )  # fmt: skip
+
+
+def save_task(
+    task: Task, directory: Path, max_length: int, stride: int | None, no_answer_threshold: float | None
+) -> None:
+    """Write `task.json` beside a model."""
+    kept = {name: getattr(task, name) for name in ("kind", "text", "pair", "label", "metric", "header", "of_glue")}
+    saved = SavedTask(**kept, max_length=max_length, stride=stride, no_answer_threshold=no_answer_threshold)
+    (directory / SAVED).write_text(json.dumps(dataclasses.asdict(saved), indent=2) + "\n", encoding="utf-8")
+
+
+def load_task(directory: Path) -> SavedTask | None:
+    """What `save_task` wrote beside a model; None if nothing.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = directory / SAVED
+    if not path.exists():
+        return None
+    try:
+        return SavedTask(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be used ({error}); remove it") from error

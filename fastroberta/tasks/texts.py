@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigurationError, DataError
-from .tables import read_table
-
-TEXT_COLUMNS = (("sentence",), ("text",), ("sentence1", "sentence2"))
 
 
 def read_texts(texts: Sequence[str], file: str | None) -> list[str]:
@@ -39,22 +36,3 @@ def read_texts(texts: Sequence[str], file: str | None) -> list[str]:
 def _split_lines(text: str) -> list[str]:
     # Not splitlines(): a text may hold a form feed or a Unicode line separator.
     return text.removesuffix("\n").split("\n")
-
-
-def read_labelled_texts(file: str) -> tuple[list[str | tuple[str, str]], list[str]]:
-    """Texts, or pairs of texts, and their labels, from a table whose first line names its columns.
-
-    The columns are `label`, and either `sentence`, `text`, or `sentence1` and `sentence2`.
-
-    Raises:
-        DataError: the file cannot be read or lacks a column. See `read_table`.
-    """
-    table = read_table(Path(file))
-    names = table.records[0].keys()
-    columns = next((choice for choice in TEXT_COLUMNS if names >= {"label", *choice}), None)
-    if columns is None:
-        raise DataError(
-            f"{file}: its columns are {', '.join(names)}; name them sentence and label, or sentence1, sentence2 and label"
-        )
-    texts = [tuple(record[column] for column in columns) for record in table.records]
-    return [text if len(text) > 1 else text[0] for text in texts], [record["label"] for record in table.records]

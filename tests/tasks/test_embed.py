@@ -46,6 +46,16 @@ def test_formats_hold_the_same_vectors(checkpoint, tmp_path):
         np.testing.assert_allclose(np.array([row["vector"] for row in rows]), vectors, atol=1e-5)
 
 
+def test_texts_of_a_file_in_bf16(checkpoint, tmp_path):
+    expected = embed(checkpoint, tmp_path / "v.npy")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    arguments = ["--file", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "w.npy"), "--precision", "bf16"]
+    assert main([str(checkpoint), *arguments]) == 0
+    vectors = np.load(tmp_path / "w.npy")
+    np.testing.assert_allclose(vectors, expected, atol=0.1)
+    assert np.abs(vectors - expected).max() > 1e-4
+
+
 def test_long_texts_are_cut_and_counted(checkpoint, tmp_path, capsys):
     long = "Anna gives Ben a book. " * 20
     assert main([str(checkpoint), long, "--out", str(tmp_path / "v.npy")]) == 0

@@ -1,8 +1,10 @@
 """Masked words filled in: the same answers as transformers' pipeline, from wherever the texts come."""
 
+import importlib
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -11,15 +13,17 @@ import urllib.parse
 import urllib.request
 
 import pytest
+import torch
 
 from fastroberta.errors import ConfigurationError, DataError
 from fastroberta.fill_mask import main
+from fastroberta.tasks.inference import predict_masks
 
 TEXTS = ["The capital of <mask> is Paris.", "<mask> gives Ben a <mask>.", "Ben thanks Anna for the<mask>"]
 
 
 def fill(checkpoint, capsys, *arguments):
-    assert main([str(checkpoint), *arguments, "--format", "jsonl", "--precision", "fp32"]) == 0
+    assert main([str(checkpoint), "--format", "jsonl", "--precision", "fp32", *arguments]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -36,8 +40,16 @@ def test_answers_are_those_of_the_pipeline(checkpoint, capsys):
             assert [p["token"].strip() for p in predictions] == [e["token_str"].strip() for e in expected]
 
 
-def test_batches_change_no_answer(checkpoint, capsys):
+def test_batches_change_no_answer(checkpoint, capsys, monkeypatch):
+    sizes = []
+
+    def count(model, sequences, mask_token_id):
+        sizes.append(len(sequences))
+        return predict_masks(model, sequences, mask_token_id)
+
+    monkeypatch.setattr("fastroberta.tasks.fill.predict_masks", count)
     together, alone = (fill(checkpoint, capsys, *TEXTS, "--batch_tokens", size) for size in ("1000", "1"))
+    assert sizes == [3, 1, 1, 1]
     for one, other in zip(together, alone):
         scores = [[p["score"] for masks in each["masks"] for p in masks] for each in (one, other)]
         assert one["text"] == other["text"] and scores[0] == pytest.approx(scores[1], abs=1e-6)
@@ -58,6 +70,34 @@ def test_texts_come_from_files_and_standard_input(checkpoint, capsys, monkeypatc
         main([str(checkpoint)])
     with pytest.raises(DataError, match=r"missing\.txt: cannot be read"):
         main([str(checkpoint), "--file", str(tmp_path / "missing.txt")])
+
+
+def test_bf16_is_less_exact(checkpoint, capsys):
+    exact, rough = (
+        [p["score"] for p in fill(checkpoint, capsys, TEXTS[0], "--precision", precision)[0]["masks"][0]]
+        for precision in ("fp32", "bf16")
+    )
+    assert exact == pytest.approx(rough, rel=0.1) and exact != pytest.approx(rough, rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("program", ["fill_mask", "embed", "finetune"])
+def test_a_missing_gpu_is_named(checkpoint, tmp_path, program):
+    needed = {
+        "fill_mask": TEXTS[:1],
+        "embed": ["--out", "v.npy"],
+        "finetune": ["--train", "t", "--dev", "d", "--out", "o"],
+    }
+    run = importlib.import_module(f"fastroberta.{program}").main
+    with pytest.raises(ConfigurationError, match="device: cuda was requested, but PyTorch sees no GPU"):
+        run([str(checkpoint), *needed[program], "--device", "cuda"])
+
+
+def test_a_port_in_use_is_named(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"port = {port}: cannot be used"):
+            main([str(checkpoint), "--demo", "--port", str(port)])
 
 
 def test_table_shows_every_mask(checkpoint, capsys):

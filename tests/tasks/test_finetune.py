@@ -8,10 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
+from fastroberta.cli.arguments import parse_arguments
 from fastroberta.errors import CheckpointError, ConfigurationError, DataError
 from fastroberta.finetune import main
+from fastroberta.tasks import finetune_speed
+from fastroberta.tasks.examples import Examples, make_collate
+from fastroberta.tasks.finetune_settings import FinetuneConfig
 
 FAST = ["--epochs", "2", "--learning_rate", "3e-3", "--precision", "fp32", "--device", "cpu"]
 TEXTS = [
@@ -63,8 +68,9 @@ def test_classification_learns_and_its_model_works_in_a_pipeline(checkpoint, dat
     assert max(accuracies) == 1.0
     best = result["runs"][result["best_seed"] - 1]
     assert best["dev"]["accuracy"] == best["test"]["accuracy"] == max(accuracies)
-    assert result["runs"][0]["speed"]["tokens_per_second"] > 0
-    assert "speed" not in result["runs"][1]
+    # The kernels are used if the trial says that they pay.
+    with_kernels, without = (result["speeds"][f"fp32 {how} kernels"] for how in ("with", "without"))
+    assert result["kernels"] == (with_kernels > 1.1 * without > 0)
 
     rows = read_tsv(out / "predictions.tsv")
     assert rows[0] == ["index", "prediction"]
@@ -76,13 +82,17 @@ def test_classification_learns_and_its_model_works_in_a_pipeline(checkpoint, dat
     # Nothing that needs this project is left in the model's directory, and no other seed's model.
     assert "fastroberta" not in (out / "model" / "config.json").read_text()
     assert not list(out.glob("seed-*/*/"))
-    assert "epoch 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "epoch 4" in printed
+    assert printed.count(" (trial of 2 layers, tokens/s on a core: fp32 with kernels ") == 1  # for both seeds
 
 
 def test_early_stopping_keeps_the_best_epoch(checkpoint, data):
-    assert main(arguments(checkpoint, data, "--epochs", "30", "--patience", "2")) == 0
-    run = json.loads((data / "out" / "result.json").read_text())["runs"][0]
+    assert main(arguments(checkpoint, data, "--epochs", "30", "--patience", "2", "--metric", "f1")) == 0
+    result = json.loads((data / "out" / "result.json").read_text())
+    run = result["runs"][0]
     assert run["epochs"] == run["best_epoch"] + 2 < 30
+    assert result["metric"] == "f1" and result["median"] == run["dev"]["f1"]
 
 
 def test_the_same_command_continues_after_the_last_finished_seed(checkpoint, data):
@@ -96,16 +106,53 @@ def test_the_same_command_continues_after_the_last_finished_seed(checkpoint, dat
     (out / "result.json").unlink()
     with pytest.raises(ConfigurationError, match=r"out: .* holds a run with learning_rate = 0.003; give another"):
         main(arguments(checkpoint, data, "--seeds", "2", "--learning_rate", "1e-3"))
+    settings = json.loads((out / "settings.json").read_text())
+    chosen = {
+        "device": "cpu",
+        "precision": "bf16",
+        "kernels": True,
+        "why": "chance",
+        "speeds": {"bf16 with kernels": 7.0},
+    }
+    (out / "settings.json").write_text(json.dumps(settings | {"chosen": chosen}))
     assert main(arguments(checkpoint, data, "--seeds", "2")) == 0
-    runs = json.loads((out / "result.json").read_text())["runs"]
-    assert runs[0]["seconds"] == -1.0 and runs[1]["seconds"] > 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["runs"][0]["seconds"] == -1.0 and result["runs"][1]["seconds"] > 0
+    assert chosen.items() <= result.items()  # as it began, without another trial
 
 
 def test_bf16_without_kernels(checkpoint, data):
     assert main(arguments(checkpoint, data, "--precision", "bf16", "--kernels", "false", "--epochs", "1")) == 0
     result = json.loads((data / "out" / "result.json").read_text())
-    assert result["precision"] == "bf16"
-    assert "speed" not in result["runs"][0]  # there is nothing to compare
+    assert (result["precision"], result["kernels"]) == ("bf16", False)
+    assert result["speeds"] == {}  # there is nothing to compare
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernels", "settled", "plain", "tried", "chosen", "why"),
+    [
+        ("auto", "auto", "bf16", 20.0, 4, "bf16 with kernels", "the fastest"),
+        ("auto", "auto", "bf16", 28.0, 4, "fp32 without kernels", "nothing else is a tenth faster"),
+        ("auto", "true", "bf16", 40.0, 4, "bf16 with kernels", "the fastest"),
+        ("auto", "auto", "fp32", 40.0, 2, "fp32 without kernels", "nothing else is a tenth faster"),  # bf16 is emulated
+        ("bf16", "auto", "bf16", 40.0, 2, "bf16 with kernels", "the fastest"),
+        ("fp32", "true", "fp32", 40.0, 2, "fp32 with kernels", "as asked"),  # but compared
+        ("auto", "false", "fp32", 40.0, 0, "fp32 without kernels", "as asked"),
+    ],
+)
+def test_the_fastest_way_that_the_settings_allow(
+    checkpoint, data, monkeypatch, precision, kernels, settled, plain, tried, chosen, why
+):
+    speeds = {"bf16 with kernels": 30.0, "bf16 without kernels": 25.0, "fp32 with kernels": 10.0}
+    speeds["fp32 without kernels"] = plain
+    monkeypatch.setattr(finetune_speed, "settle_precision", lambda *_: (settled, ""))
+    monkeypatch.setattr(finetune_speed, "measure_speeds", lambda ways, *_: {str(way): speeds[str(way)] for way in ways})
+    words = arguments(checkpoint, data, "--precision", precision, "--kernels", kernels)
+    config = parse_arguments(words, FinetuneConfig, description="")
+    train = Examples([{"input_ids": [0, 5, 2], "labels": 1}] * 4, 0)
+    device = torch.device("cpu")
+    found = finetune_speed.choose_place(config, device, "classification", ["0", "1"], train, make_collate(1))
+    assert (str(found[0]), found[1], len(found[2])) == (chosen, why, tried)
 
 
 def test_several_processes_are_refused(checkpoint, data, monkeypatch):

@@ -217,7 +217,8 @@ def test_accumulated_micro_batches_equal_the_whole_batch(without_dropout, tmp_pa
     losses, weights = [], []
     for micro in ("8", "1"):
         config = settle(without_dropout, tmp_path, "--micro_batch_size", micro, "--kind", kind)
-        found, _, _, model, _ = train_here(config, 20, tmp_path)  # the last batch is half a one
+        found, _, batches, model, _ = train_here(config, 20, tmp_path)  # the last batch is half a one
+        assert max(len(batch["input_ids"]) for batch in batches) == int(micro)
         losses.append(found)
         weights.append(model.state_dict())
     assert len(losses[0]) == 3
@@ -225,6 +226,36 @@ def test_accumulated_micro_batches_equal_the_whole_batch(without_dropout, tmp_pa
     for name, tensor in weights[0].items():
         if "key.bias" not in name:  # softmax ignores it: its gradient is rounding, which Adam magnifies
             torch.testing.assert_close(tensor, weights[1][name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def train_briefly(without_dropout, tmp_path_factory):
+    """A function: settings -> the weights of the head after three steps."""
+
+    def train(*more):
+        directory = tmp_path_factory.mktemp("brief")
+        _, _, _, model, _ = train_here(settle(without_dropout, directory, *more), 20, directory)
+        return model.classifier.dense.weight
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def usual_weights(train_briefly):
+    return train_briefly()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("seed", "1"), ("seed", "2"), ("learning_rate", "2e-3"), ("weight_decay", "0.9"), ("warmup", "0.9"),
+        ("epochs", "2"), ("train_batch_size", "4"), ("max_seq_length", "8"), ("class_weights", "true"),
+        ("label_smoothing", "0.3"),
+    ],
+)  # fmt: skip
+def test_an_option_changes_what_is_learned(train_briefly, usual_weights, option, value):
+    is_default = (option, value) == ("seed", "1")
+    assert torch.equal(train_briefly(f"--{option}", value), usual_weights) == is_default
 
 
 def test_class_weights_and_label_smoothing():
@@ -250,7 +281,7 @@ def test_every_import_comes_with_the_extra():
     listed = [*project["dependencies"], *extras["finetune"], *extras["data"], *extras["hf"], *extras["plot"]]
     allowed = {re.split(r"[^\w-]", one)[0].lower() for one in listed}
     distributions = packages_distributions()
-    others = {"onnx_export", "onnx_agreement", "explanation", "explanation_page"}  # of other extras
+    others = {"onnx_export", "onnx_heldout", "explanation", "explanation_page"}  # of other extras
     modules = [path for path in (ROOT / "fastroberta" / "tasks").glob("*.py") if path.stem not in others]
     files = [ROOT / "fastroberta" / "finetune.py", *modules]
     for path in files:

@@ -21,7 +21,7 @@ from fastroberta.tasks.questions import (
     settle_answer,
 )  # fmt: skip
 from fastroberta.tasks.tables import read_table
-from fastroberta.tasks.task import find_task
+from fastroberta.tasks.task import find_task, load_task
 
 FAST = ["--learning_rate", "5e-3", "--precision", "fp32", "--device", "cpu", "--train_batch_size", "8"]
 CONTEXT = "Anna gives Ben a book and Ben thanks Anna for the book."
@@ -139,6 +139,8 @@ def test_squad_learns_and_writes_what_its_scorer_takes(learner, tmp_path):
     assert np.mean([a == b for a, b in zip(found, right)]) == pytest.approx(dev["exact"])
     lines = (out / "predictions.tsv").read_text().splitlines()
     assert [line.split("\t")[1] for line in lines[1:]] == found
+    saved = load_task(out / "model")
+    assert saved.no_answer_threshold == dev["no_answer_threshold"] and saved.kind == "question-answering"
 
 
 def test_race_learns_and_scores_both_parts(learner, tmp_path):
@@ -173,8 +175,11 @@ def test_wrong_questions_are_refused(checkpoint, tmp_path):
         read_table(tmp_path / "train-v2.0.json")
     with pytest.raises(DataError, match=r"train-v1.1.json: no such file; --data takes the directory of squad"):
         find_task("squad", tmp_path)
+    for part in ("train", "dev"):
+        write_squad(tmp_path / f"{part}-v2.0.json", [("Who?", CONTEXT, "Anna")])
+    arguments = [str(checkpoint), "--task", "squad2", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *FAST]
     with pytest.raises(ConfigurationError, match="stride = 30: too much for 32 tokens; give 8 or less"):
-        encode(checkpoint, tmp_path, [("Who?", CONTEXT, "Anna")], stride=30)
+        main([*arguments, "--stride", "30"])
     task = find_task("squad2", tmp_path)
     record = {"question": "Who?", "context": CONTEXT, "answers": {"text": ["Anna"], "answer_start": [1]}}
     (tmp_path / "own.jsonl").write_text(json.dumps(record))
