@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_arguments(argv, TrainConfig, description=__doc__ or "", default_preset="quickstart")
     check_trackers(config.report_to)
 
-    is_first = os.environ.get("RANK", "0") == "0"  # the rank is torchrun's
+    # As torchrun says it in the environment; PyTorch is not there yet.
+    is_first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
     output_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack:
         if is_first and config.dry_run:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes = join_processes(config.device, config.hang_timeout)
         if processes.device.type == "cpu":
             keep_freed_memory()
-        processes.wait_for_all()  # for the data of the first
+        processes.wait_for_all()  # until the first one has prepared the data
         trainer = Trainer(config, processes)
         if config.dry_run:
             rehearse(trainer)

@@ -280,6 +280,13 @@ def test_abbreviations_are_refused():
         ("tensorboard", "is report_to: tensorboard here"),
         ("warmup_ratio", "the nearest is --lr_scheduler.warmup_ratio"),
         ("weight_decay", "the nearest is --optimizer.weight_decay"),
+        ("gradient_accumulation_steps", "train_batch_size"),
+        ("per_device_train_batch_size", "is micro_batch_size here"),
+        ("model_name_or_path", "is init_from here"),
+        ("lr_scheduler_type", "is lr_scheduler.name here"),
+        ("resume_from_checkpoint", "a run found in output_dir continues by itself"),
+        ("push_to_hub", "python -m fastroberta.export"),
+        ("deepspeed", "is sharding here"),
     ],
 )
 def test_foreign_name_gets_ours(name, ours):

@@ -13,6 +13,7 @@ from fastroberta.config import TrainConfig
 from fastroberta.errors import Stopped
 from fastroberta.export import main as export
 from fastroberta.train import main
+from fastroberta.training.run_settings import ROOT
 from fastroberta.training.trainer import Trainer
 
 SETTINGS = {
@@ -78,6 +79,7 @@ def test_the_file_of_a_run_reads_back_and_continues_it(stopped, data, tmp_path, 
     assert settings["lr_scheduler"]["warmup_steps"] == round(settings["max_steps"] / 2)
     assert settings["model"]["max_position_embeddings"] == 34 and settings["model"]["vocab_size"] > 256
     assert "after step 0, on " in text and "torch " in text and "\n#   python " in text
+    assert (", commit " in text) == (ROOT / ".git").exists()
     config = parse_arguments(["--config", str(path)], TrainConfig, description="", default_preset="quickstart")
     assert config.output_dir == str(stopped)
 
