@@ -23,9 +23,9 @@ The bound is the largest |x|, found on the device, or follows from what produced
 then the kernel that produces x can write it in 8 bits in the same pass. Where a bound is not finite the inverse is NaN,
 and with it every product: an overflow is never hidden.
 
-Weight gradients multiply in 16 bits. In 8 bits they would need the transposed of x and of dy (sm_89 and sm_90 want the
-summed dimension last), which at a width of 768 costs a third of what the faster product gains, and they would be rounded
-most where it matters most, in what reaches the weights.
+Weight gradients multiply in 16 bits. In 8 bits they would need the transposes of x and dy, since sm_89 and sm_90 want the
+summed dimension last. At a width of 768 writing those takes more than half of what the faster product saves, and the
+rounding would go straight into the weights.
 
 Shapes: x (..., k), of which the leading dimensions are flattened into rows; k and m multiples of 16.
 Dtypes: products of 8-bit factors add in fp32 and give bf16; x of another dtype is rounded to bf16 first, y has its dtype.

@@ -22,7 +22,7 @@ from fastroberta_kernels.fp8 import (
     fp8_linear,
 )
 from fastroberta_kernels.fp8_mlp import cast_mlp, fp8_mlp
-from fastroberta_kernels.gelu import bias_gelu
+from fastroberta_kernels.gelu import bias_gelu, forward_in_8_bits
 from fastroberta_kernels.layer_norm import dropout_add_layer_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -293,8 +293,6 @@ def test_bad_arguments_are_named(call, message):
 
 def test_bias_gelu_of_the_mlp_is_the_kernel_of_gelu():
     """The 16-bit result of the forward in 8 bits is that of `bias_gelu`, to the bit."""
-    from fastroberta_kernels.gelu import forward_in_8_bits
-
     x, bias = torch.randn(20, 300).bfloat16(), torch.randn(300)
     for impl in ("torch", "triton") if _dispatch.triton is not None else ("torch",):
         y, y_8 = forward_in_8_bits(x, bias, False, torch.tensor(8.0), impl == "triton")
