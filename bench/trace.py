@@ -71,6 +71,47 @@ def count_launches(events: Sequence[dict[str, Any]]) -> int:
     return sum(event.get("cat") == "kernel" for event in events)
 
 
+def count_host_work(events: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What the host does in a trace: PyTorch's operations, and calls of CUDA that launch, copy or fill."""
+    calls = [event["name"] for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    return {
+        "operations": sum(event.get("cat") == "cpu_op" for event in events),
+        "launches": sum(any(kind in name for kind in ("Launch", "Memcpy", "Memset")) for name in calls),
+    }
+
+
+def estimate_kernels(events: Sequence[dict[str, Any]]) -> int:
+    """How many kernels a GPU would launch for the PyTorch operations of a CPU's trace.
+
+    One for each operation that computes and calls no other that does; operations on lists of tensors are single kernels.
+    """
+    operations = [event for event in events if event.get("cat") == "cpu_op" and _computes(event["name"])]
+    operations.sort(key=lambda one: (one["tid"], one["ts"], -one["dur"]))
+    count, inside = 0, (None, 0.0)  # a thread, and until when it is inside an operation that has been counted
+    for one, following in zip(operations, [*operations[1:], None]):
+        thread, end = one["tid"], one["ts"] + one["dur"]
+        if thread == inside[0] and one["ts"] < inside[1]:
+            continue
+        calls_another = following is not None and following["tid"] == thread and following["ts"] < end
+        if one["name"].startswith(("aten::_foreach", "aten::_fused")) or not calls_another:
+            count += 1
+            inside = thread, end
+    return count
+
+
+def _computes(name: str) -> bool:
+    """Whether a PyTorch operation is neither a view nor an empty tensor."""
+    library, _, name = name.partition("::")
+    if library != "aten" or name.startswith(
+        ("empty", "new_empty", "resize", "_unsafe_view", "as_strided_", "promote_types")
+    ):
+        return False
+    operation = getattr(torch.ops.aten, name, None)
+    overloads = operation.overloads() if operation is not None else []
+    returned = [[one.alias_info for one in getattr(operation, overload)._schema.returns] for overload in overloads]
+    return not any(aliases and all(one is not None and not one.is_write for one in aliases) for aliases in returned)
+
+
 def sum_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     """The GPU's kernels, copies and fills by name, the dearest first; on a CPU PyTorch's operations."""
     on_gpu = any(event.get("cat") in ON_GPU for event in events)

@@ -172,7 +172,7 @@ class FlatGradients:
         squares = torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1)).double().square()
         if self.all_reduce is not None:
             self.all_reduce(squares)
-        self.last_grad_norm = squares.sqrt().float() / grad_scale
+        self.last_grad_norm.copy_(squares.sqrt().float() / grad_scale)  # stays where it is, as a CUDA graph needs it
         factor = 1 / grad_scale
         if self.max_grad_norm:
             factor = factor * (self.max_grad_norm / self.last_grad_norm).clamp(max=1.0)

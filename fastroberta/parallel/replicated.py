@@ -55,6 +55,19 @@ class ReplicatedOptimizer:
     def last_grad_norm(self) -> Tensor:
         return self._inner.last_grad_norm
 
+    @property
+    def gradient(self) -> Tensor:
+        """fp32 (n,), all gradients."""
+        return self._inner.gradient
+
+    def list_updated(self) -> list[Tensor]:
+        """The tensors that a step changes, not copies of them. After the first step, when the optimizer has its state."""
+        states = [tensor for state in self._inner.state.values() for tensor in state.values()]
+        scalars = [
+            getattr(self._inner, name) for name in ("last_grad_norm", "num_skipped") if hasattr(self._inner, name)
+        ]
+        return [*self.weights().values(), self.gradient, *states, *scalars]
+
     def zero_grad(self) -> None:
         self._inner.zero_grad()
 

@@ -149,7 +149,7 @@ class _SoftTargetLoss(torch.autograd.Function):
                 loss += temperature**2 * (divergence * is_row_used).sum()
                 # From here on the logits are their own gradient, as in linear_cross_entropy.
                 s[:, :num_classes] = log_q.exp_().sub_(p).mul_(temperature * is_row_used)
-            logits[:, num_classes:] = 0
+            logits[:, num_classes:].zero_()
             torch.mm(logits, matrix, out=d_features[rows])
             d_bias += logits.sum(0, dtype=sum_dtype)
             if d_weight.dtype == logits.dtype:

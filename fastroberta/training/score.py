@@ -56,11 +56,13 @@ def evaluate_model(
     device = device or next(model.parameters()).device
     totals = torch.zeros(num_corpora, 3, dtype=torch.float64, device=device)
     seed = as_seed(MASK_SEED, device)
-    for batch in batches:
-        masked = mask_tokens(batch.input_ids, seed=seed, sample_ids=batch.sample_ids, **masking)
-        result = model.loss(*masked, AttentionScope(batch.key_lengths, batch.cu_seqlens))
-        totals[batch.corpus] += torch.stack((result.loss.double(), result.num_correct, result.num_targets))
-    model.train(was_training)
+    try:
+        for batch in batches:
+            masked = mask_tokens(batch.input_ids, seed=seed, sample_ids=batch.sample_ids, **masking)
+            result = model.loss(*masked, AttentionScope(batch.key_lengths, batch.cu_seqlens))
+            totals[batch.corpus] += torch.stack((result.loss.double(), result.num_correct, result.num_targets))
+    finally:  # the trainer tries again where memory ran out
+        model.train(was_training)
     if processes is not None:
         processes.add_up(totals)
     parts = tuple(_divide(one) for one in totals) if num_corpora > 1 else ()

@@ -45,7 +45,7 @@ from ..parallel.processes import Processes, add_bits, select_device
 from ..parallel.votes import StopVotes
 from ..precision import settle_precision
 from .distillation import describe_teacher, prepare_distillation
-from .graph import Replayed, keep_on_device, set_learning_rate
+from .graph import Replayed, choose_graphs, make_graphs, make_room, set_learning_rate
 from .initial_model import build_model
 from .meter import Meter
 from .micro_batches import MicroBatches
@@ -139,11 +139,11 @@ class Trainer:
         self.found_inf = torch.zeros((), device=self.device)
         self._add_gradients: Callable[[Batch], None] = self.add_gradients
         self._update: Callable[[], None] = self.update
-        self.is_replayed = False
-        if config.cuda_graph and self.device.type == "cuda" and self.processes.size == 1:
+        self.graphs: tuple[Replayed, ...] = ()  # of the two
+        may_replay, note = choose_graphs(config, self.processes)
+        self.notes += filter(None, [note])
+        if may_replay:
             self.replay_steps()
-        elif config.cuda_graph:
-            self.notes.append("cuda_graph: not used, since it needs a GPU and a single process")
         self.stop = StopRequest()
         self.votes = StopVotes(self.processes, lambda: self.stop.number is not None)
 
@@ -249,7 +249,8 @@ class Trainer:
         sizes = []
         self.optimizer.zero_grad()
         # A graph casts for itself, and FSDP2 frees weights between uses.
-        casts_once = not self.is_replayed and (self.config.sharding != "full" or self.processes.size == 1)
+        is_eager = all(graph.has_given_up for graph in self.graphs[:1])
+        casts_once = is_eager and (self.config.sharding != "full" or self.processes.size == 1)
         is_last = is_short = False
         try:
             with self.model.cast_once() if casts_once else contextlib.nullcontext():
@@ -279,18 +280,13 @@ class Trainer:
         return sizes
 
     def replay_steps(self, **options: Any) -> None:
-        """From now on, replay micro-batches and updates as CUDA graphs, once each has run a few times.
-
-        Args:
-            options: of `Replayed`.
-        """
-        self.is_replayed = True
-        keep_on_device(self.optimizer.param_groups, self.device)
-        self._add_gradients = Replayed(self.add_gradients, functools.partial(self._explain, "micro-batches"), **options)
-        self._update = Replayed(self.update, functools.partial(self._explain, "updates"), **options)
-
-    def _explain(self, what: str, reason: str) -> None:
-        say(self.processes, f"step {self.step + 1}: {what} go on without a CUDA graph: {reason}", sys.stderr)
+        """Replay micro-batches and updates as CUDA graphs once each has run a few times. `options`: of `Replayed`."""
+        self.graphs = make_graphs(
+            self.add_gradients, self.update, self.optimizer, self.totals, inputs=[self.expected_masked, self.scaler.scale],
+            state=[*self.scaler.state().values(), self.found_inf],
+            explain=lambda line: say(self.processes, f"step {self.step + 1}: {line}", sys.stderr), **options,
+        )  # fmt: skip
+        self._add_gradients, self._update = self.graphs
 
     def add_gradients(self, batch: Batch) -> None:
         """Forward and backward of a micro-batch. Its gradient and its totals are added to those of the step."""
@@ -319,19 +315,21 @@ class Trainer:
         """Held-out scores at this step; written to the log, if there is one."""
         began = time.monotonic()
         with log.meter.pause() if log else contextlib.nullcontext():
-            size = max(1, min(64, self.batches.size))
-            batches = heldout_batches(self.heldout, self.config.eval_sequences, size)
-            processes = None if self.config.sharding == "full" else self.processes
-            if processes is not None:  # FSDP2 needs all processes in every forward
-                batches = itertools.islice(batches, processes.rank, None, processes.size)
-            scores = evaluate_model(
-                self.model, self._note_each(batches), self.masking, processes, len(self.corpora), self.device
-            )
+            scores = make_room(self._evaluate, self.graphs)
             if log is not None:
                 log.write_scores(self.step, scores, self.corpora)
         self.eval_loss = {self.step: scores.loss}
         self.score_seconds = time.monotonic() - began
         return scores
+
+    def _evaluate(self) -> Scores:
+        size = max(1, min(64, self.batches.size))
+        batches = heldout_batches(self.heldout, self.config.eval_sequences, size)
+        processes = None if self.config.sharding == "full" else self.processes
+        if processes is not None:  # FSDP2 needs all processes in every forward
+            batches = itertools.islice(batches, processes.rank, None, processes.size)
+        batches = self._note_each(batches)
+        return evaluate_model(self.model, batches, self.masking, processes, len(self.corpora), self.device)
 
     def _score_in_time(self, log: RunLog, noticed: float) -> None:
         """Score the last step before a stop, if that should end within STOP_SECONDS of noticing the signal."""

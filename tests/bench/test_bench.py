@@ -19,7 +19,7 @@ from bench.case import EAGER, OURS, SIZES, Absent, Case, Setting, Size, Work
 from bench.kernels import OPERATIONS, SMALL_OPERATIONS, choose_settings, measure_case, print_case
 from bench.measure import spread, time_in_turn
 from bench.record import Run, read_lines
-from bench.trace import REGIONS, record_trace, sum_kernels, sum_regions
+from bench.trace import REGIONS, estimate_kernels, record_trace, sum_kernels, sum_regions
 from bench.train import judge
 from bench.trainers import SEED, WAYS, Data, Failure, Ours, Task, Transformers, Way, Worker
 from fastroberta.data import training_batches
@@ -415,12 +415,31 @@ def test_command_line_names_the_pieces():
 def test_the_hosts_share_is_counted(capsys):
     assert host.main(["--layers", "2", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
+    assert "2 layers, milliseconds of one core" in shown
+    micro_batch, update = (
+        {what: int(number.replace(",", "")) for number, what in re.findall(r"(\d[\d,]*) (\w[^,]*)", part)}
+        for part in re.search(r"micro-batch: (.*)\nupdate: (.*)", shown).groups()
+    )
+    parameters = len(dict(host.make_work(2)[0].named_parameters()))
+    assert micro_batch["accumulations"] == parameters
     # Forward and backward: 8 operators a layer, of which four backwards sum partial results in a second kernel; embedding
     # and head.
-    assert "2 layers, milliseconds of one core" in shown and "a micro-batch: " in shown
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (\w[\w ]*)", shown.split("a micro-batch: ")[1])}
-    assert counts["accumulations"] == len(dict(host.make_work(2)[0].named_parameters()))
-    assert counts["Triton launches"] > 2 * 10 and counts["products"] >= 2 * 12 and counts["operations in all"] > 100
+    assert micro_batch["Triton launches"] > 2 * 10 and micro_batch["products"] >= 2 * 12
+    parts = ("Triton launches", "products", "copies", "accumulations")
+    kernels = int(re.search(r"1 launch for about ([\d,]+)", shown)[1].replace(",", ""))
+    assert sum(micro_batch[part] for part in parts) < kernels < micro_batch["operations in all"] / 3
+    assert update["operations in all"] > parameters and "1 for about" in shown
+
+
+def test_kernels_are_estimated_from_a_cpus_trace():
+    x = torch.ones(4, 4)
+
+    def work():
+        y = torch.empty(4, 4).copy_(x).t()
+        torch._foreach_add_([y, x, y[:2]], 1.0)
+        torch.nn.functional.linear(y, x)[1:].neg()
+
+    assert estimate_kernels(record_trace(work, CPU)) == 4
 
 
 def test_tables_print(capsys):

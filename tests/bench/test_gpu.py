@@ -107,10 +107,11 @@ def test_a_step_is_measured_and_profiled(session, tmp_path_factory, capsys):
     texts = [f"The number {n} is followed by {n + 1}. After that comes {n + 2}, and so on." for n in range(300)]
     data = prepare_text(tmp_path_factory.mktemp("gpu"), "\n\n".join(texts), 300)
     session.make_task = lambda: Task(str(data), 1, 32, 2, 48, 32, 4, "fp32", vocabulary=500)
-    stages.measure_step(session)
+    assert stages.measure_step(session)
     lines = {line["kind"]: line for line in read_lines(session.results)}
     assert lines["train"]["tokens_per_second"]["median"] > 0 and lines["train"]["host_seconds_per_step"] > 0
     assert lines["profile"]["launches"] > 100 and lines["profile"]["groups"]["matrix products"]["seconds"] > 0
+    assert lines["host"]["operations"] == lines["profile"]["launches"] and lines["host"]["implementation"] == OURS
     with gzip.open(session.out / "step-trace.json.gz") as trace:
         assert json.load(trace)["traceEvents"]
     assert "the host needs" in capsys.readouterr().out
@@ -121,7 +122,7 @@ def test_the_whole_rehearsal(tmp_path):
     assert gpu.main(["--minutes", "30", "--rehearse", "--out", str(tmp_path)]) == 0
     kinds = {line["kind"] for line in read_lines(tmp_path / "results.jsonl")}
     assert kinds == {
-        "run", "stage", "begin", "ceilings", "product", "kernel", "train", "profile", "tile", "tests", "losses",
+        "run", "stage", "begin", "ceilings", "product", "kernel", "train", "profile", "host", "tile", "tests", "losses",
         "quickstart",
     }  # fmt: skip
     files = [path for path in tmp_path.rglob("*") if path.is_file()]

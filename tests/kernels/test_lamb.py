@@ -23,6 +23,7 @@ import torch
 from accuracy import assert_as_exact_as_torch
 from fastroberta_kernels import _cuda, lamb
 from fastroberta_kernels.lamb import FusedLAMB
+from tape import Tape
 
 EMULATOR = r"""
 #include <atomic>
@@ -1016,38 +1017,62 @@ def test_real_sizes_on_a_gpu(device, dtype):
         assert torch.equal(optimizer.master, masters[0])
 
 
-@pytest.mark.gpu
-def test_cuda_graph_follows_learning_rate_gradients_and_overflow(device):
+def record_cuda_graph(work):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def test_a_graph_follows_learning_rate_gradients_steps_and_overflow(device, monkeypatch, request):
+    """All that changes between steps is read from the device's memory. Without a GPU, a tape and the emulated kernels."""
+    record = record_cuda_graph
+    if device.type == "cpu":
+        record, emulated_launch = Tape.record, request.getfixturevalue("emulated_launch")
+
+        def launch(*arguments):
+            if Tape.running is None:
+                emulated_launch(*arguments)
+            else:
+                Tape.running.launch(emulated_launch, *arguments)
+
+        monkeypatch.setattr(_cuda, "launch", launch)
+        monkeypatch.setattr(_cuda, "use_cuda", lambda *_: True)
     shapes = [(300, 70), (70,)]
     gradients = [make_gradients(shapes, k, device=device) for k in range(6)]
 
     def train(use_graph):
         params = [torch.nn.Parameter(t.to(device)) for t in make_tensors(shapes)]
-        lr = torch.tensor(1e-2, device=device)
-        optimizer = FusedLAMB(params, lr=lr, impl="cuda")
+        rates = [torch.tensor(1e-2, device=device) for _ in params]
+        scale = torch.ones((), device=device)
+        groups = [{"params": [p], "lr": lr, "weight_decay": wd} for p, lr, wd in zip(params, rates, (0.01, 0.0))]
+        optimizer = FusedLAMB(groups, impl="cuda")
         optimizer.zero_grad()
 
         def fill(k):
             for p, g in zip(params, gradients[k]):
                 p.grad.copy_(g)
 
+        def advance():
+            optimizer.step(grad_scale=scale)
+
         fill(0)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.Stream() if device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            optimizer.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        advance = optimizer.step
+            advance()
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
         if use_graph:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                optimizer.step()
-            advance = graph.replay
+            advance = record(advance)
         for k in range(1, 6):
             fill(k)
             if k == 3:
                 params[0].grad[0, 0] = math.nan
-            lr.fill_(1e-2 / k)
+            for number, rate in enumerate(rates):
+                rate.fill_(1e-2 / (k + number))
+            scale.fill_(2.0**k)
             advance()
         assert optimizer.num_skipped.item() == 1 and optimizer.state[params[0]]["step"].item() == 5
         return optimizer.master
