@@ -297,7 +297,8 @@ class Trainer:
 
     def update(self) -> None:
         """New weights from the gradient of the whole batch."""
-        self.optimizer.step(grad_scale=self.scaler.scale * self.totals[2].float() / self.expected_masked)
+        num_masked = self.totals[2].float().clamp(min=1)  # a batch of nothing but special tokens has none
+        self.optimizer.step(grad_scale=self.scaler.scale * num_masked / self.expected_masked)
         self.found_inf.copy_(~torch.isfinite(self.optimizer.last_grad_norm))
         self.scaler.update(self.found_inf)
 

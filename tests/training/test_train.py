@@ -223,6 +223,13 @@ def test_one_flipped_bit_in_the_data_is_found_at_the_start(data, tmp_path, split
         Trainer(configure(copy, tmp_path / "run"))
 
 
+def test_a_batch_of_special_tokens_alone_is_a_step(data, tmp_path):
+    trainer = Trainer(configure(data, tmp_path))
+    trainer.optimizer.zero_grad()
+    trainer.update()
+    assert trainer.totals[2] == trainer.found_inf == trainer.optimizer.last_grad_norm == 0
+
+
 def test_non_finite_gradients_stop_the_run_and_leave_the_weights(data, tmp_path):
     trainer = Trainer(configure(data, tmp_path, eval_sequences=1))
     loss = trainer.loss
