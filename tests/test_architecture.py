@@ -26,7 +26,8 @@ FLOORS = [
 KERNEL_FLOORS = [
     ["_dispatch", "_cuda"],
     ["philox", "_rows"],
-    ["_attention_cpu", "_attention_window_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb", "rotary"],
+    ["_attention_cpu", "layer_norm", "gelu", "embedding", "masking", "lamb", "rotary"],
+    ["_attention_window_cpu"],
     ["attention", "cross_entropy"],
     ["_exchange"],
     ["_hf_attention", "_masked_lm"],
