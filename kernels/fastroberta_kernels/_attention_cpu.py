@@ -21,6 +21,7 @@ from ._dispatch import is_transforming, operator, without_autocast
 # Scores of a piece, per thread: they and their derivatives stay in a core's cache, and each thread has a head of its own
 # in the matrix products.
 SCORES_AT_ONCE = 262_144
+FEW_SCORES = 16_384
 NO_TRANSFORM = "{}: torch.func cannot transform this call; use {} inside its transforms"
 
 
@@ -29,24 +30,23 @@ def attention_torch(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    seed: int | torch.Tensor | None = None,
-    key_lengths: torch.Tensor | None = None,
+    dropout_p: float,
+    scale: float,
+    seed: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`attention` in PyTorch operations."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    """`attention` in PyTorch operations; `seed` is as `philox.as_seed` returns it."""
     # Without dropout ATen's fused attention is as fast and saves no probabilities, but in narrow dtypes its backward takes
-    # up to 2.5 times as long.
+    # up to 2.5 times as long, unless there is next to nothing to compute.
     is_narrow = q.dtype in (torch.bfloat16, torch.float16)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transforming()
+    is_small = may_look and q.shape[:3].numel() * k.shape[1] <= FEW_SCORES
     if is_transforming() and dropout_p > 0:
         raise ValueError(NO_TRANSFORM.format("attention", "dropout_p=0"))
-    if dropout_p > 0 or (is_narrow and needs_gradient and not is_transforming()):
-        seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
+    if dropout_p > 0 or (is_narrow and needs_gradient and not is_small and not is_transforming()):
         return attention_torch_forward(q, k, v, None, key_lengths, seed, q.shape[1], k.shape[1], dropout_p, scale)[0]
     mask = has_keys = None
-    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transforming()
     if key_lengths is not None and may_look:
         # The host may read the lengths: padding is cut off, which halves the time of a mask over half-empty sequences.
         lengths = key_lengths.tolist()
@@ -80,31 +80,31 @@ def attend_each_sequence(
     return torch.stack(outputs).transpose(1, 2)
 
 
-def varlen_attention_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    seed: int | torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`varlen_attention` in PyTorch operations."""
-    if is_transforming():
-        raise ValueError(NO_TRANSFORM.format("varlen_attention", "attention with key_lengths"))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seed = philox.as_seed(seed, q.device) if dropout_p > 0 else None
-    return attention_torch_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, scale
-    )[0]
+def read_bounds(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, totals: tuple[int, int], longest: tuple[int, int] | None
+) -> tuple[list[int], list[int]]:
+    """The bounds of packed queries and keys, checked against the number of rows and the longest document allowed."""
+    bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for name, starts, total, most in zip("qk", bounds, totals, longest or totals):
+        if starts[0] < 0 or starts[-1] > total or starts != sorted(starts):
+            raise ValueError(
+                f"varlen_attention: cu_seqlens_{name} must ascend from 0 to at most {total}, the number of rows; got "
+                f"{starts}"
+            )
+        if (length := max(map(int.__sub__, starts[1:], starts), default=0)) > most:
+            raise ValueError(
+                f"varlen_attention: a document has {length} rows, more than max_seqlen_{name}={most}; pass the length of "
+                "the longest"
+            )
+    return bounds
 
 
 def list_pieces(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, lengths_k: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    lengths_k: torch.Tensor | None,
+    longest: tuple[int, int] | None = None,
 ) -> Iterator[tuple[slice, slice, slice, tuple[int, int, int, int]]]:
     """Split the work into pieces whose scores fit in a core's cache: some heads of a sequence, or some whole sequences.
 
@@ -126,12 +126,7 @@ def list_pieces(
         lengths = lengths_k.clamp(0, num_k).tolist()
         sequences = [(b * num_q, (b + 1) * num_q, b * num_k, b * num_k + length, 1) for b, length in enumerate(lengths)]
     else:
-        starts_q, starts_k = cu_seqlens_q.tolist(), lengths_k.tolist()
-        for name, starts, total in (("cu_seqlens_q", starts_q, q.shape[0]), ("cu_seqlens_k", starts_k, k.shape[0])):
-            if starts[0] < 0 or starts[-1] > total or starts != sorted(starts):
-                raise ValueError(
-                    f"varlen_attention: {name} must ascend from 0 to at most {total}, the number of rows; got {starts}"
-                )
+        starts_q, starts_k = read_bounds(cu_seqlens_q, lengths_k, (q.shape[0], k.shape[0]), longest)
         sequences = [(*bounds, 1) for bounds in zip(starts_q, starts_q[1:], starts_k, starts_k[1:])]
     for q0, q1, k0, k1, count in sequences:
         num_q, num_k = (q1 - q0) // count, (k1 - k0) // count
@@ -175,15 +170,10 @@ def attention_torch_forward(
     statistics_dtype = torch.promote_types(q.dtype, torch.float32)
     nothing = q.new_empty((), dtype=statistics_dtype)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]
-    keep_scale = philox.dropout_scale(dropout_p)
+    keep_scale, longest = philox.dropout_scale(dropout_p), (max_seqlen_q, max_seqlen_k)
     used = 0
-    for rows, columns, heads, shape in list_pieces(q, k, cu_seqlens_q, lengths_k):
+    for rows, columns, heads, shape in list_pieces(q, k, cu_seqlens_q, lengths_k, longest):
         count, _, num_q, num_k = shape
-        if num_q > max_seqlen_q or num_k > max_seqlen_k:
-            raise ValueError(
-                f"attention: a sequence has {num_q} queries and {num_k} keys, more than max_seqlen_q={max_seqlen_q} "
-                f"or max_seqlen_k={max_seqlen_k}; pass the lengths of the longest sequences"
-            )
         if seed is not None and heads.start == 0:  # for all heads of these sequences
             rows_seed = torch.stack((seed[0], seed[1] + rows.start))
             keep = philox.dropout_keep_torch(rows_seed, dropout_p, count * num_q, num_k, num_heads)

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 
 from . import philox
+from ._attention_cpu import SCORES_AT_ONCE, read_bounds
 from ._dispatch import operator, without_autocast
 
 QUERIES = 64  # of a block at least; half a window if that is more
-SCORES_AT_ONCE = 262_144  # of a block, per thread: they stay in a core's cache
 
 
 class Block(NamedTuple):
@@ -99,19 +99,8 @@ def read_sequences(
         return None, None
     if cu_seqlens_q is None:
         return None, lengths_k.clamp(0, k.shape[1]).tolist()
-    bounds = cu_seqlens_q.tolist(), lengths_k.tolist()
-    for name, starts, total, longest in zip("qk", bounds, (q.shape[1], k.shape[1]), (max_seqlen_q, max_seqlen_k)):
-        if starts[0] < 0 or starts[-1] > total or starts != sorted(starts):
-            raise ValueError(
-                f"varlen_attention: cu_seqlens_{name} must ascend from 0 to at most {total}, the number of rows; got "
-                f"{starts}"
-            )
-        if (length := max(map(int.__sub__, starts[1:], starts), default=0)) > longest:
-            raise ValueError(
-                f"varlen_attention: a document has {length} rows, more than max_seqlen_{name}={longest}; pass the length "
-                "of the longest"
-            )
-    return bounds, None
+    longest = max_seqlen_q, max_seqlen_k
+    return read_bounds(cu_seqlens_q, lengths_k, (q.shape[1], k.shape[1]), longest), None
 
 
 def draw_scale(seed: torch.Tensor, dropout_p: float, block: Block, sizes: torch.Size, length_q: int) -> torch.Tensor:

@@ -160,7 +160,7 @@ class Operator:
         self._differentiable = type(function.__name__, (torch.autograd.Function,), members)
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_traced():
+        if torch.compiler.is_compiling() or is_traced():
             return self.registered(*arguments)
         needs_gradient = False
         for argument in arguments:
@@ -183,7 +183,7 @@ def operator(name: str) -> Callable[[Callable], Operator]:
     return lambda function: Operator(name, function)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether something other than torch.compile follows the operations: torch.func, a dispatch mode, torch.jit.trace."""
     return (
         is_in_torch_dispatch_mode()

@@ -53,7 +53,8 @@ def register_attention(impl: str | None) -> str:
             eager = sys.modules[type(module).forward.__module__].eager_attention_forward
             function = eager if with_weights else ALL_ATTENTION_FUNCTIONS["sdpa"]
             return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-        return _attend(query, key, value, attention_mask, scaling, dropout, impl, **kwargs), None
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # from (batch, heads, length, head_dim)
+        return attend_tokens(q, k, v, attention_mask, kwargs, dropout_p=dropout, scale=scaling, impl=impl), None
 
     name = NAMESPACE if impl is None else f"{NAMESPACE}_{impl}"
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
@@ -83,16 +84,19 @@ def _as_additive_mask(mask: torch.Tensor | KeyPadding | None, dtype: torch.dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _attend(query, key, value, padding, scale, dropout_p, impl, cu_seq_lens_q=None, cu_seq_lens_k=None,
-            max_length_q=None, max_length_k=None, **_):  # fmt: skip
-    """transformers' (batch, heads, length, head_dim) -> (batch, length, heads, head_dim)."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    options = {"dropout_p": dropout_p, "scale": scale, "impl": impl}
+def attend_tokens(q, k, v, padding, packing: dict[str, Any], *, dropout_p: float, **options):
+    """`attention`, or `varlen_attention` where `packing`, what else transformers passes to attention, has bounds.
+
+    (batch, length, heads, head_dim) in and out. `options` are those of both operations.
+    """
+    options["dropout_p"] = dropout_p
     if dropout_p > 0:
         options["seed"] = draw_seed(q.device)
-    if cu_seq_lens_q is not None:
-        bounds = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32), int(max_length_q), int(max_length_k)
-        return varlen_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *bounds, **options).view(q.shape)
+    if packing.get("cu_seq_lens_q") is not None:
+        bounds = packing["cu_seq_lens_q"].to(torch.int32), packing["cu_seq_lens_k"].to(torch.int32)
+        longest = int(packing["max_length_q"]), int(packing["max_length_k"])
+        tokens = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        return varlen_attention(*tokens, *bounds, *longest, **options).view(q.shape)
     if padding is None:
         return attention(q, k, v, **options)
     if padding.rows is not None:

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from ._dispatch import NAMESPACE
-from ._exchange import Family, Part, draw_seed, find_activation_obstacle, find_gelu_form
-from ._hf_attention import KeyPadding, describe_padding
+from ._exchange import Family, Part, find_activation_obstacle, find_gelu_form
+from ._hf_attention import KeyPadding, attend_tokens, describe_padding
 from ._masked_lm import IGNORED_LABEL, Head, masked_lm
-from .attention import HEAD_DIMS, attention, varlen_attention
+from .attention import HEAD_DIMS
 from .gelu import geglu
 from .layer_norm import layer_norm
 from .rotary import apply_rotary
@@ -104,21 +104,11 @@ def is_for_kernel(mask: torch.Tensor | Visibility | None) -> bool:
     return isinstance(mask, Visibility) and (mask.window is None or mask.padding is None or mask.padding.rows is None)
 
 
-def attend(q, k, v, mask, dropout_p, impl, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
-           max_length_k=None, **_):  # fmt: skip
+def attend(q, k, v, mask, dropout_p, impl, **packing):
     """(batch, length, heads, head_dim) in and out."""
     padding, window = (None, None) if mask is None else mask
-    options = {"dropout_p": dropout_p, "impl": impl, "window_size": (-1, -1) if window is None else (window, window)}
-    if dropout_p > 0:
-        options["seed"] = draw_seed(q.device)
-    if cu_seq_lens_q is not None:
-        bounds = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32), int(max_length_q), int(max_length_k)
-        return varlen_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *bounds, **options).view(q.shape)
-    if padding is None:
-        return attention(q, k, v, **options)
-    if padding.rows is not None:
-        k, v = (tensor.flatten(0, 1).index_select(0, padding.rows).view(tensor.shape) for tensor in (k, v))
-    return attention(q, k, v, key_lengths=padding.lengths, **options)
+    window_size = (-1, -1) if window is None else (window, window)
+    return attend_tokens(q, k, v, padding, packing, dropout_p=dropout_p, impl=impl, window_size=window_size)
 
 
 def find_attention_obstacle(module: Any) -> str | None:

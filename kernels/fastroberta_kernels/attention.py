@@ -55,9 +55,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import philox
-from ._attention_cpu import attention_torch, varlen_attention_torch
+from ._attention_cpu import NO_TRANSFORM, attention_torch, attention_torch_forward
 from ._attention_window_cpu import window_attention_torch
-from ._dispatch import align, cast_for_autocast, get_capability, jit, launch, operator, tl, use_triton
+from ._dispatch import align, cast_for_autocast, get_capability, is_transforming, jit, launch, operator, tl, use_triton
 from .philox import dropout_keep, load_seed
 
 LOG2_E = 1.4426950408889634
@@ -649,7 +649,9 @@ def varlen_attention(
         return run_padded(q, k, v, *bounds, seed, *lengths, dropout_p, scale, left, right)
     if left >= 0 or right >= 0:
         return window_attention_torch(q, k, v, *bounds, seed, *lengths, dropout_p, scale, left, right)[0]
-    return varlen_attention_torch(q, k, v, *bounds, *lengths, dropout_p=dropout_p, scale=scale, seed=seed)
+    if is_transforming():
+        raise ValueError(NO_TRANSFORM.format("varlen_attention", "attention with key_lengths"))
+    return attention_torch_forward(q, k, v, *bounds, seed, *lengths, dropout_p, scale)[0]
 
 
 def check_arguments(

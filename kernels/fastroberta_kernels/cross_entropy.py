@@ -504,7 +504,9 @@ def _compute_whole(
     """All logits at once in PyTorch's own operations: for few of them, and for torch.func, which sees into no other."""
     shape, targets = targets.shape, targets.flatten().long()
     kept = targets != ignore_index
-    hidden = hidden.reshape(targets.numel(), hidden.shape[-1]).masked_fill(~kept[:, None], 0.0)  # they may hold NaN
+    hidden = hidden.reshape(targets.numel(), hidden.shape[-1])
+    if is_transforming() or not kept.all():
+        hidden = hidden.masked_fill(~kept[:, None], 0.0)  # ignored rows may hold NaN
     weight, bias = (None if tensor is None else tensor[:num_classes].to(hidden.dtype) for tensor in (weight, bias))
     x = F.linear(hidden, weight, bias).to(_sum_dtype(hidden))
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}

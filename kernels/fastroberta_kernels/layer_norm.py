@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 
 from . import philox
-from ._dispatch import align, jit, launch, operator, tl, use_triton
+from ._dispatch import align, is_transforming, jit, launch, operator, tl, use_triton
 from ._rows import KERNEL_DTYPES, REGISTER_LIMIT, count_programs, sum_partials, unify_dtypes
 from .fp8 import E4M3, TOPS, Scaled, allocate, cast_torch, make_scale
 
@@ -86,22 +86,17 @@ def layer_norm_torch(
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """residual + scale * mask * x in one pass, which makes the CPU path a quarter faster than separate operations.
+    """residual + scale * mask * x in bf16 or fp16, where the derivative of addcmul would round the scale.
 
-    The scale is not folded into the mask: in bf16 it would be rounded and shift every mean. Autograd's derivative of
-    addcmul does just that, hence this one.
+    A rounded scale shifts every mean. The context comes as an argument of the forward, since PyTorch takes twice as long to
+    call a function with a setup_context of its own, which torch.func would need.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x, residual, mask, scale):
-        return torch.addcmul(residual, x, mask, value=scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, mask, ctx.scale = inputs
+    def forward(ctx, x, residual, mask, scale):
         ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return torch.addcmul(residual, x, mask, value=scale)
 
     @staticmethod
     def backward(ctx, dz):
@@ -126,7 +121,13 @@ def dropout_add_layer_norm_torch(
         dtype = torch.promote_types(x.dtype, residual.dtype)
         keep = philox.dropout_keep_torch(seed, p, math.prod(x.shape[:-1]), x.shape[-1]).view(x.shape)
         mask = keep.view(torch.uint8).to(dtype)  # uint8 converts to floating point eight times faster than bool
-        z = _DropoutAdd.apply(x.to(dtype), residual.to(dtype), mask, philox.dropout_scale(p))
+        scale, wide_x, wide_residual = philox.dropout_scale(p), x.to(dtype), residual.to(dtype)
+        if dtype.itemsize >= 4:
+            z = torch.addcmul(wide_residual, wide_x, mask, value=scale)
+        elif is_transforming():
+            z = torch.add(wide_residual, wide_x * mask, alpha=scale)
+        else:
+            z = _DropoutAdd.apply(wide_x, wide_residual, mask, scale)
     else:
         z = residual + x
     return layer_norm_torch(z, weight, bias, eps).to(x.dtype)

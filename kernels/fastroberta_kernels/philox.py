@@ -1,4 +1,4 @@
-"""Counter-based random numbers for dropout and masking, equal bit for bit in Triton and PyTorch.
+"""Counter-based random numbers for dropout and masking, equal bit for bit in Triton, PyTorch and NumPy.
 
 Philox4x32 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC11, section 3) is a keyed bijection on
 128-bit counters: four 32-bit words in, four random words out, no state. With key (k0, k1) and constants M0, M1, a
@@ -22,13 +22,26 @@ Dropout decisions
     with counter (column // 16, head, row low, row high), counting bytes through the four words in little-endian order.
     An element is kept if its byte is >= threshold, and the threshold is p rounded to a multiple of 1/256. For p=0.1 the
     actual probability is 26/256 and kept values are scaled by 256/230, so the mean is exact.
+
+On a CPU
+    A draw is a hundred operations on integers, each so short in a small draw that only the call counts. NumPy's calls take
+    a third of the time of PyTorch's, so small draws are made in NumPy, where it is installed, and so is every draw of a
+    single thread. The arithmetic is the same lines of code.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
-from ._dispatch import jit, tl
+from ._dispatch import is_traced, jit, tl
+
+try:
+    import numpy as np
+except ImportError:  # PyTorch works without it
+    np = None  # type: ignore[assignment]
 
 WORD = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57  # M0, M1
@@ -36,6 +49,7 @@ WEYL_A, WEYL_B = 0x9E3779B9, 0xBB67AE85  # W0, W1: golden ratio and sqrt(3) - 1
 DROPOUT_ROUNDS = 7
 BYTE_ONES = 0x0101010101010101
 CALLS_AT_ONCE = 65_536  # Philox calls of a piece in PyTorch, whose intermediate tensors stay in cache
+CALLS_OF_A_THREAD = 32_768  # PyTorch divides no smaller tensors among threads
 
 
 def philox_torch(
@@ -44,21 +58,45 @@ def philox_torch(
     rounds: int = 10,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox4x32 on int64 tensors that hold 32-bit words. Counters and keys broadcast."""
+    if key[0].numel() > 1 or not can_use_numpy(*counter, *key):
+        return run_rounds(counter, key, rounds)
+    arrays = [word.numpy() for word in counter]
+    if not is_for_one_thread(np.broadcast(*arrays).size):
+        return run_rounds(counter, key, rounds)
+    with np.errstate(over="ignore"):  # NumPy warns where a product of scalars overflows
+        w0, w1, w2, w3 = run_rounds(arrays, [word.item() for word in key], rounds)
+    return torch.as_tensor(w0), torch.as_tensor(w1), torch.as_tensor(w2), torch.as_tensor(w3)
+
+
+def run_rounds(counter: Any, key: Any, rounds: int) -> Any:
+    """Philox4x32 on int64 tensors or NumPy arrays alike. The words of the key may also be ints."""
     c0, c1, c2, c3 = counter
-    steps = torch.arange(rounds, device=key[0].device)
-    keys_a = ((key[0] + steps.view(-1, *[1] * key[0].dim()) * WEYL_A) & WORD).unbind()
-    keys_b = ((key[1] + steps.view(-1, *[1] * key[1].dim()) * WEYL_B) & WORD).unbind()
-    for k0, k1 in zip(keys_a, keys_b):
+    for step in range(rounds):
+        k0, k1 = (key[0] + step * WEYL_A) & WORD, (key[1] + step * WEYL_B) & WORD
         # A product of two 32-bit words overflows int64 only into its sign, so all 64 bits are right. Its low word is cut
         # out late, by the mask on what it was xored into.
         product_a, product_b = c0 * ROUND_A, c2 * ROUND_B
-        c0, c1 = ((product_b >> 32) ^ (c1 ^ k0)).bitwise_and_(WORD), product_b
-        c2, c3 = ((product_a >> 32) ^ (c3 ^ k1)).bitwise_and_(WORD), product_a
+        c0, c2 = (product_b >> 32) ^ (c1 ^ k0), (product_a >> 32) ^ (c3 ^ k1)
+        c0 &= WORD
+        c2 &= WORD
+        c1, c3 = product_b, product_a
     return c0, c1 & WORD, c2, c3 & WORD
 
 
-def split_words(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low and the high 32-bit word of an int64 tensor, each in an int64 tensor."""
+def can_use_numpy(*tensors: torch.Tensor) -> bool:
+    """Whether NumPy is there, and the tensors are what it can read: on a CPU, and plain."""
+    if np is None or torch.compiler.is_compiling() or is_traced():
+        return False
+    return all(type(tensor) is torch.Tensor and tensor.is_cpu for tensor in tensors)
+
+
+def is_for_one_thread(num_calls: int) -> bool:
+    """Whether PyTorch would draw in one thread, which NumPy does in less time."""
+    return num_calls <= CALLS_OF_A_THREAD or torch.get_num_threads() == 1
+
+
+def split_words(value: Any) -> tuple[Any, Any]:
+    """The low and the high 32-bit word of an int64 tensor, array or int, each in one of its kind."""
     return value & WORD, (value >> 32) & WORD
 
 
@@ -124,42 +162,54 @@ def dropout_keep_torch(
     Returns:
         bool (num_rows, num_columns), or (num_rows, num_heads, num_columns) if `num_heads` is given.
     """
-    device = seed.device
-    num_groups = -(-num_columns // 16)
-    groups = torch.arange(num_groups, device=device)
-    heads = torch.arange(num_heads or 1, device=device)[:, None]
-    rows = (torch.arange(num_rows, device=device) + seed[1])[:, None, None]
-    key = split_words(seed[0])
+    num_groups, heads_or_one = -(-num_columns // 16), 1 if num_heads is None else num_heads
     threshold = dropout_threshold(p)
-    keep = torch.empty((num_rows, num_heads or 1, num_groups, 2), dtype=torch.int64, device=device)
     if threshold in (0, 256):
-        num_rows = 0
-        keep.fill_(0 if threshold else BYTE_ONES)
+        heads = () if num_heads is None else (num_heads,)
+        return torch.full((num_rows, *heads, num_columns), threshold == 0, device=seed.device)
+    shape = num_rows, heads_or_one, num_groups, 2
+    arange: Any
+    keep: Any
+    in_numpy = can_use_numpy(seed) and is_for_one_thread(num_rows * heads_or_one * num_groups)
+    if in_numpy:
+        arange, keep = functools.partial(np.arange, dtype=np.int64), np.empty(shape, np.int64)
+    else:
+        arange, keep = functools.partial(torch.arange, device=seed.device), seed.new_empty(shape)
+    key, first_row = seed.tolist() if in_numpy else seed.unbind()
+    groups, each_head = arange(num_groups), arange(heads_or_one)[:, None]
+    rows = arange(num_rows)[:, None, None] + first_row
     starts, rows_at_once = range(1), num_rows
     if not torch.compiler.is_compiling():  # while it compiles, one piece, whose size may be symbolic
-        pieces = max(1, round(num_rows * num_groups * (num_heads or 1) / CALLS_AT_ONCE))
+        pieces = max(1, round(num_rows * num_groups * heads_or_one / CALLS_AT_ONCE))
         rows_at_once = max(1, -(-num_rows // pieces))
         starts = range(0, num_rows, rows_at_once)
     for start in starts:
-        words = philox_torch((groups, heads, *split_words(rows[start : start + rows_at_once])), key, DROPOUT_ROUNDS)
+        piece = slice(start, start + rows_at_once)
+        words = run_rounds((groups, each_head, *split_words(rows[piece])), split_words(key), DROPOUT_ROUNDS)
         for half in (0, 1):
-            eight = (words[2 * half + 1] << 32) | words[2 * half]
-            keep[start : start + rows_at_once, ..., half] = compare_bytes(eight, threshold)
+            keep[piece, ..., half] = compare_bytes((words[2 * half + 1] << 32) | words[2 * half], threshold)
     # In memory the bytes of an int64 lie in the order given at the top: little-endian.
-    keep = keep.view(torch.bool).flatten(-2)[..., :num_columns]
-    return keep if num_heads is not None else keep[:, 0]
+    keep = keep.view(np.bool_ if in_numpy else torch.bool).reshape(num_rows, heads_or_one, num_groups * 16)
+    keep = keep[:, 0, :num_columns] if num_heads is None else keep[..., :num_columns]
+    return torch.from_numpy(keep) if in_numpy else keep
 
 
-def compare_bytes(eight: torch.Tensor, threshold: int) -> torch.Tensor:
+def compare_bytes(eight: Any, threshold: int) -> Any:
     """Compare the eight bytes of each int64 word with `threshold` (1 to 255): byte >= threshold, as a word of 1s and 0s.
 
     This is eight comparisons for the price of one, as PyTorch compares bytes no faster than words. Bit 7 of each byte of
     the sum says whether the lower seven bits reach those of the threshold, without a carry into the next byte; together
     with bit 7 of the byte itself it decides.
     """
-    low_bits = (eight & (0x7F * BYTE_ONES)).add_(((128 if threshold <= 128 else 256) - threshold) * BYTE_ONES)
-    reaches = low_bits.bitwise_or_(eight) if threshold <= 128 else low_bits.bitwise_and_(eight)
-    return reaches.bitwise_right_shift_(7).bitwise_and_(BYTE_ONES)
+    result = eight & (0x7F * BYTE_ONES)
+    result += ((128 if threshold <= 128 else 256) - threshold) * BYTE_ONES
+    if threshold <= 128:
+        result |= eight
+    else:
+        result &= eight
+    result >>= 7
+    result &= BYTE_ONES
+    return result
 
 
 @jit

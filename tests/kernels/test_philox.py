@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastroberta_kernels.philox import (
     fold_seed,
     philox_torch,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 ONES = 0xFFFFFFFF
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
@@ -119,9 +121,13 @@ def keep_by_triton(seed, p, num_rows, num_heads, num_columns, first_column=0, ti
     return output.bool()
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["numpy", "torch"])
 @pytest.mark.parametrize("rounds, counter, key, words", KNOWN_ANSWERS)
-def test_torch_gives_the_published_words(rounds, counter, key, words):
-    ours = philox_torch(as_tensors(counter), as_tensors(key), rounds)
+def test_torch_gives_the_published_words(rounds, counter, key, words, traced):
+    with (
+        FlopCounterMode(display=False) if traced else nullcontext()
+    ):  # what follows PyTorch's operations keeps NumPy out
+        ours = philox_torch(as_tensors(counter), as_tensors(key), rounds)
     assert tuple(word.item() for word in ours) == words
     assert philox_integers(counter, key, rounds) == words
 
@@ -329,6 +335,17 @@ def test_counters_are_laid_out_as_documented():
     words = [philox_integers((group, 1, 6, 8), (ONES - 1, ONES), rounds=7) for group in (0, 1)]
     drawn = b"".join(word.to_bytes(4, "little") for group in words for word in group)
     assert keep.tolist() == [byte >= 128 for byte in drawn[:24]]
+
+
+@pytest.mark.parametrize("seed", [(5, 0), (-77, 2**32 - 3), (2**62, -(2**40))])
+@pytest.mark.parametrize("p", [0.1, 0.7])
+def test_numpy_keeps_what_torch_keeps(seed, p):
+    """A dispatch mode follows PyTorch's operations, so PyTorch draws inside of it."""
+    ours = dropout_keep_torch(torch.tensor(seed), p, 9, 50, num_heads=3)
+    with FlopCounterMode(display=False):
+        assert torch.equal(dropout_keep_torch(torch.tensor(seed), p, 9, 50, num_heads=3), ours)
+        key = fold_seed(seed[0], 3, torch.arange(4)[:, None], torch.arange(3))
+    assert torch.equal(fold_seed(seed[0], 3, torch.arange(4)[:, None], torch.arange(3)), key)
 
 
 @pytest.mark.gpu
