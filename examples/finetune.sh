@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tune a model on SST-2, turn it into an ONNX file in 8 bits, and classify with onnxruntime alone.
+# Fine-tune a model on SST-2, export it to ONNX in int8, and classify with onnxruntime alone.
 #
 #   examples/finetune.sh MODEL GLUE OUT
 #
-# GLUE is the directory of GLUE's archive, or SST-2's in it. Further options of fine-tuning go into FINETUNE.
+# GLUE is the directory of GLUE's files, or of SST-2's. FINETUNE may hold further options of fine-tuning.
 set -euo pipefail
 model=$1
 glue=$2

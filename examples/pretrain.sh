@@ -4,7 +4,7 @@
 #   examples/pretrain.sh OUT TEXT...
 #
 # Writes OUT/data (shards and tokenizer), OUT/run (checkpoints and metrics) and OUT/model, which transformers loads. The
-# same command continues an interrupted run. Further training options go into TRAIN:
+# same command continues an interrupted run. VOCABULARY sets the size of the vocabulary, TRAIN further training options:
 #
 #   TRAIN="--max_steps 2000" examples/pretrain.sh out corpus/*.jsonl.zst
 set -euo pipefail

@@ -92,7 +92,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{final}: cannot be written ({error}); make room, and the same command continues from the previous checkpoint"
+            f"{final}: cannot be written ({error}); free some space, and the same command continues from the last "
+            "checkpoint"
         ) from error
     return final
 
@@ -138,7 +139,7 @@ def verify_checkpoint(checkpoint: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {_way_out(checkpoint)}") from error
     if not isinstance(files, dict):  # prepared data has a file of this name too
-        raise CheckpointError(f"{path}: does not belong to a checkpoint; give the directory of one")
+        raise CheckpointError(f"{path}: not part of a checkpoint; give the directory of one")
     for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():

@@ -171,7 +171,7 @@ class DistillationConfig:
         """Refuse settings that do not fit together."""
         if not self.alpha_ce + self.alpha_mlm + self.alpha_cos:
             raise ConfigurationError(
-                "distillation.alpha_ce, alpha_mlm and alpha_cos are all 0, and nothing would be learned: raise one"
+                "distillation.alpha_ce, alpha_mlm and alpha_cos are all 0, so nothing would be learned: raise one"
             )
 
 
@@ -197,7 +197,7 @@ class TrainConfig:
     )
     distill_from: str | None = setting(
         None,
-        "Hugging Face RoBERTa directory of a teacher with more layers, which the student starts from and learns from",
+        "directory of a RoBERTa with more layers, the teacher: the student starts from its layers and learns from it",
         path="model",
     )
     resize_vocabulary: bool = setting(
@@ -250,7 +250,7 @@ class TrainConfig:
     )
     cpu_offload: bool = setting(
         False,
-        "keep weights, gradients and optimizer state in the host's memory, and update there; for sharding: full, and slow",
+        "keep weights, gradients and optimizer state in host memory and update them there: slow, only for sharding: full",
     )
     hang_timeout: float = setting(
         600.0,
@@ -290,8 +290,8 @@ class TrainConfig:
     )
     profile: int = setting(
         0,
-        "number of steps to profile once the first three are done; writes a Chrome trace and a table of the ten dearest "
-        "operations to output_dir/profile",
+        "number of steps to profile once the first three are done; writes a Chrome trace and a table of the ten most "
+        "expensive operations to output_dir/profile",
         valid="[0, inf)",
     )
     dry_run: bool = setting(
@@ -386,9 +386,7 @@ class TrainConfig:
         if self.resize_vocabulary and self.init_from is None:
             raise ConfigurationError("resize_vocabulary fits the model of init_from: give --init_from too")
         if self.distill_from is None and self.distillation != DistillationConfig():
-            raise ConfigurationError(
-                "distillation has settings, but there is no teacher: give --distill_from DIRECTORY"
-            )
+            raise ConfigurationError("distillation settings need a teacher: give --distill_from DIRECTORY")
         if self.sharding == "full" and self.distill_from is not None:
             raise ConfigurationError("sharding = full and distill_from cannot be combined: set sharding to optimizer")
         # With epochs, the number of steps is not known before the data.

@@ -327,7 +327,7 @@ def open_split(
     for manifest, _ in corpora:
         if not manifest.count(split, "tokens"):
             raise DataError(
-                f"{manifest.directory}: no {split} documents; give prepare more text or another held-out share"
+                f"{manifest.directory}: no {split} documents; prepare more text, or with another --heldout-fraction"
             )
     shards = [manifest.read_shards(split) for manifest, _ in corpora]
     return make_blocks(

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if settings["max_seq_length"] > longest:
         raise ConfigurationError(
-            f"max_seq_length: {settings['max_seq_length']} tokens, but the model has positions for {longest}; give fewer"
+            f"max_seq_length = {settings['max_seq_length']}, but the model has positions for {longest} tokens; lower it"
         )
     device = select_device(config.device)
     model.to(device)

@@ -235,9 +235,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True) if is_pickled else load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path}: cannot be read ({reason}); take another checkpoint") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason}); use another checkpoint") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise CheckpointError(f"{path}: holds more than tensors by name; save the model with save_pretrained")
+        raise CheckpointError(f"{path}: contains more than named tensors; save the model with save_pretrained")
     return tensors
 
 
@@ -250,10 +250,12 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     path = directory / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give a Hugging Face RoBERTa directory") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); give a Hugging Face RoBERTa directory") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no settings by name; give a Hugging Face RoBERTa directory")
+        raise CheckpointError(f"{path}: is not a JSON object; give a Hugging Face RoBERTa directory")
     kind = content.get("model_type", "roberta")
     if kind not in (*FAMILIES, BERT):
         raise CheckpointError(f"{path}: model_type is {kind!r}; this model can be {', '.join(FAMILIES)} or {BERT}")
@@ -268,7 +270,7 @@ def read_config(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         config = from_dict(ModelConfig, values)
     except ConfigurationError as error:
         what = str(error).replace("model.", "")
-        raise CheckpointError(f"{path}: {what}; mend it, or take another checkpoint") from error
+        raise CheckpointError(f"{path}: {what}; fix it, or use another checkpoint") from error
     assert config.vocab_size is not None  # not missing
     pad = content.setdefault("pad_token_id", 0 if kind == BERT else 1)
     if type(pad) is not int or not 0 <= pad < config.vocab_size:

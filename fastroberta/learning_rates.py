@@ -24,8 +24,8 @@ def advise_on_learning_rate(config: TrainConfig) -> str:
     scaled = "as in the paper"
     if size != nearest:
         scaled = (
-            f"{root:.1e} by the square-root rule, {linear:.1e} by the linear rule, from {_shorten(nearest)}; more for a "
-            "smaller model"
+            f"scaled from {_shorten(nearest)}, {root:.1e} by the square-root rule or {linear:.1e} by the linear rule; "
+            "smaller models take more"
         )
     return (
         f"learning rate {config.optimizer.learning_rate:g}; in the paper, for sequences of 512: BERT-base {pairs}; "

@@ -71,7 +71,7 @@ class MetricsWriter:
                 self.close()
                 reason = " ".join(str(error).split())
                 raise ConfigurationError(
-                    f"report_to = {name}: cannot start ({reason}); mend it, or leave it out"
+                    f"report_to = {name}: cannot start ({reason}); fix that, or leave it out"
                 ) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -111,7 +111,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"{self._path}: cannot be written ({error}); make room, and the same command continues from the last "
+                f"{self._path}: cannot be written ({error}); free some space, and the same command continues from the last "
                 "checkpoint"
             ) from error
 

@@ -77,7 +77,7 @@ def settle_epochs(config: TrainConfig, num_sequences: int) -> str:
         return ""
     needed, schedule = math.ceil(epochs * num_sequences), BatchSchedule(config)
     config.settle_steps(bisect.bisect_left(range(needed), needed, key=lambda step: schedule.samples(step).start))
-    return f"num_train_epochs = {epochs:g} of {num_sequences:,} sequences: max_steps is {config.max_steps:,}"
+    return f"num_train_epochs = {epochs:g}: {config.max_steps:,} steps, for {num_sequences:,} sequences per epoch"
 
 
 def is_decayed(name: str, config: OptimizerConfig) -> bool:

@@ -104,20 +104,20 @@ class PlanConfig(TrainConfig, ClusterConfig):
         super().check()
         if self.num_train_epochs is not None:
             raise ConfigurationError(
-                f"num_train_epochs = {self.num_train_epochs:g}: a plan knows no data, and so not how many steps that is; "
+                f"num_train_epochs = {self.num_train_epochs:g}: a plan has no data to count the steps of an epoch; "
                 "give max_steps, which train --dry-run prints"
             )
         self.check_processes(self.nodes * self.gpus)
         if peak_flops(self.gpu_name) is None:
             raise ConfigurationError(
-                f"gpu_name = {self.gpu_name}: its peak is not known here; known are A100, H100, H200, B200, L40S and others"
+                f"gpu_name = {self.gpu_name}: not a known GPU; known are A100, H100, H200, B200, L40S and others"
             )
         if self.precision == "fp8" and re.search(WITHOUT_FP8, self.gpu_name):
             raise ConfigurationError(f"precision = fp8: {self.gpu_name} does not multiply 8-bit numbers; use bf16")
         names = ("gpu_memory", "gpu_bandwidth", "node_bandwidth")
         if missing := [f"--{name}" for name in names if getattr(self, name) is None]:
             raise ConfigurationError(
-                f"gpu_name = {self.gpu_name}: its memory and links are not known here; give {', '.join(missing)}"
+                f"gpu_name = {self.gpu_name}: memory and links of this GPU are not known; give {', '.join(missing)}"
             )
 
 

@@ -317,7 +317,7 @@ def _train_tokenizer(
     trained = train_tokenizer(read_texts(), config.train_tokenizer)
     if (found := vocabulary_size(trained)) < config.train_tokenizer:
         print(
-            f"train_tokenizer = {config.train_tokenizer}: there is too little text for that many, the tokenizer has "
+            f"train_tokenizer = {config.train_tokenizer}: the text is too short for that many; the tokenizer has "
             f"{found} tokens; give more text for more",
             file=sys.stderr,
         )
@@ -386,11 +386,11 @@ def print_report(manifest: Manifest) -> None:
         print(f"{name:<{width}}  {value}")
     if not manifest.shard_paths("heldout"):
         print(
-            "nothing is held out, but training needs some: prepare more text (equal documents are never split up), or "
+            "no document is held out, but training needs some: prepare more text (identical documents stay together), or "
             "raise --heldout-fraction"
         )
     elif not manifest.shard_paths("train"):
-        print("everything is held out, so there is nothing to train on: prepare more text, or lower --heldout-fraction")
+        print("all documents are held out, none is left to train on: prepare more text, or lower --heldout-fraction")
     else:
         data = shlex.quote(str(manifest.directory))
         print(f"{manifest.directory}: ready for python -m fastroberta.train --data {data}")

@@ -3,7 +3,7 @@
 Without arguments, a small model learns from the documentation that comes with Python, in minutes on a CPU. With `--config
 roberta-base --data DIR`, the paper's recipe runs on a directory written by `python -m fastroberta.prepare`. A YAML file of
 your own starts from defaults for a first run on one GPU: roberta-base's size, 10,000 steps of 256 sequences, learning rate
-2.5e-4, 6% warm-up.
+2.5e-4, 6% warm-up. Names in square brackets are fairseq's.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def test_pickled_weights_are_read_as_tensors_only(tmp_path, tokenizer, name):
     with pytest.raises(CheckpointError, match=f"{path.name}: cannot be read"):
         load_huggingface(tmp_path)
     torch.save([1], path)
-    with pytest.raises(CheckpointError, match=f"{path.name}: holds more than tensors by name"):
+    with pytest.raises(CheckpointError, match=f"{path.name}: contains more than named tensors"):
         load_huggingface(tmp_path)
     if name.endswith(".json"):
         path.unlink()
@@ -232,7 +232,7 @@ def test_fill_mask_pipeline(directory, tokenizer):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (None, "holds no settings by name"),
+        (None, "is not a JSON object"),
         ({"model_type": "electra"}, "model_type is 'electra'; this model can be roberta, xlm-roberta, .* or bert"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ({"hidden_act": "relu"}, "hidden_act = relu: takes gelu, gelu_new"),

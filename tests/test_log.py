@@ -51,7 +51,7 @@ def test_resuming_is_atomic(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(log.os, "replace", crash)
-    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be written \(disk full\); make room"):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: cannot be written \(disk full\); free some space"):
         MetricsWriter(tmp_path, resumed_step=10)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

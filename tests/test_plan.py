@@ -276,8 +276,8 @@ def test_program_prints_a_table(capsys):
     [
         (2048, 512, "as in the paper"),
         (8192, 128, "as in the paper"),  # as many tokens
-        (1024, 512, "4.9e-04 by the square-root rule, 3.5e-04 by the linear rule, from 2K; "),
-        (32768, 512, "2.0e-03 by the square-root rule, 4.0e-03 by the linear rule, from 8K; "),
+        (1024, 512, "scaled from 2K, 4.9e-04 by the square-root rule or 3.5e-04 by the linear rule; "),
+        (32768, 512, "scaled from 8K, 2.0e-03 by the square-root rule or 4.0e-03 by the linear rule; "),
     ],
 )
 def test_learning_rate_of_a_batch(batch, length, scaled, capsys):
@@ -326,14 +326,14 @@ def test_memory_of_each_size_is_by_its_name():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_train_epochs", "3"], "num_train_epochs = 3: a plan knows no data"),
+        (["--num_train_epochs", "3"], "num_train_epochs = 3: a plan has no data"),
         (["--nodes", "3"], "train_batch_size = 8192 must be a multiple of the 24 processes, which share it"),
         (["--nodes", "2", "--micro_batch_size", "1024"], "micro_batch_size = 1024 on 16 processes must divide"),
         (["--batch_ramp.start", "4", "--batch_ramp.tokens", "9"], "batch_ramp.start = 4 must be a multiple of the 8"),
         (["--gpu_name", "A100-SXM4-80GB", "--precision", "fp8"], "A100-SXM4-80GB does not multiply 8-bit numbers"),
-        (["--gpu_name", "H900"], "gpu_name = H900: its peak is not known"),
-        (["--gpu_name", "A100"], "not known here; give --gpu_memory, --gpu_bandwidth, --node_bandwidth\n"),
-        (["--gpu_name=B200", "--gpu_memory=180", "--gpu_bandwidth=6"], "not known here; give --node_bandwidth\n"),
+        (["--gpu_name", "H900"], "gpu_name = H900: not a known GPU"),
+        (["--gpu_name", "A100"], "are not known; give --gpu_memory, --gpu_bandwidth, --node_bandwidth\n"),
+        (["--gpu_name=B200", "--gpu_memory=180", "--gpu_bandwidth=6"], "are not known; give --node_bandwidth\n"),
         (["--gpu_memory", "0"], "gpu_memory = 0.0: must lie in (0, inf)"),
         (["--mfu", "40"], "mfu = 40.0: must lie in (0, 1]"),
     ],

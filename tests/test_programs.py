@@ -59,7 +59,7 @@ def test_evaluate_refuses_what_does_not_fit(checkpoint, prepared, tmp_path, caps
 
     fails(evaluate_arguments(checkpoint, prepared, "--max_seq_length", "64"), 2, "positions for 32")
     fails(evaluate_arguments(checkpoint, tmp_path), 3, "has no manifest.json")
-    fails(evaluate_arguments(tmp_path, prepared), 6, "config.json: cannot be read")
+    fails(evaluate_arguments(tmp_path, prepared), 6, "config.json: no such file")
     other = tmp_path / "other"
     save_huggingface(load_huggingface(checkpoint), train_tokenizer(["other words entirely " * 9] * 9, 270), other)
     fails(evaluate_arguments(other, prepared), 2, "another tokenizer")

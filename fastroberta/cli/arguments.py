@@ -204,12 +204,12 @@ def _split(argv: Sequence[str], settings: Mapping[str, _Setting], config_class: 
 
 
 def _unknown(key: str, settings: Mapping[str, _Setting], config_class: type, place: str) -> ConfigurationError:
-    """The error for a name that is not ours: what another library's name is here, or the nearest of ours."""
+    """The error for a name that is not ours: what another library's name is here, or the most similar of ours."""
     last = key.rpartition(".")[2]
     if issubclass(config_class, TrainConfig) and last in HINTS:
         return ConfigurationError(f"{place}{key} {HINTS[last]}")
     if example := next((other for other in settings if other.startswith(key + ".")), None):
-        return ConfigurationError(f"{place}{key} is a group of settings: give them singly, as {example}")
+        return ConfigurationError(f"{place}{key} is a group of settings; give single ones, such as {example}")
 
     def likeness(other: str) -> float:
         pairs = ((key, other), (last, other.rpartition(".")[2]))
@@ -217,7 +217,7 @@ def _unknown(key: str, settings: Mapping[str, _Setting], config_class: type, pla
 
     dashes = "--" if place == "--" else ""
     named = [other for other, one in settings.items() if not (dashes and one.positional)]
-    return ConfigurationError(f"{place}{key} is not a setting; the nearest is {dashes}{max(named, key=likeness)}")
+    return ConfigurationError(f"{place}{key} is not a setting; did you mean {dashes}{max(named, key=likeness)}?")
 
 
 def _format_help(

@@ -59,7 +59,7 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise ConfigurationError(
-                f"{directory}: another run writes there ({file.read().strip()}); wait for it, or give another {option}"
+                f"{directory}: another run is writing there ({file.read().strip()}); wait for it, or give another {option}"
             ) from error
         except OSError:
             pass  # the file system has no locks: a run without one is better than none
@@ -72,7 +72,7 @@ def own_directory(directory: Path, lock: str, option: str) -> Iterator[None]:
 
 
 def _cannot_write(directory: Path, option: str, error: OSError) -> ConfigurationError:
-    return ConfigurationError(f"{option} {directory}: cannot be written to ({error}); make room, or give another")
+    return ConfigurationError(f"{option} {directory}: cannot be written to ({error}); free some space, or give another")
 
 
 def check_directory(directory: Path, option: str) -> None:
@@ -89,6 +89,4 @@ def check_directory(directory: Path, option: str) -> None:
             f"{option} {directory}: cannot be written to, {nearest} is a file; give another directory"
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigurationError(
-            f"{option} {directory}: cannot be written to, {nearest} is read-only for you; give another"
-        )
+        raise ConfigurationError(f"{option} {directory}: you may not write to {nearest}; give another directory")

@@ -30,7 +30,7 @@ FAIRSEQ_NAMES = {
     "keep_last_epochs": "is save_total_limit here, counted in checkpoints",
     "leave_unmasked_prob": "is fixed here at 0.1, as in the paper",
     "log_interval": "is logging_steps here",
-    "lr": "is optimizer.learning_rate here, one number instead of a list",
+    "lr": "is optimizer.learning_rate here, a single number",
     "mask_prob": "is mlm_probability here",
     "mask_whole_words": "has no counterpart: RoBERTa masks single tokens",
     "max_epoch": "is num_train_epochs here",
@@ -60,7 +60,7 @@ FAIRSEQ_NAMES = {
     "warmup_updates": "is lr_scheduler.warmup_steps here",
 }
 
-# Names that end as ours do (weight_decay, warmup_ratio, max_grad_norm) need no hint: the nearest name is the right one.
+# Names that end as ours do (weight_decay, warmup_ratio, max_grad_norm) need no hint: the most similar name is the right one.
 HUGGING_FACE_NAMES = {
     "adam_beta1": "is the first number of optimizer.betas here, a list: [0.9, 0.98]",
     "adam_beta2": "is the second number of optimizer.betas here, a list: [0.9, 0.98]",
@@ -108,10 +108,20 @@ HUGGING_FACE_NAMES = {
     "validation_file": "has no counterpart: python -m fastroberta.prepare holds documents out, by heldout_fraction",
 }
 
-FORMER_NAMES = {"tensorboard": _TENSORBOARD}
+# What people type from memory, where the most similar of our names would mislead.
+COMMON_NAMES = {
+    "epochs": "is num_train_epochs here",
+    "gradient_clipping": "is optimizer.max_grad_norm here",
+    "layers": "is model.num_hidden_layers here",
+    "mlm": "is mlm_probability here",
+    "num_workers": "is not needed: batches are read ahead from files in memory",
+    "steps": "is max_steps here",
+    "tensorboard": _TENSORBOARD,
+    "tokenizer": "belongs to python -m fastroberta.prepare; training takes the tokenizer of its data",
+}
 
 _PLAN = "belongs to python -m fastroberta.plan, which predicts a run and does not train"
-HINTS = FAIRSEQ_NAMES | HUGGING_FACE_NAMES | FORMER_NAMES
+HINTS = FAIRSEQ_NAMES | HUGGING_FACE_NAMES | COMMON_NAMES
 CLUSTER_NAMES = (
     "nodes", "gpus", "gpu_name", "gpu_memory", "gpu_bandwidth", "mfu", "node_bandwidth", "network_bandwidth",
 )  # fmt: skip

@@ -52,7 +52,7 @@ def run(program: Callable[[], int | None]) -> int:
 
 def _stop_early(number: int, _: Any) -> None:
     """SIGTERM outside of a StopRequest: nothing can be lost, so stop at once, as after SIGINT."""
-    raise Stopped(f"{signal.Signals(number).name} before the work began, or after; the same command starts again")
+    raise Stopped(f"stopped by {signal.Signals(number).name}; nothing is lost, the same command starts again")
 
 
 class StopRequest:
@@ -89,4 +89,4 @@ class StopRequest:
     def check(self) -> None:
         """Raise Stopped if a signal came."""
         if self.number is not None:
-            raise Stopped(f"{self.name}: stopped; nothing is lost, the same command continues")
+            raise Stopped(f"stopped by {self.name}; nothing is lost, the same command continues")

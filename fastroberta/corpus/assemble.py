@@ -87,9 +87,9 @@ def warn_of_small_heldout(input_bytes: int, fraction: float) -> str | None:
     if not fraction or max(fraction, 0.1) * tokens >= HELDOUT_TOKENS:
         return None
     return (
-        f"{input_bytes / 1e6:.2f} MB of text: about {round(max(fraction, 0.1) * tokens / 512)} sequences of 512 tokens can "
-        f"be held out, fewer than the {HELDOUT_TOKENS // 512} that give a steady held-out loss; give more text, or a larger "
-        "--heldout-fraction"
+        f"{input_bytes / 1e6:.2f} MB of input: about {round(max(fraction, 0.1) * tokens / 512)} sequences of 512 tokens "
+        f"can be held out, fewer than the {HELDOUT_TOKENS // 512} that a steady held-out loss takes; give more text, or a "
+        "larger --heldout-fraction"
     )
 
 

@@ -128,7 +128,7 @@ def read_blocklist(path: str) -> tuple[str, ...]:
         raise ConfigurationError(f"blocklist = {path}: is not UTF-8 (byte {error.start})") from error
     words = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.startswith("#")))
     if not words:
-        raise ConfigurationError(f"blocklist = {path}: holds no word; write one a line")
+        raise ConfigurationError(f"blocklist = {path}: contains no words; write one per line")
     return words
 
 
@@ -178,7 +178,7 @@ class LanguageFilter:
         self._languages = {name.strip() for name in languages.split(",")}
         known = sorted(set(self._identifier.labels))
         if unknown := sorted(self._languages - set(known)):
-            raise ConfigurationError(f"languages: {unknown[0]!r} is not known; take of {', '.join(known)}")
+            raise ConfigurationError(f"languages: {unknown[0]!r} is not known; choose from {', '.join(known)}")
 
     def find_other(self, text: str, confidence: float) -> str | None:
         """The language and its probability, where it is none of ours or less probable than `confidence`."""

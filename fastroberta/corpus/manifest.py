@@ -104,7 +104,7 @@ def load_manifest(directory: str | os.PathLike[str], *, verify: bool = False) ->
         raise DataError(
             f"{directory}: {'has no manifest.json' if directory.is_dir() else 'is a file'}, so it is not prepared data; "
             f"prepare text first: python -m fastroberta.prepare {shlex.quote(str(directory))} --out DIR --tokenizer "
-            "TOKENIZER (or --train-tokenizer 50265), and give DIR; a prepare that was stopped goes on by its own command"
+            "TOKENIZER (or --train-tokenizer 50265), and give DIR; if prepare was interrupted, run the same command again"
         ) from error
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; {AGAIN}") from error

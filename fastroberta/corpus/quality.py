@@ -81,7 +81,7 @@ def list_rules(names: str) -> tuple[str, ...]:
     for name in (name.strip() for name in names.split(",")):
         if name not in GROUPS and name not in RULES:
             raise ConfigurationError(
-                f"quality: {name!r} is no rule; take {', '.join(GROUPS)}, or one of {', '.join(RULES)}"
+                f"quality: {name!r} is not a rule; choose from {', '.join(GROUPS)}, {', '.join(RULES)}"
             )
         chosen |= set(GROUPS.get(name, (name,)))
     return tuple(rule for rule in RULES if rule in chosen)

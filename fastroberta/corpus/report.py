@@ -25,7 +25,7 @@ def check_report_path(path: str) -> None:
         raise ConfigurationError(f"report = {path}: the ending decides the format; give FILE.html or FILE.md")
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise ConfigurationError(
-            f"report = {path}: is a folder, or lies in none that exists; make it or choose another"
+            f"report = {path}: is a folder, or its folder does not exist; give the name of a file in a folder that does"
         )
 
 

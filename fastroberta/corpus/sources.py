@@ -73,7 +73,7 @@ def find_files(inputs: Iterable[str], format: str, text_field: str = "text") -> 
         else:
             found = sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path))
         if not found:
-            raise ConfigurationError(f"{name}: no such file or folder, and nothing that it matches; check the path")
+            raise ConfigurationError(f"{name}: no such file or folder, and no file matches it; check the path")
         for path in found:
             paths.setdefault(real_path(path), path)
     return [_identify(path, format, text_field) for path in paths.values()]
@@ -127,7 +127,7 @@ def _choose_in_folder(folder: str, paths: list[str], format: str) -> list[str]:
         path for path in paths if "." not in posixpath.basename(path) and not posixpath.basename(path).startswith("_")
     ]
     if not bare:
-        raise ConfigurationError(f"{folder}: a folder without {', '.join(FORMATS)} files; say --format")
+        raise ConfigurationError(f"{folder}: this folder has no {', '.join(FORMATS)} files; give --format")
     return bare
 
 
@@ -153,7 +153,7 @@ def _identify(path: str, format: str, text_field: str) -> InputFile:
                 f"{path}: a link to a file that does not exist; restore the file or remove the link"
             )
         if not os.path.isfile(path):
-            raise ConfigurationError(f"{path}: not an ordinary file; write it to one first, or pipe it in and say -")
+            raise ConfigurationError(f"{path}: not a regular file; copy it to one, or pipe it in and give -")
         status = os.stat(path)
         size, modified = status.st_size, status.st_mtime_ns
     kind = format if format != "auto" else format_of_name(path.partition("?")[0] if is_remote(path) else path)
@@ -164,7 +164,7 @@ def _identify(path: str, format: str, text_field: str) -> InputFile:
         head = next(unpack(raw, path, Problems("skip"), _SAMPLE), b"")
     kind = format_of_bytes(head, text_field)
     if not kind:
-        raise ConfigurationError(f"{path}: neither its name nor its contents tell its format; say --format")
+        raise ConfigurationError(f"{path}: cannot tell its format from name or contents; give --format")
     return InputFile(path, kind, size, modified)
 
 
@@ -255,7 +255,7 @@ def _describe_remote(path: str) -> tuple[int, str]:
     except Exception as error:
         raise _explain(path, error) from error
     if info.get("size") is None:
-        raise ConfigurationError(f"{path}: its server does not tell its size; download it first")
+        raise ConfigurationError(f"{path}: its server does not report its size; download it first")
     return info["size"], next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
 
 
@@ -314,13 +314,13 @@ class _RemoteFile(io.RawIOBase):
             time.sleep(PAUSE * 2**number if number + 1 < _TRIES else 0)
         text = " ".join(f"{type(failure).__name__}: {failure}".split())
         raise DataError(
-            f"{self._file.path}: reading broke off at byte {self._position:,} of {self._file.size:,}, and {_TRIES} tries "
-            f"did not help ({text}); start again when it can be reached, finished work is kept"
+            f"{self._file.path}: reading failed at byte {self._position:,} of {self._file.size:,}, {_TRIES} times "
+            f"({text}); run the same command again later, finished work is kept"
         ) from failure
 
     def _connect(self, needs_copy: bool) -> Any:
         if _describe_remote(self._file.path) != (self._file.size, self._file.modified):
-            raise DataError(f"{self._file.path}: was changed while it was read; start again")
+            raise DataError(f"{self._file.path}: changed while it was being read; start again")
         if not needs_copy:
             return self._filesystem.open(self._path, "rb")
         copy = tempfile.TemporaryFile()  # noqa: SIM115, closed with this file

@@ -130,10 +130,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigurationError(
             f"vocabulary of {vocab_size}: too small for 256 bytes and {len(ROBERTA_TOKENS)} special tokens; "
-            f"{SMALLEST_VOCABULARY} is the least"
+            f"{SMALLEST_VOCABULARY} is the smallest"
         )
     if vocab_size > LARGEST_VOCABULARY:  # the trainer aborts the process when memory runs out
-        raise ConfigurationError(f"vocabulary of {vocab_size}: {LARGEST_VOCABULARY} is the most; RoBERTa has 50265")
+        raise ConfigurationError(f"vocabulary of {vocab_size}: {LARGEST_VOCABULARY} is the largest; RoBERTa has 50265")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

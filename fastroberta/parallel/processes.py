@@ -150,7 +150,7 @@ class Processes:
         if odd:
             raise ProcessError(
                 f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other processes, so "
-                "that machine makes errors; continue from the last checkpoint without it"
+                "that machine computes wrong results; continue from the last checkpoint without it"
             )
 
     @contextlib.contextmanager

@@ -94,7 +94,9 @@ def explain(
     if head == "MaskedLM":
         if encoding.ids.count(special.mask) != 1:
             name = special_token_names(tokenizer)[-1]
-            raise DataError(f"text: has {encoding.ids.count(special.mask)} times {name}; put it once, where to predict")
+            raise DataError(
+                f"text: contains {name} {encoding.ids.count(special.mask)} times; put it once, where to predict"
+            )
         place = encoding.ids.index(special.mask)
 
     input_ids = torch.tensor([encoding.ids])

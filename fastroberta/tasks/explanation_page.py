@@ -75,7 +75,7 @@ def write_explanation(out: Path, explanation: Explanation, attentions: Sequence[
         (partial / "explanation.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         partial.rename(out)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); make room, or give another") from error
+        raise DataError(f"{out}: cannot be written ({error.strerror}); free some space, or give another") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

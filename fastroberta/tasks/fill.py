@@ -64,11 +64,11 @@ class MaskFiller:
         for number, (text, encoded) in enumerate(zip(texts, self._tokenizer.encode_batch_fast(texts)), 1):
             if encoded.ids.count(self._mask_token_id) != text.count(self.mask_token) or self.mask_token not in text:
                 longest = longest_sequence(self._model.config.max_position_embeddings, self._model.pad_token_id)
-                where = "lies beyond" if self.mask_token in text else f"{self.mask_token!r} is missing within"
+                fault = f"no {self.mask_token}; write it where a word is to be predicted"
+                if self.mask_token in text:
+                    fault = f"a {self.mask_token} lies beyond the first {longest} tokens; shorten the text"
                 start = text if len(text) <= 60 else f"{text[:57]}..."
-                raise DataError(
-                    f"text {number} ({start!r}): a mask {where} the first {longest} tokens; shorten the text"
-                )
+                raise DataError(f"text {number} ({start!r}): {fault}")
             sequences.append(encoded.ids)
         filled: list[FilledText | None] = [None] * len(texts)
         for batch in batch_by_length(sequences, self._batch_tokens):

@@ -62,10 +62,12 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         raise ConfigurationError(f"resume_from: {given} lies in output_dir; give the new run another --output_dir")
     if own:
         return own[-1]
+    if not given.is_dir():
+        raise CheckpointError(f"{given}: no such directory; give a checkpoint of a run")
     verify_directory(given)
     if not (given / STATE).is_file():
         raise CheckpointError(
-            f"{given}: has no {STATE}, so it is no checkpoint of a run; start from its weights with --init_from"
+            f"{given}: has no {STATE}, so it is not a checkpoint of a run; start from its weights with --init_from"
         )
     return given
 

@@ -46,7 +46,7 @@ def write_run_settings(config: TrainConfig, step: int) -> None:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error}); make room, and start again") from error
+        raise CheckpointError(f"{path}: cannot be written ({error}); free some space, and start again") from error
 
 
 def _describe_start(step: int) -> list[str]:

@@ -54,7 +54,7 @@ def check_stop_request(number):
         assert (stop.number, stop.name) == (None, None)
         os.kill(os.getpid(), number)
         assert (stop.number, stop.name) == (number, number.name)
-        with pytest.raises(Stopped, match=f"{number.name}: stopped; nothing is lost"):
+        with pytest.raises(Stopped, match=f"stopped by {number.name}; nothing is lost"):
             stop.check()
     assert signal.getsignal(number) == before
 

@@ -85,7 +85,7 @@ def test_a_blocklist_is_a_word_a_line(tmp_path):
     path = tmp_path / "words"
     path.write_text("\ufeff# comment\none\n\n two words \none\n")
     assert read_blocklist(str(path)) == ("one", "two words")
-    for data, message in ((b"# none\n", "holds no word"), (b"\xff", "is not UTF-8")):
+    for data, message in ((b"# none\n", "contains no words"), (b"\xff", "is not UTF-8")):
         path.write_bytes(data)
         with pytest.raises(ConfigurationError, match=message):
             read_blocklist(str(path))
@@ -143,7 +143,7 @@ def test_each_rule_is_broken_by_its_case_alone(rule):
 def test_rules_are_named_singly_or_by_their_group():
     assert list_rules("c4, gopher") == GROUPS["gopher"] + GROUPS["c4"]
     assert list_rules("max_symbols,min_words") == ("min_words", "max_symbols")
-    with pytest.raises(ConfigurationError, match=r"quality: 'gofer' is no rule; take gopher, c4, or one of min_words"):
+    with pytest.raises(ConfigurationError, match=r"quality: 'gofer' is not a rule; choose from gopher, c4, min_words"):
         list_rules("gofer")
 
 
@@ -167,7 +167,7 @@ def test_languages_are_told_apart():
     assert kept == [GOOD, JAPANESE] and counts == {"other_languages": 1}
     assert examples["other_languages"][0][0].startswith("de, 0.") or examples["other_languages"][0][0] == "de, 1.00"
     assert clean(["The cat.", GOOD], languages="en", language_confidence=0.9)[0] == [GOOD]
-    with pytest.raises(ConfigurationError, match="languages: 'english' is not known; take of ace, af,"):
+    with pytest.raises(ConfigurationError, match="languages: 'english' is not known; choose from ace, af,"):
         clean([], languages="english")
 
 
@@ -306,12 +306,12 @@ def test_boilerplate_is_the_same_for_any_number_of_workers(tmp_path, tokenizer_d
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--quality", "gofer"], "quality: 'gofer' is no rule"),
+        (["--quality", "gofer"], "quality: 'gofer' is not a rule"),
         (["--quality", "c4", "--thresholds.min_words", 9], "thresholds.min_words = 9: has no effect"),
         (["--languages", "xx"], "languages: 'xx' is not known"),
         (["--blocklist", "none"], "blocklist = none: No such file"),
         (["--report", "a.pdf"], "report = a.pdf: the ending decides the format"),
-        (["--report", "none/a.md"], "report = none/a.md: is a folder, or lies in none that exists"),
+        (["--report", "none/a.md"], "report = none/a.md: is a folder, or its folder does not exist"),
         (["--boilerplate", "1"], "boilerplate = 1: must lie in"),
     ],
 )

@@ -718,7 +718,7 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(go, tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", corpus())
     for asked in (300, 50265):
         found = go(source, tokenizer=None, train_tokenizer=asked, out=str(asked)).vocab_size
-        told = f"train_tokenizer = {asked}: there is too little text for that many, the tokenizer has {found} tokens"
+        told = f"train_tokenizer = {asked}: the text is too short for that many; the tokenizer has {found} tokens"
         assert (told in capsys.readouterr().err) == (found < asked) == (asked == 50265)
 
 
@@ -744,7 +744,7 @@ def test_the_program_prints_a_report(tmp_path, tokenizer_directory, capsys):
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert {"documents read 4", "left out: empty 1"} <= set(lines)
     assert any(line.startswith("train 3 documents, 5 sentences, ") for line in lines)
-    assert "nothing is held out, but training needs some" in output and "ready" not in output
+    assert "no document is held out, but training needs some" in output and "ready" not in output
     manifest = load_manifest(out)
     assert sorted(os.listdir(out)) == sorted(
         [
@@ -762,8 +762,8 @@ def test_ready_is_said_of_what_training_takes(tmp_path, tokenizer_directory, cap
     assert main([str(source), "--out", out, *options]) == 0
     output = capsys.readouterr().out
     assert (f"ready for python -m fastroberta.train --data '{out}'" in output) == (missing is None)
-    assert ("nothing is held out" in output) == (missing == "heldout")
-    assert ("everything is held out" in output) == (missing == "train")
+    assert ("no document is held out" in output) == (missing == "heldout")
+    assert ("all documents are held out" in output) == (missing == "train")
     for split in ("train", "heldout"):  # as the trainer opens them
         cut = {"max_seq_length": 32, "packing": "full-sentences", "attention_scope": "block"}
         with pytest.raises(DataError, match=f"no {split} documents") if split == missing else contextlib.nullcontext():

@@ -86,9 +86,9 @@ def test_the_smallest_vocabulary_is_bytes_and_specials():
     assert SMALLEST_VOCABULARY == 261
     tokenizer = train_tokenizer(["aaa aaa"], 261)
     assert vocabulary_size(tokenizer) == 261 and special_token_ids(tokenizer).mask == 260
-    with pytest.raises(ConfigurationError, match="261 is the least"):
+    with pytest.raises(ConfigurationError, match="261 is the smallest"):
         train_tokenizer(["aaa"], 260)
-    with pytest.raises(ConfigurationError, match="vocabulary of 1000000000: 1000000 is the most"):
+    with pytest.raises(ConfigurationError, match="vocabulary of 1000000000: 1000000 is the largest"):
         train_tokenizer(["aaa"], 10**9)
 
 

@@ -155,8 +155,8 @@ def test_the_page_stands_alone_and_shows_text_as_text(add_head, tmp_path):
 @pytest.mark.parametrize(
     ("head", "arguments", "code", "message"),
     [
-        ("MaskedLM", ["no mask"], 3, "text: has 0 times <mask>; put it once"),
-        ("MaskedLM", ["<mask> and <mask>"], 3, "text: has 2 times <mask>"),
+        ("MaskedLM", ["no mask"], 3, "text: contains <mask> 0 times; put it once"),
+        ("MaskedLM", ["<mask> and <mask>"], 3, "text: contains <mask> 2 times"),
         ("MaskedLM", ["word " * 60 + "<mask>"], 3, "tokens, the model takes 32; shorten it"),
         ("MaskedLM", [TEXT, "--target", "unimaginable"], 2, "target = unimaginable: not one token"),
         ("MaskedLM", [TEXT, "--pair", "x"], 2, "pair: a masked LM takes one text"),

@@ -266,7 +266,7 @@ def test_bf16_follows_fp32(data, teacher, finished, tmp_path):
         ({"model": {**SIZES, "num_hidden_layers": 5}}, r"model.num_hidden_layers = 5, but the teacher .* has only 4"),
         ({"sharding": "full"}, "sharding = full and distill_from cannot be combined"),
         ({"distillation": {"alpha_ce": 0.0, "alpha_mlm": 0.0, "alpha_cos": 0.0}}, "are all 0"),
-        ({"distill_from": None, "distillation": {"alpha_ce": 1.0}}, "there is no teacher: give --distill_from"),
+        ({"distill_from": None, "distillation": {"alpha_ce": 1.0}}, "distillation settings need a teacher: give"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(data, teacher, tmp_path, changes, message):

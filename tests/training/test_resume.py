@@ -120,8 +120,8 @@ def test_a_loss_scale_belongs_to_its_precision(data, halfway, tmp_path):
         ({"packing": "full-sentences"}, "packing: 'full-sentences', but .* was trained with 'contiguous'; keep"),
         ({"max_steps": 4}, "max_steps = 4, but .* has been trained for 4 already; raise --max_steps"),
         ({"resume_from": "{run}"}, "{run}: the directory of a run, not a checkpoint; give .*checkpoint-00000008"),
-        ({"resume_from": "{data}"}, "{data}/manifest.json: does not belong to a checkpoint; give the directory of one"),
-        ({"resume_from": "{data}/.."}, "{data}/..: has no trainer_state.json, so it is no checkpoint of a run"),
+        ({"resume_from": "{data}"}, "{data}/manifest.json: not part of a checkpoint; give the directory of one"),
+        ({"resume_from": "{data}/.."}, "{data}/..: has no trainer_state.json, so it is not a checkpoint of a run"),
         ({"output_dir": "{run}"}, "resume_from: .* lies in output_dir; give the new run another --output_dir"),
     ],
 )

@@ -403,7 +403,7 @@ def test_two_runs_do_not_share_a_directory(data, tmp_path):
     with (
         own_directory(tmp_path / "run", ".lock", "--output_dir"),
         pytest.raises(
-            ConfigurationError, match=r"another run writes there \(process \d+ on .*give another --output_dir"
+            ConfigurationError, match=r"another run is writing there \(process \d+ on .*give another --output_dir"
         ),
     ):
         main(arguments)
@@ -425,7 +425,7 @@ def test_sigterm_before_the_first_step_ends_with_75(data, tmp_path):
         "sys.exit(a.run(lambda: os.kill(os.getpid(), signal.SIGTERM)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 75 and done.stderr.startswith("SIGTERM before the work began"), done
+    assert done.returncode == 75 and done.stderr.startswith("stopped by SIGTERM; nothing is lost"), done
 
 
 def test_a_checkpoint_is_scored_as_it_was_trained(data, tmp_path, capsys):
