@@ -9,6 +9,8 @@ __all__ = [
     "attention",
     "cross_entropy",
     "embedding",
+    "fp8",
+    "fp8_mlp",
     "gelu",
     "huggingface",
     "lamb",

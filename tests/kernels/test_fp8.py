@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_compiled_equals_eager, assert_equal, differentiate
-from fastroberta_kernels import _dispatch
+from fastroberta_kernels import _dispatch, fp8
+from fastroberta_kernels import fp8_mlp as fp8_mlp_module
 from fastroberta_kernels.fp8 import (
     E4M3,
     E5M2,
@@ -298,3 +299,22 @@ def test_bias_gelu_of_the_mlp_is_the_kernel_of_gelu():
         y, y_8 = forward_in_8_bits(x, bias, False, torch.tensor(8.0), impl == "triton")
         assert torch.equal(y, bias_gelu(x, bias, impl=impl))
         assert_close(dequantize(y_8), y.double(), 8)
+
+
+def test_opcheck():
+    """All but the check of the schema, which multiplies its arguments: PyTorch has no such operation in 8 bits."""
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    inputs, _ = make_linear()
+    weight_8 = cast_weight(inputs["weight"])
+    x = inputs["x"].detach().flatten(0, 1).requires_grad_()
+    torch.library.opcheck(
+        fp8._linear_forward.registered,
+        (x, None, None, inputs["weight"], inputs["bias"], *weight_8, False),
+        test_utils=checks,
+    )
+    inputs, _ = make_mlp()
+    x, up, up_bias, down = inputs.values()
+    cast_8 = cast_mlp(up, up_bias, down)
+    x = x.detach().flatten(0, 1).requires_grad_()
+    arguments = (x, None, None, up, up_bias, down, *cast_8.up, *cast_8.down, None, cast_8.column_norm, False, False)
+    torch.library.opcheck(fp8_mlp_module._mlp_forward.registered, arguments, test_utils=checks)
