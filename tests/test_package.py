@@ -101,7 +101,7 @@ def models(tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow(reason="5 minutes for all three, of which 3 install packages")
+@pytest.mark.slow(reason="28 minutes for all three on a busy machine, nearly all of it to install packages")
 @pytest.mark.parametrize(
     ("extra", "arguments", "written"),
     [
