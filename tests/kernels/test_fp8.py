@@ -32,6 +32,11 @@ both = pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=ne
 formats = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def make_exact(shape, dtype, power=-3, seed=0):
     """Numbers that the format holds at their scale."""
     generator = torch.Generator().manual_seed(seed)
@@ -204,9 +209,9 @@ def test_layer_norm_writes_8_bits_beside_16(impl, shape, device):
     assert torch.equal(y, function(x, residual, weight, bias))
     expected = cast(y.detach(), False, bound)
     assert y_8.inverse == expected.inverse
-    # The kernel rounds y once, from fp32; the twin from bf16.
+    # The kernel rounds y once, from fp32; the twin from bf16, where one number in 16 lies between two of e4m3.
     differs = y_8.data.float() != expected.data.float()
-    assert not differs.any() if impl == "torch" else differs.float().mean() < 0.05
+    assert not differs.any() if impl == "torch" else differs.float().mean() < 0.08
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx, torch.autograd.grad(function(x, residual, weight, bias).sum(), x)[0])
 
