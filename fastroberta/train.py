@@ -49,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prepare_python_texts(output_dir / "data")
 
         # PyTorch comes last. Importing it takes seconds, which --help and a mistyped option should not.
-        if is_first:
-            print_line("loading PyTorch", sys.stderr)
         limit_spinning()
         from .parallel.processes import join_processes, keep_freed_memory
         from .training.dry_run import rehearse

@@ -54,6 +54,7 @@ from torch.nn import functional as F
 from ._dispatch import (
     align,
     cast_for_autocast,
+    is_traced,
     is_transforming,
     jit,
     launch,
@@ -505,7 +506,7 @@ def _compute_whole(
     shape, targets = targets.shape, targets.flatten().long()
     kept = targets != ignore_index
     hidden = hidden.reshape(targets.numel(), hidden.shape[-1])
-    if is_transforming() or not kept.all():
+    if is_traced() or not kept.all():
         hidden = hidden.masked_fill(~kept[:, None], 0.0)  # ignored rows may hold NaN
     weight, bias = (None if tensor is None else tensor[:num_classes].to(hidden.dtype) for tensor in (weight, bias))
     x = F.linear(hidden, weight, bias).to(_sum_dtype(hidden))

@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("transformers")
 
 from encoders import assert_close, only, run
-from fastroberta_kernels import _masked_lm, _modernbert, huggingface
+from fastroberta_kernels import _hf_attention, _masked_lm, _modernbert, huggingface
 from test_huggingface import exchange
 from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification, ModernBertModel
 
@@ -85,7 +85,7 @@ def test_each_kind_really_runs_its_kernel(padding, windows, monkeypatch):
     """Equal results would also come from a model that was left as it was. Local layers need tokens in their places."""
     calls = {}
     places = {
-        "attention": [_modernbert], "apply_rotary": [_modernbert], "layer_norm": [_modernbert, _masked_lm],
+        "attention": [_hf_attention], "apply_rotary": [_modernbert], "layer_norm": [_modernbert, _masked_lm],
         "geglu": [_modernbert], "linear_cross_entropy": [_masked_lm],
     }  # fmt: skip
     for name, modules in places.items():

@@ -149,7 +149,7 @@ def test_a_model_for_other_data_needs_to_be_asked_for(models, tmp_path):
     make_model(other, "xlm-roberta", make_tokenizer("xlm-roberta", OTHER, 300))
     with pytest.raises(ConfigurationError, match=r"has another tokenizer than .* --resize_vocabulary"):
         Trainer(configure(data, tmp_path / "run", init_from=str(other)))
-    with pytest.raises(ConfigurationError, match="resize_vocabulary fits the model of init_from, and there is none"):
+    with pytest.raises(ConfigurationError, match="resize_vocabulary fits the model of init_from: give --init_from"):
         configure(data, tmp_path / "run", resize_vocabulary=True)
     trainer = Trainer(configure(data, tmp_path / "run", init_from=str(other), resize_vocabulary=True))
     assert "vocabulary of" in trainer.notes[-1] and trainer.config.model.vocab_size == trainer.manifest.vocab_size

@@ -105,9 +105,9 @@ def test_a_file_of_the_user_is_kept_and_untrained_positions_are_told(data, tmp_p
     (tmp_path / "run" / "config.yaml").write_text(given)
     assert main(["--config", str(tmp_path / "run" / "config.yaml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "num_train_epochs = 0.1 of " in shown
+    assert "num_train_epochs = 0.1: " in shown
     assert "measuring two steps of 16 sequences in fp32 on cpu ..." in shown
-    assert "learning rate 0.00025; in the paper, " in shown and "\n  16 sequences of 32: 6." in shown
+    assert "learning rate 0.00025; in the paper, " in shown and "16 sequences of 32: scaled from 256, 6." in shown
     assert (tmp_path / "run" / "config.yaml").read_text() == given
 
     assert main(["--config", str(tmp_path / "run" / "config.yaml")]) == 0
