@@ -11,6 +11,7 @@ import sys
 from pydoc_data.topics import topics
 
 import pytest
+from pretrained import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fastroberta.corpus.tokenizer
@@ -125,6 +126,14 @@ def test_transformers_gives_the_same_ids(trained, tmp_path, from_vocab_and_merge
         assert theirs(text)["input_ids"] == trained.encode(text).ids, text
     assert theirs("a", "b")["input_ids"] == trained.encode("a", "b").ids
     assert tokenizer_hash(theirs.backend_tokenizer) == tokenizer_hash(trained)
+
+
+def test_a_pair_has_no_token_types(tmp_path):
+    """BERT's tokenizer would number the second text 1, in a model that has learned 0 alone."""
+    transformers = pytest.importorskip("transformers")
+    save_tokenizer(make_tokenizer("bert"), tmp_path)
+    encoded = transformers.AutoTokenizer.from_pretrained(tmp_path)("one text", "another")
+    assert set(encoded) == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize("most, code, where", [(0, 2, "--out "), (5_000, 3, "out: ")])
