@@ -40,7 +40,7 @@ from .corpus.chunks import ChunkSettings, sample_chunks
 from .corpus.clean import Cleaner, CleaningSettings, normalize, read_blocklist
 from .corpus.encode import split_lines
 from .corpus.manifest import Manifest
-from .corpus.problems import MENDED, Problems
+from .corpus.problems import REPAIRED, Problems
 from .corpus.quality import Thresholds
 from .corpus.read import CHUNK_BYTES, Chunk, read_chunks, read_documents
 from .corpus.report import check_report_path, write_report
@@ -364,14 +364,14 @@ def _cleaning_settings(config: PrepareConfig, work: Path) -> CleaningSettings:
 
 
 def list_figures(manifest: Manifest) -> list[tuple[str, str]]:
-    """What was read, mended, left out and written: names and values."""
+    """What was read, repaired, left out and written: names and values."""
     counts, problems = manifest.contents["report"]["counts"], manifest.contents["report"]["problems"]
     lines = [("text read", f"{counts.get('bytes', 0) / 1e6:,.1f} MB"), ("documents read", f"{counts.get('read', 0):,}")]
     names = {"normalized": "  brought into NFC", "boilerplate": "  lines removed: boilerplate"}
     names |= {step: f"  left out: {step.replace('_', ' ')}" for step in LEFT_OUT}
     lines += [(name, f"{counts[key]:,}") for key, name in names.items() if key in counts]
-    for kind, count in sorted(problems.items(), key=lambda one: (one[0] not in MENDED, one[0])):
-        lines.append((f"  {'mended' if kind in MENDED else 'left out'}: {kind}", f"{count:,}"))
+    for kind, count in sorted(problems.items(), key=lambda one: (one[0] not in REPAIRED, one[0])):
+        lines.append((f"  {'repaired' if kind in REPAIRED else 'left out'}: {kind}", f"{count:,}"))
     for split in SPLITS:
         written = [f"{manifest.count(split, what):,} {what}" for what in ("documents", "sentences", "tokens")]
         lines.append((split, ", ".join(written)))

@@ -272,9 +272,9 @@ def _list_file(path: Path) -> dict[str, Any]:
 
 def _explain_nothing(counts: Counter[str], problems: Counter[str], inputs: list[str]) -> str:
     left_out = [f"{counts[step]:,} {step.replace('_', ' ')}" for step in LEFT_OUT if counts[step]]
-    mended = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
+    repaired = [f"{count:,} {kind}" for kind, count in sorted(problems.items())]
     reasons = f"left out: {', '.join(left_out)}; " if left_out else ""
-    reasons += f"mended or left out: {', '.join(mended)}; " if mended else ""
+    reasons += f"repaired or left out: {', '.join(repaired)}; " if repaired else ""
     return (
-        f"{', '.join(inputs)}: no document is left; {reasons}give {'other' if mended else 'more'} text, or clean less"
+        f"{', '.join(inputs)}: no document is left; {reasons}give {'other' if repaired else 'more'} text, or clean less"
     )

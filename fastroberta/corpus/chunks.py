@@ -5,7 +5,7 @@ A chunk file (npz) holds, in the order of the documents:
     tokens, sentence_lengths, document_sentences    as `ShardWriter.append` takes them
     hashes                                          uint64 (documents, 2), BLAKE2b of the cleaned text
     signatures                                      uint32 (documents, permutations), only for near duplicates
-    report                                          JSON: counts of what was read, left out and mended; examples
+    report                                          JSON: counts of what was read, left out and repaired; examples
 
 A file is renamed into place once it is complete, so an interrupted run continues with the chunks it lacks.
 """

@@ -3,7 +3,7 @@
 One process reads every file in order and cuts it into chunks of a few megabytes that end where a record ends; chunks
 are what workers take. Where chunks end depends on the text alone, so a second run finds the same ones.
 
-Text is mended where nothing is lost: UTF-16 becomes UTF-8, byte order marks and NUL characters go, and carriage returns
+Text is repaired where nothing is lost: UTF-16 becomes UTF-8, byte order marks and NUL characters go, and carriage returns
 become line ends. What is damaged, a record or the rest of a file, goes through `Problems`. All of it is counted.
 """
 
@@ -128,12 +128,12 @@ def _to_utf8(chunks: Iterator[bytes], file: InputFile, problems: Problems) -> It
         encoding = "utf-16"
     else:
         if head.startswith(codecs.BOM_UTF8):
-            problems.mend("byte order mark")
+            problems.repair("byte order mark")
             head = head[3:]
         yield head
         yield from chunks
         return
-    problems.mend("UTF-16 or UTF-32 text")
+    problems.repair("UTF-16 or UTF-32 text")
     # A lone surrogate becomes invalid UTF-8, which is found in the record where it is.
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     try:
@@ -157,11 +157,11 @@ def _normalize(chunks: Iterator[bytes], problems: Problems) -> Iterator[bytes]:
             if chunk.endswith(b"\r"):
                 chunk, held = chunk[:-1], b"\r"  # perhaps half of a CR LF
             if count := chunk.count(b"\r"):
-                problems.mend("carriage return", count)
+                problems.repair("carriage return", count)
                 chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         yield chunk
     if held:
-        problems.mend("carriage return")
+        problems.repair("carriage return")
         yield b"\n"
 
 
@@ -246,10 +246,10 @@ def read_documents(chunk: Chunk, *, txt_documents: str, text_field: str, problem
                 advice = f"this is not text, or UTF-16 without a mark: {_UTF8_ADVICE}"
                 problems.report("NUL characters throughout", place, advice)
                 continue
-            problems.mend("NUL character", count)
+            problems.repair("NUL character", count)
             text = text.replace("\0", "")
         if "\r" in text:  # escaped in JSON, or in a row: of text files _normalize took care
-            problems.mend("carriage return", text.count("\r"))
+            problems.repair("carriage return", text.count("\r"))
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         yield text
 

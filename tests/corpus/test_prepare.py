@@ -211,7 +211,7 @@ def test_held_out_is_a_function_of_the_text(go, tmp_path):
     [
         (b"\n \n\n", {}, "give more text, or clean less"),
         (b"a\n\nb\n\n\xe2\x80\x89", {"min_characters": 5}, "left out: 1 empty, 2 too short; give more text"),
-        (b"\xff\n\n" * 300, {"on_bad_input": "skip"}, "mended or left out: 300 invalid UTF-8; give other text"),
+        (b"\xff\n\n" * 300, {"on_bad_input": "skip"}, "repaired or left out: 300 invalid UTF-8; give other text"),
     ],
 )  # fmt: skip
 def test_a_corpus_without_a_document_is_refused(go, tmp_path, data, options, message):

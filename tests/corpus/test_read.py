@@ -1,4 +1,4 @@
-"""Reading: every format, compression and place gives the same documents; what can be mended is, the rest is refused."""
+"""Reading: every format, compression and place gives the same documents; what can be repaired is, the rest is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import zstandard
 
 import fastroberta.corpus.read
 import fastroberta.corpus.sources
-from fastroberta.corpus.problems import MENDED, Problems
+from fastroberta.corpus.problems import REPAIRED, Problems
 from fastroberta.corpus.read import read_chunks, read_documents
 from fastroberta.corpus.sources import find_files
 from fastroberta.errors import ConfigurationError, DataError
@@ -303,7 +303,7 @@ def test_line_numbers_survive_cutting(tmp_path, monkeypatch):
         read(tmp_path / "a.jsonl")
 
 
-# ---- what is mended
+# ---- what is repaired
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_line_numbers_survive_cutting(tmp_path, monkeypatch):
 def test_what_loses_nothing_is_mended_and_counted(tmp_path, name, data, left, counted):
     (tmp_path / name).write_bytes(data)
     documents, counts = read(tmp_path / name)
-    assert documents == left and counts == counted and set(counts) <= set(MENDED)
+    assert documents == left and counts == counted and set(counts) <= set(REPAIRED)
 
 
 # ---- bad input
@@ -391,7 +391,7 @@ def test_bad_input_is_refused_or_left_out_and_counted(tmp_path, name, data, mess
     assert "\n" not in str(error.value)
     documents, counts = read(path, policy="skip")
     assert left is None or list(filter(None, documents)) == list(filter(None, left))
-    assert sum(counts[kind] for kind in counts if kind not in MENDED) >= 1 and counted.items() <= counts.items()
+    assert sum(counts[kind] for kind in counts if kind not in REPAIRED) >= 1 and counted.items() <= counts.items()
 
 
 @pytest.mark.parametrize("suffix", list(PACK)[1:])
