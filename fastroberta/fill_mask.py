@@ -67,10 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(dataclasses.asdict(one), ensure_ascii=False))
         else:
             print(one.as_table())
-    print(
-        f"{len(texts):,} texts, {filler.num_tokens:,} tokens: {filler.num_tokens / seconds:,.0f} tokens/s",
-        file=sys.stderr,
-    )
+    plural = "s" * (len(texts) > 1)
+    rate = f"{filler.num_tokens / seconds:,.0f} tokens/s"
+    print(f"{filler.num_tokens:,} tokens in {len(texts):,} text{plural}: {rate}", file=sys.stderr)
     return 0
 
 
