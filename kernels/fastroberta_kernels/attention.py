@@ -34,6 +34,10 @@ One backward kernel, five matrix products
 
 Bytes moved by the forward: Q and O once; K and V once per block of queries, from L2 after the first; 4 bytes per row.
 
+Full blocks
+    In 16 bits, where all sequences have the same lengths, these are multiples of a block, and there is no window, the
+    kernels have no masks (`EVEN`). Every floating-point operation stays, and so does every bit of the results.
+
 Sliding window
     With `window_size` (left, right), query i sees keys i - left to i + right of its sequence. P is zero elsewhere, and pairs
     of blocks without a visible score are skipped in both directions. The forward starts at the first visible block of
@@ -98,6 +102,12 @@ def locate_sequence(
     return first_q, num_q, first_k, num_k
 
 
+@jit
+def is_below(indices, end, EVEN: tl.constexpr):
+    """Which indices are below `end`. With EVEN all are, which the compiler then knows: it drops the masks made of this."""
+    return tl.full(indices.shape, True, tl.int1) if EVEN else indices < end
+
+
 # Specialised are only the sizes that save registers: strides, which `align_heads` makes multiples of 16, and the number
 # of keys, if it is the same for all sequences.
 @jit(do_not_specialize=["length_q", "total_q", "total_k", "threshold", "window_left", "window_right"])
@@ -108,7 +118,7 @@ def attention_forward_kernel(
     v_batch_stride, v_row_stride, v_head_stride,
     length_q, length_k, total_q, total_k, qk_scale, keep_scale, threshold,
     window_left, window_right,  # None without a window
-    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head and sequence against all its keys. Grid (blocks, heads, batch)."""
@@ -139,7 +149,7 @@ def attention_forward_kernel(
     dims = tl.arange(0, HEAD_DIM)
     k_offsets = columns[:, None] * k_row_stride + dims[None, :]
     v_offsets = columns[:, None] * v_row_stride + dims[None, :]
-    is_row = rows < num_q - start_m
+    is_row = is_below(rows, num_q - start_m, EVEN)
     q = tl.load(q_ptr + rows[:, None] * q_row_stride + dims[None, :], mask=is_row[:, None], other=0.0)
     if DROPOUT:
         key_low, key_high, first_row = load_seed(seed_ptr)
@@ -156,7 +166,7 @@ def attention_forward_kernel(
         # The lowest finite number: a row may see no key of its first block, and -inf - -inf is NaN.
         largest = tl.full((BLOCK_M,), -3.4028234663852886e38, tl.float32)
     for start_n in range(first_n, end_n, BLOCK_N):
-        is_column = columns < num_k - start_n
+        is_column = is_below(columns, num_k - start_n, EVEN)
         k = tl.load(k_ptr + k_offsets, mask=is_column[:, None], other=0.0)
         v = tl.load(v_ptr + v_offsets, mask=is_column[:, None], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -197,7 +207,7 @@ def attention_backward_kernel(
     dq_row_stride, dk_row_stride,
     length_q, length_k, total_q, total_k, chunk, qk_scale, scale, keep_scale, threshold,
     window_left, window_right,  # None without a window
-    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr, HAS_LENGTHS: tl.constexpr, EVEN: tl.constexpr, DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: `chunk` keys of one head and sequence against all its queries. Grid (chunks, heads, batch)."""
@@ -230,7 +240,7 @@ def attention_backward_kernel(
 
     for start_m in range(0, num_q, BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
-        is_row = rows < num_q
+        is_row = is_below(rows, num_q, EVEN)
         offsets = rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
         out = tl.load(out_ptr + offsets, mask=is_row[:, None], other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offsets, mask=is_row[:, None], other=0.0).to(tl.float32)
@@ -249,7 +259,7 @@ def attention_backward_kernel(
     # Visit at least one block, so that queries without keys get a gradient of zero.
     for start_n in range(first_n, tl.maximum(last_n, first_n + 1), BLOCK_N):
         columns = start_n + tl.arange(0, BLOCK_N)
-        is_column = columns < last_active_n
+        is_column = is_below(columns, last_active_n, EVEN)
         offsets_n = columns.to(tl.int64)[:, None]
         k = tl.load(k_ptr + offsets_n * k_row_stride + dims[None, :], mask=is_column[:, None], other=0.0)
         v = tl.load(v_ptr + offsets_n * v_row_stride + dims[None, :], mask=is_column[:, None], other=0.0)
@@ -264,7 +274,7 @@ def attention_backward_kernel(
             end_m = tl.where(start_n < end_n, tl.minimum(num_q, end_n + window_left), 0)
         for start_m in range(first_m, end_m, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
-            is_row = rows < num_q
+            is_row = is_below(rows, num_q, EVEN)
             if window_left is not None:
                 is_row = rows < end_m  # queries that see no key at all may hold NaN
             offsets_m = rows.to(tl.int64)
@@ -300,7 +310,7 @@ def attention_backward_kernel(
             else:
                 dq += tl.load(partial_ptrs, mask=is_row[None, :] & (start_n > first_n), other=0.0)
             tl.store(partial_ptrs, dq, mask=is_row[None, :])
-        is_written = (columns < last_n)[:, None]
+        is_written = is_below(columns, last_n, EVEN)[:, None]
         offsets_dk = (first_k * dk_row_stride + head * HEAD_DIM) + offsets_n * dk_row_stride + dims[None, :]
         # The queries of a sequence without keys may hold NaN, which a product with zero does not remove.
         dk = tl.where(is_column[:, None], dk * scale, 0.0)
@@ -314,7 +324,7 @@ def attention_backward_kernel(
         dq_ptr += first_q * dq_row_stride + head * HEAD_DIM
         for start_m in range(0, num_q, BLOCK_M):
             rows = start_m + tl.arange(0, BLOCK_M)
-            is_row = (rows < num_q)[:, None]
+            is_row = is_below(rows, num_q, EVEN)[:, None]
             offsets_m = rows.to(tl.int64)[:, None]
             dq = tl.load(partial_ptr + offsets_m * HEAD_DIM + dims[None, :], mask=is_row, other=0.0)
             dq = (dq * scale).to(dq_ptr.dtype.element_ty)
@@ -405,6 +415,18 @@ def window_arguments(left: int, right: int) -> tuple[int | None, int | None]:
     return min(left, UNLIMITED) if left >= 0 else UNLIMITED, min(right, UNLIMITED) if right >= 0 else UNLIMITED
 
 
+def fills_blocks(
+    q: torch.Tensor, block_m: int, block_n: int, max_seqlen_q: int, max_seqlen_k: int, is_dense: bool, window: tuple
+) -> bool:
+    """Whether each block is full and each of its scores counts, so that kernels can do without masks.
+
+    No keys are no block, but the backward visits one in any case. Masks stay in fp32: without them the forward of 128
+    dimensions spills on sm_100.
+    """
+    is_full = max_seqlen_k > 0 and max_seqlen_q % block_m == 0 and max_seqlen_k % block_n == 0
+    return is_full and is_dense and window[0] is None and q.element_size() == 2
+
+
 def random_arguments(q: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> tuple[torch.Tensor, float, int]:
     """Seed, scale and threshold of dropout. Without dropout the seed is not read, and `q` is a placeholder."""
     return (q if seed is None else align(seed)), philox.dropout_scale(dropout_p), philox.dropout_threshold(dropout_p)
@@ -440,6 +462,8 @@ def attention_forward(
         blocks, chip_blocks = blocks | WINDOW_FORWARD_BLOCKS, chip_blocks | CHIP_WINDOW_FORWARD_BLOCKS
     block_m, block_n, num_warps, num_stages = choose_blocks(q, blocks, chip_blocks)
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
+    is_dense = not is_varlen and lengths_k is None
+    is_even = fills_blocks(q, block_m, block_n, max_seqlen_q, max_seqlen_k, is_dense, window)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(
             attention_forward_kernel,
@@ -448,7 +472,7 @@ def attention_forward(
             *strides_of(q), *strides_of(k), *strides_of(v),
             max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], scale * LOG2_E, keep_scale, threshold,
             *window,
-            VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
+            VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, EVEN=is_even, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=FORWARD_REGISTERS.get((q.element_size(), head_dim)),
         )  # fmt: skip
@@ -512,6 +536,9 @@ def launch_backward(
         partial.zero_()
     seed_or_q, keep_scale, threshold = random_arguments(q, seed, dropout_p)
     grad = align(grad)
+    window = window_arguments(window_left, window_right)
+    is_dense = not is_varlen and lengths_k is None
+    is_even = fills_blocks(q, block_m, block_n, max_seqlen_q, max_seqlen_k, is_dense, window)
     for count, part_q, part_k in split_documents(q, cu_seqlens_q, lengths_k):
         launch(
             attention_backward_kernel,
@@ -519,8 +546,8 @@ def launch_backward(
             grad, q, k, v, out, lse, dq, dk, dv, delta, partial, part_q, part_k, seed_or_q,
             *strides_of(q), *strides_of(k), *strides_of(v), dq.stride(-3), dk.stride(-3),
             max_seqlen_q, 0 if is_varlen else max_seqlen_k, total_q, k.shape[0], blocks_in_chunk * block_n,
-            scale * LOG2_E, scale, keep_scale, threshold, *window_arguments(window_left, window_right),
-            VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, DROPOUT=seed is not None,
+            scale * LOG2_E, scale, keep_scale, threshold, *window,
+            VARLEN=is_varlen, HAS_LENGTHS=lengths_k is not None, EVEN=is_even, DROPOUT=seed is not None,
             HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
             maxnreg=BACKWARD_REGISTERS.get((q.element_size(), head_dim)),
         )  # fmt: skip

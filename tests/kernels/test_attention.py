@@ -406,6 +406,47 @@ def test_backward_does_not_depend_on_how_keys_are_divided(max_chunks, window, de
         torch.testing.assert_close(ours[name].cpu(), theirs[name], rtol=1e-4, atol=1e-3)
 
 
+@needs_triton
+@pytest.mark.parametrize("max_chunks", [1, 2])
+@pytest.mark.parametrize("dtype, dropout_p", [(torch.float16, 0.0), (torch.bfloat16, 0.3)], ids=str)
+def test_full_blocks_need_no_masks(max_chunks, dtype, dropout_p, device, monkeypatch):
+    """Bit for bit what kernels with masks give, which `key_lengths` asks for, and as exact as PyTorch."""
+    for blocks in (attention.FORWARD_BLOCKS, attention.BACKWARD_BLOCKS):
+        monkeypatch.setitem(blocks, (dtype.itemsize, 32), (16, 32, 4, 1))
+    monkeypatch.setattr(attention, "MAX_CHUNKS", max_chunks)
+    inputs = make_inputs(2, 48, 64, 2, 32, dtype, device)
+    key_lengths = torch.full((2,), 64, dtype=torch.int32, device=device)
+
+    def attend(**options):
+        return lambda q, k, v: attention.attention(q, k, v, dropout_p=dropout_p, seed=3, impl="triton", **options)
+
+    ours, masked = (differentiate(attend(**options), *inputs) for options in ({}, {"key_lengths": key_lengths}))
+    for name in ours:
+        assert torch.equal(ours[name], masked[name]), name
+    assert_exact(ours, lambda q, k, v: attend_by_definition(q, k, v, dropout_p, 3), inputs)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "length_q, length_k, options, is_even",
+    [
+        (256, 512, {}, [True, True]),
+        (16, 512, {}, [False, True]),  # the backward's tiles are 16 x 128, the forward's 128 x 64
+        (256, 64, {}, [True, False]),
+        (256, 509, {}, [False, False]),
+        (256, 0, {}, [False, False]),
+        (256, 512, {"key_lengths": torch.tensor([512], dtype=torch.int32)}, [False, False]),
+        (256, 512, {"window_size": (64, 64)}, [False, False]),
+    ],
+)
+def test_masks_are_left_out_where_blocks_are_full(length_q, length_k, options, is_even):
+    q, k, v, _ = (tensor.requires_grad_() for tensor in make_inputs(1, length_q, length_k, 1, 64, torch.bfloat16))
+    with _dispatch.record_launches() as launches:
+        out = attention.attention(q, k, v, impl="triton", **options)
+        out.backward(torch.zeros_like(out))
+    assert [launch.options["EVEN"] for launch in launches] == is_even
+
+
 @both
 @pytest.mark.parametrize("head_dim", [1, 24, 48, 100])
 def test_other_head_dims_are_padded(impl, head_dim, device):
