@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -265,12 +264,8 @@ def keep_on_device(param_groups: Iterable[dict[str, Any]], device: torch.device)
     Returns:
         the learning rates.
     """
-    # PyTorch warns of slow eager steps; those of a fused optimizer are as fast.
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     for group in param_groups:
         group["lr"] = torch.tensor(group["lr"], device=device)
-        if "capturable" in group:
-            group["capturable"] = True
     return [group["lr"] for group in param_groups]
 
 

@@ -169,9 +169,7 @@ def _bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -
 
 
 def _launch_forward(x, bias, tanh, y, *in_8_bits):
-    """Args:
-    in_8_bits: the bound on y; y in 8 bits and its inverse scale, to be written.
-    """
+    """`in_8_bits`: the bound on y; y in 8 bits and its inverse scale, to be written."""
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_tiles = -(-num_rows // FORWARD_TILE["ROWS"]) * -(-num_columns // FORWARD_TILE["BLOCK"])
     launch(
@@ -197,9 +195,7 @@ def _bias_gelu_backward(
 
 
 def _launch_backward(dy, x, bias, tanh, dx, dbias, *in_8_bits):
-    """Args:
-    in_8_bits: the bound on dx, and what is written: dx in 8 bits and its inverse scale.
-    """
+    """`in_8_bits`: the bound on dx; dx in 8 bits and its inverse scale, to be written."""
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     num_blocks = -(-num_columns // TILE["BLOCK"])
     # At 64 registers per thread, twice as many programs fit as `count_programs` assumes.

@@ -345,9 +345,7 @@ def _layer_norm_forward(
 
 
 def _launch_forward(x, residual, x_bias, weight, bias, seed, p, eps, y, statistics, *in_8_bits):
-    """Args:
-    in_8_bits: the bound on y, and what is written: y in 8 bits and its inverse scale.
-    """
+    """`in_8_bits`: the bound on y; y in 8 bits and its inverse scale, to be written."""
     num_rows, num_columns = math.prod(x.shape[:-1]), x.shape[-1]
     arguments = (
         *map(align, (x, residual, x_bias, weight, bias, seed)), y, statistics, *(in_8_bits or (None,) * 3),
